@@ -1,0 +1,205 @@
+/**
+ * What the native addon offers, as types. `index.ts` is the facade that loads it. Nothing here knows NATS, gRPC or messages: frames that must
+ * leave the host go out through a callback and come in through `deliver`.
+ */
+import type { Program } from './programs/program.ts';
+
+export type Isa = 'avx512' | 'avx2' | 'portable';
+export type ExecutorKind = 'cpu' | 'reference' | 'reference-f32';
+
+export interface CpuFeatures {
+  model: string;
+  isas: Isa[];
+  /** Logical cores this process may run on. */
+  cores: number[];
+  hugePages: 'always' | 'madvise' | 'never' | 'unknown';
+}
+
+export interface BuildInfo {
+  version: string;
+  compiler: string;
+  /** Digest of everything that could change a bit (arithmetic version). Two workers whose values differ must not share a placement. */
+  arithmetic: string;
+}
+
+export interface ExecutorOptions {
+  kind: ExecutorKind;
+  /** For `cpu`; `null` takes the best the machine has. */
+  isa: Isa | null;
+  program: Program;
+  /** Logical cores the compute threads are pinned to, one thread each; empty: `threads` threads, not pinned. */
+  cores: number[];
+  threads: number;
+  /** False when more ranks than cores share the host: waits go to the futex at once. */
+  spin: boolean;
+  /** Multiple of 16. */
+  blockTokens: number;
+  kvBlocks: number;
+  stepTokensMax: number;
+  /** Sequence slots; slot ids are below this. */
+  sequencesMax: number;
+}
+
+/** Largest number of blocks that fits, before anything is allocated. */
+export interface KvSizing {
+  bytesPerBlock: number;
+}
+
+export interface SlotSampling {
+  temperature: number;
+  topP: number;
+  /** 0: off. */
+  topK: number;
+  minP: number;
+  seed: bigint;
+  choice: number;
+  repetitionPenalty: number;
+  presencePenalty: number;
+  frequencyPenalty: number;
+  /** Token id, bias pairs. */
+  logitBias: [number, number][];
+  /** Best tokens whose log-probability is returned with each output, 0..20; `null`: not even the sampled token's. */
+  logprobs: number | null;
+}
+
+/** Opens a sequence slot. Penalties count these tokens: prompt for repetition, output for all three. */
+export interface SlotOpen {
+  slot: number;
+  sampling: SlotSampling;
+  promptTokens: Int32Array;
+  outputTokens: Int32Array;
+}
+
+/** One output row of a step. */
+export interface OutputRow {
+  /** Row of the step (0..T-1). */
+  row: number;
+  slot: number;
+  /** Token id whose log-probability is wanted instead of a sample (prompt log-probabilities); `null`: sample. */
+  score: number | null;
+  /** Ids that must not be sampled in this position (end tokens below min_tokens). */
+  banned: number[];
+}
+
+/**
+ * One micro-batch. Rows of one sequence are adjacent and ascending in position. Arrays are copied before `submit` returns.
+ */
+export interface StepInput {
+  /** Ascending within an epoch, from 1. */
+  step: number;
+  /** [T] token id, or -1: the token that step `tokenSteps[row]` sampled for the row's slot. */
+  tokenIds: Int32Array;
+  tokenSteps: Int32Array;
+  /** [T] absolute position. */
+  positions: Int32Array;
+  /** [T] index into `slots`. */
+  rowSequence: Int32Array;
+  /** [S] */
+  slots: Int32Array;
+  /** [S + 1] offsets into `blockTables`. */
+  blockTableOffsets: Int32Array;
+  /** Block ids of each sequence from position 0. */
+  blockTables: Int32Array;
+  outputs: OutputRow[];
+  /** A wait inside this step that lasts longer than this fails the step (per wait, not for the step). */
+  waitTimeoutMs: number;
+}
+
+export interface OutputResult {
+  slot: number;
+  /** Sampled id, or the scored id. */
+  token: number;
+  /** log-probability of `token`; `null` when not asked for. Exact fp32 value. */
+  logprob: number | null;
+  top: { token: number; logprob: number }[];
+}
+
+export interface StepTimings {
+  /** Microseconds on the compute thread: whole step, waiting in collectives, waiting for the stage before, sampling. */
+  totalUs: number;
+  collectiveUs: number;
+  receiveUs: number;
+  sampleUs: number;
+  /** Idle time before the step began, since the step before it ended. */
+  idleUs: number;
+}
+
+export interface StepDone {
+  step: number;
+  /** Empty on every worker but rank 0 of the last stage. */
+  outputs: OutputResult[];
+  timings: StepTimings;
+}
+
+/** A frame of the mesh between ranks: reductions, gathers, hidden states, sampled ids. Same fields as the wire header. */
+export type FrameKind = 'reduce' | 'rows' | 'logits' | 'hidden' | 'tokens';
+
+export interface NativeFrame {
+  kind: FrameKind;
+  step: number;
+  /** Index of the operation in the program of the *sender*. For `reduce`, `rows`, `logits` all ranks of a stage have the same index. */
+  operation: number;
+  /** Index of the subtree among the sender's maximal subtrees (reductions), else 0. */
+  subtree: number;
+  source: PeerAddress;
+  rows: number;
+  payload: Uint8Array;
+}
+
+export interface PeerAddress {
+  stage: number;
+  rank: number;
+}
+
+/** How this worker reaches one peer. `shm`: attach to the peer's segment. `host`: frames leave through `onFrame`, come in through `deliver`. */
+export type PeerLink =
+  | { peer: PeerAddress; driver: 'shm'; pid: number; fd: number; bytes: number }
+  | { peer: PeerAddress; driver: 'host' };
+
+/** Own outbound segment: an anonymous memory file that peers on this host open through /proc/<pid>/fd/<fd>. Nothing to unlink, nothing left by SIGKILL. */
+export interface SegmentInfo {
+  pid: number;
+  fd: number;
+  bytes: number;
+}
+
+export interface ExecutorCallbacks {
+  onStep(done: StepDone): void;
+  onFrame(destination: PeerAddress, frame: NativeFrame): void;
+  /** The step failed: deadline of a wait (the peer is named in the message), non-finite value, abort. The executor takes no further step until `connect`. */
+  onStepFailed(step: number, code: 'wait_timeout' | 'non_finite' | 'aborted' | 'internal', message: string, peer: PeerAddress | null): void;
+}
+
+export interface WeightReport {
+  /** Largest relative error of the repack against the file's own values; 0 when exact. */
+  repackError: number;
+  bytes: number;
+}
+
+export interface NativeExecutor {
+  readonly isa: string;
+  readonly bytes: number;
+  /** Raw blocks of the slice `program.weights[index]`, rows in order. Copies and repacks off the event loop. */
+  loadWeight(index: number, data: Uint8Array): Promise<WeightReport>;
+  /** Checksum of the rope tables, compared when a worker joins. */
+  tablesChecksum(): string;
+  /** Makes a fresh outbound segment for a new epoch. Any earlier segment and its peers are let go. */
+  openSegment(): SegmentInfo;
+  /** Attaches to peers; must cover every rank of the own stage, of the stage before, of the stage after, and (last stage) of stage 0. Clears slots, KV contents and failures. */
+  connect(peers: PeerLink[]): void;
+  openSlots(slots: SlotOpen[]): void;
+  closeSlots(slots: number[]): void;
+  /** Queues a step; steps run in order on the compute threads without returning to JavaScript between them. */
+  submit(step: StepInput): void;
+  deliver(frame: NativeFrame): void;
+  /** Fails the running and queued steps. Resolves when the compute threads are idle. */
+  abort(reason: string): Promise<void>;
+  dispose(): Promise<void>;
+}
+
+export interface NativeAddon {
+  buildInfo(): BuildInfo;
+  cpuFeatures(): CpuFeatures;
+  kvBytesPerBlock(program: Program, blockTokens: number): number;
+  createExecutor(options: ExecutorOptions, callbacks: ExecutorCallbacks): NativeExecutor;
+}

@@ -1,0 +1,187 @@
+/**
+ * Every control message of the mesh, as a union on `type`. Decoded and checked once, at the edge (`message-codec.ts`).
+ * Life of a placement: join -> assign -> shard_ready (all) -> connect -> connected (all) -> step_plan / step_result ... -> next epoch or release.
+ */
+import type { LinkDriver, Placement } from './placement.ts';
+import type { StepPlan, StepResult } from './step-plan.ts';
+
+export interface WorkerFacts {
+  /** Same value = same host and same process namespace: shared memory is possible. */
+  hostId: string;
+  pid: number;
+  cpuModel: string;
+  isa: string;
+  cores: number;
+  memoryBytes: number;
+  executor: string;
+  /** `BuildInfo.arithmetic`: workers that differ must not share a placement. */
+  arithmetic: string;
+  /** host:port of the worker's gRPC server (links). */
+  grpcAddress: string;
+  /** Products a second per core, measured at start (bytes/s of 4-bit weights at one token), for the planner. */
+  weightBytesPerSecond: number;
+}
+
+/** Worker -> coordinator, on `reg`: at start, and whenever it finds itself unknown. */
+export interface Join {
+  type: 'join';
+  worker: string;
+  protocolMin: number;
+  protocolMax: number;
+  /** Highest epoch this worker has seen, so that epochs never go backwards. */
+  epochSeen: number;
+  facts: WorkerFacts;
+}
+
+/** Worker -> coordinator, every 500 ms, never late because of a long step. */
+export interface Heartbeat {
+  type: 'heartbeat';
+  worker: string;
+  /** What the worker believes; the coordinator asks it to join again where this is not what it knows. */
+  state: 'idle' | 'loading' | 'ready' | 'connected' | 'failed' | 'draining';
+  epoch: number;
+  stepDone: number;
+  plansQueued: number;
+  rssBytes: number;
+  stats: WorkerStats;
+}
+
+/** Sums since the worker started; a bubble ratio is idle / (idle + busy) of a difference. */
+export interface WorkerStats {
+  steps: number;
+  busyUs: number;
+  idleUs: number;
+  collectiveUs: number;
+  receiveUs: number;
+  framesOut: number;
+  bytesOut: number;
+  staleFrames: number;
+  corruptFrames: number;
+}
+
+/** Everything a worker needs to build its program and get its slice. Tensor data never travels here. */
+export interface Assign {
+  type: 'assign';
+  placement: Placement;
+  stage: number;
+  rank: number;
+  /** Model description: hyper-parameters and tensor directory (`ModelFacts` of kernels/model-file), as the sender's JSON. */
+  model: string;
+  /** sha256 of the model file, and the sha256 this shard's slice must have. */
+  sourceSha256: string;
+  sliceSha256: string;
+  /** Path that may exist on the worker's host; otherwise the slice is fetched from `weightsAddress` (gRPC). */
+  modelPath: string;
+  weightsAddress: string;
+  executor: string;
+  isa: string | null;
+  cores: number[];
+  spin: boolean;
+  blockTokens: number;
+  /** 0: as many as `kvCacheBytes` holds. */
+  kvBlocks: number;
+  kvCacheBytes: number;
+  kvType: 'auto' | 'int8' | 'f16';
+  contextTokensMax: number;
+  stepTokensMax: number;
+  sequencesMax: number;
+}
+
+export interface LoadProgress {
+  type: 'load_progress';
+  worker: string;
+  epoch: number;
+  bytesDone: number;
+  bytesTotal: number;
+  /** `disk`: the model file on this host; `cache`: the slice cache; `coordinator`: fetched. */
+  source: 'disk' | 'cache' | 'coordinator';
+}
+
+/** Shard loaded, digest right, outbound segment open. */
+export interface ShardReady {
+  type: 'shard_ready';
+  worker: string;
+  epoch: number;
+  sliceSha256: string;
+  tablesChecksum: string;
+  kvBlocks: number;
+  bytesFetched: number;
+  loadMs: number;
+  segment: { pid: number; fd: number; bytes: number } | null;
+}
+
+export interface Connect {
+  type: 'connect';
+  placement: string;
+  epoch: number;
+  kvBlocks: number;
+  peers: {
+    stage: number;
+    rank: number;
+    worker: string;
+    hostId: string;
+    grpcAddress: string;
+    segment: { pid: number; fd: number; bytes: number } | null;
+    driver: LinkDriver;
+  }[];
+}
+
+export interface Connected {
+  type: 'connected';
+  worker: string;
+  epoch: number;
+}
+
+/** A worker cannot go on: load failed, step failed. `peer`: the worker it waited for, when that is the reason. */
+export interface WorkerFailed {
+  type: 'worker_failed';
+  worker: string;
+  epoch: number;
+  step: number;
+  code: string;
+  message: string;
+  peer: string | null;
+}
+
+/** Coordinator -> worker: forget this placement (weights may stay cached), stop steps of epochs up to this one. */
+export interface Release {
+  type: 'release';
+  epoch: number;
+}
+
+/** Coordinator -> worker: send `join` again. */
+export interface Rejoin {
+  type: 'rejoin';
+}
+
+/** Coordinator -> worker: finish what is in flight, then leave. Worker -> coordinator: `leaving`. */
+export interface Drain {
+  type: 'drain';
+}
+export interface Leaving {
+  type: 'leaving';
+  worker: string;
+}
+
+/** Measured by the asked worker against a peer: echo of `bytes` over a link driver. */
+export interface Probe {
+  type: 'probe';
+  id: number;
+  peer: string;
+  grpcAddress: string;
+  driver: 'grpc' | 'nats';
+  bytes: number;
+  rounds: number;
+}
+export interface ProbeResult {
+  type: 'probe_result';
+  id: number;
+  worker: string;
+  peer: string;
+  roundTripUs: number[];
+  error: string | null;
+}
+
+export type WorkerMessage = Join | Heartbeat | LoadProgress | ShardReady | Connected | WorkerFailed | Leaving | ProbeResult | StepResult;
+export type CoordinatorMessage = Assign | Connect | Release | Rejoin | Drain | Probe | StepPlan;
+export type Message = WorkerMessage | CoordinatorMessage;

@@ -1,0 +1,32 @@
+/** Where a model lives: `Placement` names stages (cuts of layers), ranks (cuts of every layer) and the worker that holds each shard. */
+
+export interface Range {
+  from: number;
+  to: number;
+}
+
+export type LinkDriver = 'shm' | 'grpc' | 'nats';
+
+export interface RankPlacement {
+  worker: string;
+  /** Attention units (design section 13), feed-forward units, vocabulary units of 1,024 ids. */
+  attentionUnits: Range;
+  feedForwardUnits: Range;
+  vocabularyUnits: Range;
+}
+
+export interface StagePlacement {
+  layers: Range;
+  ranks: RankPlacement[];
+}
+
+export interface Placement {
+  /** Random id of this placement, in every frame. */
+  id: string;
+  /** Raised by one whenever a worker, a link or a cut changes. A frame of an older epoch changes nothing. */
+  epoch: number;
+  model: string;
+  stages: StagePlacement[];
+  /** Link driver forced by the operator, else picked for each pair when the mesh is connected. */
+  link: LinkDriver | 'auto';
+}
