@@ -1,0 +1,476 @@
+/**
+ * Who holds which shard, as a state machine: workers join, take seats (one seat a rank of the placement), load, connect, serve; when one is lost the epoch
+ * ends, and a new one begins as soon as every seat is taken again. No I/O and no timers of its own: messages come in by `receive`, time by `tick`.
+ *
+ *   forming ──all seats taken──► loading ──all shards ready──► connecting ──all connected──► serving
+ *      ▲                            │                              │                            │
+ *      └───────────── a seated worker lost, a failure, a deadline, the broker gone ────────────┘
+ */
+import type {
+  Assign,
+  Connect,
+  CoordinatorMessage,
+  Heartbeat,
+  Join,
+  ShardReady,
+  WorkerFacts,
+  WorkerMessage,
+} from '../../protocol/messages.ts';
+import type { LinkDriver, Placement } from '../../protocol/placement.ts';
+import type { StepResult } from '../../protocol/step-plan.ts';
+
+/** One rank of the placement, without the worker that fills it. */
+export interface Seat {
+  stage: number;
+  rank: number;
+}
+
+export interface MeshOptions {
+  model: string;
+  /** Link driver for every pair, or `auto`. */
+  link: LinkDriver | 'auto';
+  seats: Seat[];
+  /** Stages and ranks with `worker` left empty. */
+  placementTemplate: Pick<Placement, 'stages'>;
+  protocol: { min: number; max: number };
+  /** Everything of `assign` but what the mesh itself decides. */
+  assignFor(seat: Seat, facts: WorkerFacts): Omit<Assign, 'type' | 'placement' | 'stage' | 'rank'>;
+  /** sha256 each shard must report. */
+  sliceSha256For(seat: Seat): string;
+  newPlacementId(): string;
+  timers: MeshTimers;
+}
+
+export interface MeshTimers {
+  /** A worker whose last heartbeat is older is lost. */
+  heartbeatTimeoutMs: number;
+  /** Longest time without load progress of a worker. */
+  loadStallMs: number;
+  connectTimeoutMs: number;
+  /** Pause before a new epoch after the n-th failure in a row: base * 2^n up to max. */
+  backoffBaseMs: number;
+  backoffMaxMs: number;
+  /** An epoch that served this long ends a row of failures. */
+  stableMs: number;
+}
+
+export const defaultMeshTimers: MeshTimers = {
+  heartbeatTimeoutMs: 3_000,
+  loadStallMs: 30_000,
+  connectTimeoutMs: 5_000,
+  backoffBaseMs: 50,
+  backoffMaxMs: 5_000,
+  stableMs: 5_000,
+};
+
+/** An epoch that serves. */
+export interface EpochInfo {
+  epoch: number;
+  placement: Placement;
+  kvBlocks: number;
+}
+
+export interface MeshLoss {
+  code: 'worker_lost' | 'broker_lost' | 'step_timeout' | 'step_failed';
+  message: string;
+}
+
+export interface MeshOutputs {
+  send(worker: string, message: CoordinatorMessage): void;
+  serving(epoch: EpochInfo): void;
+  lost(epoch: number, loss: MeshLoss): void;
+  result(result: StepResult): void;
+  /** One line for the log. */
+  event(name: string, fields: Record<string, unknown>): void;
+}
+
+interface Member {
+  facts: WorkerFacts;
+  epochSeen: number;
+  seenAt: number;
+  heartbeat: Heartbeat | null;
+  /** Why it may not take a seat; null when it may. */
+  refused: string | null;
+}
+
+type Phase =
+  | { name: 'forming' }
+  | {
+      name: 'loading';
+      ready: Map<string, ShardReady>;
+      progressAt: Map<string, number>;
+      bytes: Map<string, [done: number, total: number]>;
+    }
+  | { name: 'connecting'; ready: Map<string, ShardReady>; connected: Set<string>; since: number }
+  | { name: 'serving'; info: EpochInfo; since: number };
+
+export class Mesh {
+  readonly #options: MeshOptions;
+  readonly #out: MeshOutputs;
+  readonly #members = new Map<string, Member>();
+  /** Worker of each seat. */
+  readonly #seated: (string | null)[];
+  #phase: Phase = { name: 'forming' };
+  #placement: Placement | null = null;
+  #epoch = 0;
+  #failures = 0;
+  #formNotBefore = 0;
+  #now = 0;
+  #brokerUp = true;
+  /** Frames, results and failures of an epoch that is over. */
+  staleMessages = 0;
+
+  constructor(options: MeshOptions, outputs: MeshOutputs) {
+    this.#options = options;
+    this.#out = outputs;
+    this.#seated = options.seats.map(() => null);
+  }
+
+  get epoch(): number {
+    return this.#epoch;
+  }
+
+  get serving(): EpochInfo | null {
+    return this.#phase.name === 'serving' ? this.#phase.info : null;
+  }
+
+  /** Why the mesh does not serve, for an operator; null when it serves. */
+  reason(): string | null {
+    if (!this.#brokerUp) return 'the connection to the NATS server is down';
+    switch (this.#phase.name) {
+      case 'forming': {
+        const missing = this.missingSeats();
+        if (missing.length === 0) return 'a new epoch is about to begin';
+        const refused = [...this.#members]
+          .filter(([, member]) => member.refused)
+          .map(([worker, member]) => `${worker}: ${member.refused}`);
+        const waits = `waiting for ${missing.length} of ${this.#options.seats.length} workers (${missing.map((seat) => `stage ${seat.stage} rank ${seat.rank}`).join(', ')})`;
+        return refused.length ? `${waits}; refused: ${refused.join('; ')}` : waits;
+      }
+      case 'loading': {
+        const { ready } = this.#phase;
+        const waiting = this.#workers().filter((worker) => !ready.has(worker));
+        return `loading weights: ${waiting.join(', ')}`;
+      }
+      case 'connecting': {
+        const { connected } = this.#phase;
+        return `connecting ranks: ${this.#workers()
+          .filter((worker) => !connected.has(worker))
+          .join(', ')}`;
+      }
+      case 'serving':
+        return null;
+    }
+  }
+
+  missingSeats(): Seat[] {
+    return this.#options.seats.filter((_, index) => this.#seated[index] === null);
+  }
+
+  /** Bytes loaded and to load over all workers; null when not loading. */
+  loadProgress(): { bytesDone: number; bytesTotal: number } | null {
+    if (this.#phase.name !== 'loading') return null;
+    let bytesDone = 0;
+    let bytesTotal = 0;
+    for (const [done, total] of this.#phase.bytes.values()) {
+      bytesDone += done;
+      bytesTotal += total;
+    }
+    return { bytesDone, bytesTotal };
+  }
+
+  /** Members for status pages and metrics: seat, facts, last heartbeat. */
+  members(): { worker: string; seat: Seat | null; facts: WorkerFacts; heartbeat: Heartbeat | null; seenAt: number }[] {
+    return [...this.#members].map(([worker, member]) => ({
+      worker,
+      seat: this.#options.seats[this.#seated.indexOf(worker)] ?? null,
+      facts: member.facts,
+      heartbeat: member.heartbeat,
+      seenAt: member.seenAt,
+    }));
+  }
+
+  /** Time goes on: deadlines, and the start of a new epoch. Call it at least every 100 ms. */
+  tick(now: number): void {
+    this.#now = now;
+    const { timers } = this.#options;
+    if (this.#brokerUp)
+      for (const [worker, member] of this.#members)
+        if (now - member.seenAt > timers.heartbeatTimeoutMs)
+          this.#lose(
+            worker,
+            `no heartbeat from worker ${worker} for ${Math.round(now - member.seenAt)} ms, limit ${timers.heartbeatTimeoutMs}`,
+          );
+    if (this.#phase.name === 'loading') {
+      for (const [worker, at] of this.#phase.progressAt)
+        if (!this.#phase.ready.has(worker) && now - at > timers.loadStallMs) {
+          this.#lose(worker, `worker ${worker} made no progress in loading for ${timers.loadStallMs} ms`);
+          return;
+        }
+    } else if (this.#phase.name === 'connecting' && now - this.#phase.since > timers.connectTimeoutMs) {
+      const { connected } = this.#phase;
+      const late = this.#workers().filter((worker) => !connected.has(worker));
+      this.#endEpoch({ code: 'worker_lost', message: `not connected within ${timers.connectTimeoutMs} ms: ${late.join(', ')}` });
+    }
+    this.#form();
+  }
+
+  /** A message of `worker`; the sender is known from the subject, so it cannot be somebody else. */
+  receive(worker: string, message: WorkerMessage, now: number): void {
+    this.#now = Math.max(this.#now, now);
+    const member = this.#members.get(worker);
+    if (message.type === 'join') return this.#join(message);
+    if (!member) {
+      // Lost (it froze and thawed, or this coordinator is new): it has to join again.
+      if (message.type === 'heartbeat') this.#out.send(worker, { type: 'rejoin' });
+      else this.staleMessages++;
+      return;
+    }
+    member.seenAt = this.#now;
+    if ('epoch' in message && message.type !== 'heartbeat' && message.epoch !== this.#epoch) {
+      this.staleMessages++;
+      return;
+    }
+    switch (message.type) {
+      case 'heartbeat':
+        member.heartbeat = message;
+        member.epochSeen = Math.max(member.epochSeen, message.epoch);
+        return;
+      case 'load_progress':
+        if (this.#phase.name === 'loading') {
+          const before = this.#phase.bytes.get(worker);
+          if (!before || before[0] !== message.bytesDone) this.#phase.progressAt.set(worker, this.#now);
+          this.#phase.bytes.set(worker, [message.bytesDone, message.bytesTotal]);
+        }
+        return;
+      case 'shard_ready':
+        return this.#shardReady(worker, message);
+      case 'connected':
+        return this.#connected(worker);
+      case 'worker_failed': {
+        const blamed = message.peer ? ` (waiting for ${message.peer})` : '';
+        this.#out.event('worker_failed', {
+          worker,
+          code: message.code,
+          step: message.step,
+          peer: message.peer,
+          message: message.message,
+        });
+        const code = message.code === 'wait_timeout' ? 'step_timeout' : 'step_failed';
+        this.#endEpoch({ code, message: `worker ${worker} failed in step ${message.step}${blamed}: ${message.message}` });
+        return;
+      }
+      case 'leaving':
+        return this.#lose(worker, `worker ${worker} left`);
+      case 'step_result':
+        if (this.#phase.name === 'serving' && message.placement === this.#phase.info.placement.id) this.#out.result(message);
+        else this.staleMessages++;
+        return;
+      case 'probe_result':
+        return;
+      default:
+        message satisfies never;
+    }
+  }
+
+  /** The process behind a worker is gone (exit of a local child, `$SYS` disconnect). */
+  workerGone(worker: string, why: string, now: number): void {
+    this.#now = Math.max(this.#now, now);
+    this.#lose(worker, why);
+  }
+
+  /** A step did not come back in time. */
+  stepTimedOut(step: number, waitedMs: number): void {
+    const silent = this.#workers().filter((worker) => {
+      const member = this.#members.get(worker);
+      return !member || this.#now - member.seenAt > 1_000;
+    });
+    const who = silent.length ? `silent workers: ${silent.join(', ')}` : `workers: ${this.#workers().join(', ')}`;
+    this.#endEpoch({ code: 'step_timeout', message: `step ${step} did not come back within ${Math.round(waitedMs)} ms; ${who}` });
+  }
+
+  brokerLost(): void {
+    if (!this.#brokerUp) return;
+    this.#brokerUp = false;
+    this.#endEpoch({ code: 'broker_lost', message: 'the connection to the NATS server was lost' });
+  }
+
+  /** Heartbeats missed while the broker was away do not count. */
+  brokerBack(now: number): void {
+    this.#brokerUp = true;
+    this.#now = Math.max(this.#now, now);
+    for (const member of this.#members.values()) member.seenAt = this.#now;
+  }
+
+  #workers(): string[] {
+    return this.#seated.filter((worker): worker is string => worker !== null);
+  }
+
+  #join(message: Join): void {
+    const { worker, facts } = message;
+    if (this.#seated.includes(worker)) {
+      // It restarted, or lost its state: what it held of this epoch is gone.
+      this.#lose(worker, `worker ${worker} joined again`);
+    }
+    const { min, max } = this.#options.protocol;
+    const overlaps = message.protocolMin <= max && message.protocolMax >= min;
+    const other = [...this.#members.values()].find(
+      (member) => member.refused === null && member.facts.arithmetic !== facts.arithmetic,
+    );
+    const refused = !overlaps
+      ? `protocol ${message.protocolMin}..${message.protocolMax}, this coordinator speaks ${min}..${max}`
+      : other
+        ? `its kernels (${facts.arithmetic}) would give other bits than those of the workers here (${other.facts.arithmetic})`
+        : null;
+    this.#members.set(worker, { facts, epochSeen: message.epochSeen, seenAt: this.#now, heartbeat: null, refused });
+    this.#out.event('worker_joined', { worker, host: facts.hostId, pid: facts.pid, isa: facts.isa, cores: facts.cores, refused });
+    this.#form();
+  }
+
+  #lose(worker: string, message: string): void {
+    if (!this.#members.delete(worker)) return;
+    const seat = this.#seated.indexOf(worker);
+    this.#out.event('worker_lost', { worker, message });
+    if (seat >= 0) {
+      this.#seated[seat] = null;
+      this.#endEpoch({ code: 'worker_lost', message });
+    }
+  }
+
+  /** Ends the epoch, if one has begun. Workers forget its steps; their weights stay. */
+  #endEpoch(loss: MeshLoss): void {
+    if (this.#phase.name === 'forming') return;
+    const { backoffBaseMs, backoffMaxMs, stableMs } = this.#options.timers;
+    const wasStable = this.#phase.name === 'serving' && this.#now - this.#phase.since >= stableMs;
+    this.#failures = wasStable ? 0 : this.#failures + 1;
+    this.#phase = { name: 'forming' };
+    this.#formNotBefore = this.#now + Math.min(backoffMaxMs, backoffBaseMs * 2 ** this.#failures);
+    this.#out.event('epoch_ended', { epoch: this.#epoch, code: loss.code, message: loss.message });
+    for (const worker of this.#workers()) this.#out.send(worker, { type: 'release', epoch: this.#epoch });
+    this.#out.lost(this.#epoch, loss);
+  }
+
+  /** Begins an epoch when every seat is taken. */
+  #form(): void {
+    if (this.#phase.name !== 'forming' || !this.#brokerUp || this.#now < this.#formNotBefore) return;
+    for (const [worker, member] of this.#members) {
+      if (member.refused !== null || this.#seated.includes(worker)) continue;
+      const free = this.#seated.indexOf(null);
+      if (free >= 0) this.#seated[free] = worker;
+    }
+    if (this.missingSeats().length > 0) return;
+    this.#epoch = Math.max(this.#epoch, ...this.#workers().map((worker) => this.#members.get(worker)?.epochSeen ?? 0)) + 1;
+    const workerOf = (stage: number, rank: number): string => {
+      const seat = this.#options.seats.findIndex((one) => one.stage === stage && one.rank === rank);
+      return this.#seated[seat] ?? '';
+    };
+    const placement: Placement = {
+      id: this.#options.newPlacementId(),
+      epoch: this.#epoch,
+      model: this.#options.model,
+      link: this.#options.link,
+      stages: this.#options.placementTemplate.stages.map((stage, index) => ({
+        layers: stage.layers,
+        ranks: stage.ranks.map((rank, position) => ({ ...rank, worker: workerOf(index, position) })),
+      })),
+    };
+    this.#placement = placement;
+    const workers = this.#workers();
+    this.#phase = {
+      name: 'loading',
+      ready: new Map(),
+      progressAt: new Map(workers.map((worker) => [worker, this.#now])),
+      bytes: new Map(),
+    };
+    this.#out.event('epoch_began', { epoch: this.#epoch, placement: placement.id, workers });
+    this.#options.seats.forEach((seat, index) => {
+      const worker = this.#seated[index];
+      const member = worker ? this.#members.get(worker) : undefined;
+      if (!worker || !member) return;
+      this.#out.send(worker, {
+        type: 'assign',
+        placement,
+        stage: seat.stage,
+        rank: seat.rank,
+        ...this.#options.assignFor(seat, member.facts),
+      });
+    });
+  }
+
+  #shardReady(worker: string, message: ShardReady): void {
+    const index = this.#seated.indexOf(worker);
+    const seat = this.#options.seats[index];
+    if (this.#phase.name !== 'loading' || !seat || !this.#placement) return;
+    const expected = this.#options.sliceSha256For(seat);
+    if (message.sliceSha256 !== expected) {
+      this.#out.send(worker, { type: 'release', epoch: this.#epoch });
+      return this.#lose(worker, `worker ${worker} holds a slice with sha256 ${message.sliceSha256}, expected ${expected}`);
+    }
+    this.#phase.ready.set(worker, message);
+    this.#out.event('shard_ready', {
+      worker,
+      stage: seat.stage,
+      rank: seat.rank,
+      bytesFetched: message.bytesFetched,
+      loadMs: message.loadMs,
+      kvBlocks: message.kvBlocks,
+    });
+    if (this.#phase.ready.size < this.#options.seats.length) return;
+    const { ready } = this.#phase;
+    const checksums = new Set([...ready.values()].map((one) => one.tablesChecksum));
+    if (checksums.size > 1) {
+      this.#endEpoch({
+        code: 'step_failed',
+        message: `rope tables differ between workers: ${[...ready].map(([name, one]) => `${name} ${one.tablesChecksum}`).join(', ')}`,
+      });
+      return;
+    }
+    const kvBlocks = Math.min(...[...ready.values()].map((one) => one.kvBlocks));
+    this.#phase = { name: 'connecting', ready, connected: new Set(), since: this.#now };
+    for (const [index, self] of this.#options.seats.entries()) {
+      const own = this.#seated[index];
+      if (own) this.#out.send(own, this.#connectMessage(this.#placement, self, own, ready, kvBlocks));
+    }
+  }
+
+  #connectMessage(placement: Placement, self: Seat, own: string, ready: Map<string, ShardReady>, kvBlocks: number): Connect {
+    const stages = placement.stages.length;
+    const last = stages - 1;
+    const isPeer = (seat: Seat): boolean =>
+      seat.stage === self.stage ||
+      Math.abs(seat.stage - self.stage) === 1 ||
+      (self.stage === last && seat.stage === 0) ||
+      (self.stage === 0 && seat.stage === last);
+    const ownFacts = this.#members.get(own)?.facts;
+    const peers: Connect['peers'] = [];
+    this.#options.seats.forEach((seat, index) => {
+      const worker = this.#seated[index];
+      const facts = worker ? this.#members.get(worker)?.facts : undefined;
+      if (!worker || worker === own || !facts || !isPeer(seat)) return;
+      const segment = ready.get(worker)?.segment ?? null;
+      const sameHost = facts.hostId === ownFacts?.hostId && segment !== null && (ready.get(own)?.segment ?? null) !== null;
+      const driver: LinkDriver = this.#options.link === 'auto' ? (sameHost ? 'shm' : 'grpc') : this.#options.link;
+      peers.push({
+        stage: seat.stage,
+        rank: seat.rank,
+        worker,
+        hostId: facts.hostId,
+        grpcAddress: facts.grpcAddress,
+        segment,
+        driver,
+      });
+    });
+    return { type: 'connect', placement: placement.id, epoch: this.#epoch, kvBlocks, peers };
+  }
+
+  #connected(worker: string): void {
+    if (this.#phase.name !== 'connecting' || !this.#placement) return;
+    this.#phase.connected.add(worker);
+    if (this.#phase.connected.size < this.#options.seats.length) return;
+    const kvBlocks = Math.min(...[...this.#phase.ready.values()].map((one) => one.kvBlocks));
+    const info: EpochInfo = { epoch: this.#epoch, placement: this.#placement, kvBlocks };
+    this.#phase = { name: 'serving', info, since: this.#now };
+    this.#out.event('epoch_serving', { epoch: this.#epoch, kvBlocks });
+    this.#out.serving(info);
+  }
+}

@@ -1,0 +1,94 @@
+/**
+ * The local workers of `shardmesh serve`: child processes, restarted with backoff when they die. A child notices the death of its parent by its IPC channel and
+ * exits, so that nothing is left behind by a SIGKILL of the coordinator.
+ */
+import { fork, type ChildProcess } from 'node:child_process';
+
+export interface WorkerProcessesOptions {
+  /** Compiled main module of the worker. */
+  module: string;
+  workers: { worker: string; args: string[] }[];
+  /** A process is gone: how, in one line. Called before it is started again. */
+  onExit(worker: string, cause: string): void;
+  event(name: string, fields: Record<string, unknown>): void;
+  backoffBaseMs?: number;
+  backoffMaxMs?: number;
+}
+
+interface Slot {
+  worker: string;
+  args: string[];
+  child: ChildProcess | null;
+  failures: number;
+  startedAt: number;
+  timer: NodeJS.Timeout | null;
+}
+
+export class WorkerProcesses {
+  readonly #options: WorkerProcessesOptions;
+  readonly #slots: Slot[];
+  #stopping = false;
+
+  constructor(options: WorkerProcessesOptions) {
+    this.#options = options;
+    this.#slots = options.workers.map(({ worker, args }) => ({
+      worker,
+      args,
+      child: null,
+      failures: 0,
+      startedAt: 0,
+      timer: null,
+    }));
+  }
+
+  start(): void {
+    for (const slot of this.#slots) this.#spawn(slot);
+  }
+
+  /** Process ids by worker, for `doctor`, tests and logs. */
+  pids(): Map<string, number> {
+    return new Map(this.#slots.flatMap((slot) => (slot.child?.pid ? [[slot.worker, slot.child.pid] as const] : [])));
+  }
+
+  /** Asks all workers to end (SIGTERM), kills what is left after `graceMs`. */
+  async stop(graceMs: number): Promise<void> {
+    this.#stopping = true;
+    await Promise.all(
+      this.#slots.map(async (slot) => {
+        if (slot.timer) clearTimeout(slot.timer);
+        const { child } = slot;
+        if (!child || child.exitCode !== null || child.signalCode !== null) return;
+        const ended = new Promise<void>((resolve) => child.once('exit', () => resolve()));
+        child.kill('SIGTERM');
+        // A stopped process takes no SIGTERM until it is continued.
+        child.kill('SIGCONT');
+        const timer = setTimeout(() => child.kill('SIGKILL'), graceMs);
+        await ended;
+        clearTimeout(timer);
+      }),
+    );
+  }
+
+  #spawn(slot: Slot): void {
+    slot.timer = null;
+    slot.startedAt = performance.now();
+    const child = fork(this.#options.module, slot.args, {
+      stdio: ['ignore', 'inherit', 'inherit', 'ipc'],
+      execArgv: ['--enable-source-maps'],
+    });
+    slot.child = child;
+    this.#options.event('worker_started', { worker: slot.worker, pid: child.pid });
+    child.once('error', (error) => this.#options.event('worker_start_failed', { worker: slot.worker, message: error.message }));
+    child.once('exit', (code, signal) => {
+      slot.child = null;
+      if (this.#stopping) return;
+      const livedMs = performance.now() - slot.startedAt;
+      slot.failures = livedMs > 10_000 ? 0 : slot.failures + 1;
+      const cause = `process ${child.pid} of worker ${slot.worker} ended with ${signal ? `signal ${signal}` : `exit code ${code}`} after ${(livedMs / 1000).toFixed(1)} s`;
+      const delay = Math.min(this.#options.backoffMaxMs ?? 10_000, (this.#options.backoffBaseMs ?? 100) * 2 ** slot.failures);
+      this.#options.onExit(slot.worker, cause);
+      this.#options.event('worker_restarting', { worker: slot.worker, cause, delayMs: delay });
+      slot.timer = setTimeout(() => this.#spawn(slot), delay);
+    });
+  }
+}

@@ -1,0 +1,149 @@
+/**
+ * Every option of the command line, named once: the same flag means the same in every command. `parse` turns text into a checked value and says what is
+ * wrong, the value and the limit.
+ */
+import { InvalidArgumentError, Option, type Command } from 'commander';
+
+const sizes: Record<string, number> = { '': 1, k: 1024, m: 1024 ** 2, g: 1024 ** 3 };
+
+function integer(minimum: number, maximum: number): (text: string) => number {
+  return (text) => {
+    const value = Number(text);
+    if (!/^\d+$/.test(text) || value < minimum || value > maximum)
+      throw new InvalidArgumentError(`a whole number from ${minimum} to ${maximum} is needed.`);
+    return value;
+  };
+}
+
+function bytes(text: string): number {
+  const match = /^(\d+(?:\.\d+)?)\s*([kmg]?)(?:i?b)?$/i.exec(text);
+  const value = match ? Math.floor(Number(match[1]) * (sizes[(match[2] ?? '').toLowerCase()] ?? 1)) : 0;
+  if (value < 1024 ** 2) throw new InvalidArgumentError('a size of at least 1m is needed, e.g. 512m or 2g.');
+  return value;
+}
+
+/** `3` is a count of equal shares, `3:2:1` are the shares themselves. */
+export interface Shares {
+  count: number;
+  /** null: equal. */
+  parts: number[] | null;
+}
+
+function shares(name: string): (text: string) => Shares {
+  return (text) => {
+    const parts = text.split(':').map(Number);
+    if (!/^\d+(:\d+)*$/.test(text) || parts.some((part) => part < 1 || part > 65_536) || parts.length > 64)
+      throw new InvalidArgumentError(`${name} is a count (2) or a list of shares (3:2:1).`);
+    const [count] = parts;
+    if (parts.length === 1 && count !== undefined) {
+      if (count > 64) throw new InvalidArgumentError(`at most 64 are possible.`);
+      return { count, parts: null };
+    }
+    return { count: parts.length, parts };
+  };
+}
+
+function cores(text: string): number[] {
+  const list: number[] = [];
+  for (const item of text.split(',')) {
+    const match = /^(\d+)(?:-(\d+))?$/.exec(item);
+    if (!match) throw new InvalidArgumentError('a list of cores is needed, e.g. 0,2-3.');
+    const from = Number(match[1]);
+    const to = Number(match[2] ?? match[1]);
+    if (to < from || to > 4095) throw new InvalidArgumentError(`no such range of cores: ${item}.`);
+    for (let core = from; core <= to; core++) list.push(core);
+  }
+  return list;
+}
+
+const options = {
+  model: () =>
+    new Option('--model <name|path>', 'name in the catalogue (`shardmesh models list`) or path of a GGUF file').default(
+      'smollm2-135m-instruct-q4_1',
+    ),
+  servedModelName: () => new Option('--served-model-name <name>', "the model's name in the API (default: the model's own name)"),
+  tp: () =>
+    new Option('--tp <n|a:b:c>', 'ranks a stage, or their shares of the units')
+      .default({ count: 1, parts: null }, '1')
+      .argParser(shares('--tp')),
+  pp: () =>
+    new Option('--pp <n|a:b>', 'stages, or their layers').default({ count: 1, parts: null }, '1').argParser(shares('--pp')),
+  executor: () => new Option('--executor <kind>', 'what computes').choices(['auto', 'cpu', 'reference']).default('auto'),
+  isa: () =>
+    new Option('--isa <name>', 'instruction set of the cpu executor')
+      .choices(['auto', 'avx512', 'avx2', 'portable'])
+      .default('auto'),
+  link: () =>
+    new Option('--link <driver>', 'how ranks and stages reach each other')
+      .choices(['auto', 'shm', 'grpc', 'nats'])
+      .default('auto'),
+  port: () => new Option('--port <n>', 'HTTP port (0: any free one)').default(8080).argParser(integer(0, 65535)),
+  host: () => new Option('--host <address>', 'HTTP address; beyond loopback is refused in this version').default('127.0.0.1'),
+  nats: () => new Option('--nats <url>', 'a running NATS server (default: a private one)'),
+  credentials: () => new Option('--credentials <file>', 'credential file for --nats'),
+  apiKeys: () =>
+    new Option('--api-keys <file>', 'file with one API key a line (or environment SHARDMESH_API_KEYS, comma-separated)'),
+  stepTokensMax: () => new Option('--step-tokens-max <n>', 'most tokens of a step').default(256).argParser(integer(16, 4096)),
+  prefillChunkMax: () =>
+    new Option(
+      '--prefill-chunk-max <n>',
+      'most prompt tokens of one sequence in a step (default: as --step-tokens-max)',
+    ).argParser(integer(1, 4096)),
+  blockTokens: () =>
+    new Option('--block-tokens <n>', 'tokens of a KV block: 16, 32, 48 or 64').default(16).argParser(integer(16, 64)),
+  kvCacheBytes: () =>
+    new Option('--kv-cache-bytes <size>', 'KV cache of each worker, e.g. 512m').default(256 * 1024 ** 2, '256m').argParser(bytes),
+  kvType: () =>
+    new Option('--kv-type <type>', 'type of K in the KV cache (V is int8)').choices(['auto', 'int8', 'f16']).default('auto'),
+  contextTokensMax: () =>
+    new Option('--context-tokens-max <n>', "longest context (default: the model's own)").argParser(integer(16, 1_048_576)),
+  cores: () => new Option('--cores <list>', 'cores to compute on, e.g. 0,2-3 (default: all)').argParser(cores),
+  sequencesMax: () =>
+    new Option('--sequences-max <n>', 'most sequences that run at once').default(256).argParser(integer(1, 4096)),
+  noPrefixCache: () => new Option('--no-prefix-cache', 'never reuse blocks of an earlier prompt'),
+  stepsInFlight: () =>
+    new Option('--steps-in-flight <n>', 'steps planned ahead (default: 2 for one stage, stages + 1 else)').argParser(
+      integer(1, 16),
+    ),
+  ask: () => new Option('--ask <question>', 'ask the model one question when it is ready'),
+  logLevel: () =>
+    new Option('--log-level <level>', 'least level that is logged')
+      .choices(['debug', 'info', 'warn', 'error', 'silent'])
+      .default('info'),
+} as const;
+
+export type OptionName = keyof typeof options;
+
+/** Adds the named options to a command, in this order. */
+export function addOptions(command: Command, names: readonly OptionName[]): Command {
+  for (const name of names) command.addOption(options[name]());
+  return command;
+}
+
+/** Values as commander gives them, for the commands that take all of them. */
+export interface OptionValues {
+  model: string;
+  servedModelName?: string;
+  tp: Shares;
+  pp: Shares;
+  executor: 'auto' | 'cpu' | 'reference';
+  isa: 'auto' | 'avx512' | 'avx2' | 'portable';
+  link: 'auto' | 'shm' | 'grpc' | 'nats';
+  port: number;
+  host: string;
+  nats?: string;
+  credentials?: string;
+  apiKeys?: string;
+  stepTokensMax: number;
+  prefillChunkMax?: number;
+  blockTokens: number;
+  kvCacheBytes: number;
+  kvType: 'auto' | 'int8' | 'f16';
+  contextTokensMax?: number;
+  cores?: number[];
+  sequencesMax: number;
+  prefixCache: boolean;
+  stepsInFlight?: number;
+  ask?: string;
+  logLevel: string;
+}

@@ -1,0 +1,190 @@
+import { describe, expect, it } from 'vitest';
+import { defaultMeshTimers, Mesh, type EpochInfo, type MeshLoss, type Seat } from '../../../../coordinator/mesh/mesh.ts';
+import type { CoordinatorMessage, Join, ShardReady, WorkerFacts } from '../../../../protocol/messages.ts';
+
+const facts = (changes: Partial<WorkerFacts> = {}): WorkerFacts => ({
+  hostId: 'host-1',
+  pid: 100,
+  cpuModel: 'test',
+  isa: 'avx2',
+  cores: 1,
+  memoryBytes: 1e9,
+  executor: 'cpu',
+  arithmetic: 'arithmetic-1',
+  grpcAddress: '127.0.0.1:1',
+  weightBytesPerSecond: 1e9,
+  ...changes,
+});
+const join = (worker: string, changes: Partial<Join> = {}): Join => ({
+  type: 'join',
+  worker,
+  protocolMin: 1,
+  protocolMax: 1,
+  epochSeen: 0,
+  facts: facts(),
+  ...changes,
+});
+const ready = (worker: string, epoch: number, changes: Partial<ShardReady> = {}): ShardReady => ({
+  type: 'shard_ready',
+  worker,
+  epoch,
+  sliceSha256: 'right',
+  tablesChecksum: 'tables',
+  kvBlocks: 100,
+  bytesFetched: 0,
+  loadMs: 1,
+  segment: { pid: 1, fd: 3, bytes: 4096 },
+  ...changes,
+});
+
+/** A mesh of `seats` (default: one stage of two ranks) with everything it says recorded. */
+function makeMesh(seats: Seat[] = [0, 1].map((rank) => ({ stage: 0, rank }))) {
+  const sent: { worker: string; message: CoordinatorMessage }[] = [];
+  const serving: EpochInfo[] = [];
+  const lost: { epoch: number; loss: MeshLoss }[] = [];
+  const stages = Math.max(...seats.map((seat) => seat.stage)) + 1;
+  const range = { from: 0, to: 1 };
+  const mesh = new Mesh(
+    {
+      model: 'm',
+      link: 'auto',
+      seats,
+      placementTemplate: {
+        stages: Array.from({ length: stages }, (_, stage) => ({
+          layers: range,
+          ranks: seats
+            .filter((seat) => seat.stage === stage)
+            .map(() => ({ worker: '', attentionUnits: range, feedForwardUnits: range, vocabularyUnits: range })),
+        })),
+      },
+      protocol: { min: 1, max: 1 },
+      assignFor: () => ({}) as never,
+      sliceSha256For: () => 'right',
+      newPlacementId: () => 'placement',
+      timers: { ...defaultMeshTimers, backoffBaseMs: 0 },
+    },
+    {
+      send: (worker, message) => sent.push({ worker, message }),
+      serving: (info) => serving.push(info),
+      lost: (epoch, loss) => lost.push({ epoch, loss }),
+      result: () => {},
+      event: () => {},
+    },
+  );
+  const types = (worker: string): string[] => sent.filter((one) => one.worker === worker).map((one) => one.message.type);
+  return { mesh, sent, serving, lost, types };
+}
+
+/** Workers `a` and `b` joined, loaded and connected in epoch 1. */
+function servingMesh() {
+  const made = makeMesh();
+  for (const worker of ['a', 'b']) made.mesh.receive(worker, join(worker), 0);
+  for (const worker of ['a', 'b']) made.mesh.receive(worker, ready(worker, 1), 1);
+  for (const worker of ['a', 'b']) made.mesh.receive(worker, { type: 'connected', worker, epoch: 1 }, 2);
+  return made;
+}
+
+describe('mesh', () => {
+  it('mesh - assigns nothing until every seat is taken, and says who is missing', () => {
+    const { mesh, types } = makeMesh();
+    mesh.receive('a', join('a'), 0);
+    expect(types('a')).toEqual([]);
+    expect(mesh.reason()).toBe('waiting for 1 of 2 workers (stage 0 rank 1)');
+    mesh.receive('b', join('b'), 0);
+    expect([types('a'), types('b')]).toEqual([['assign'], ['assign']]);
+  });
+
+  it('mesh - serves with the least KV room of any rank once all are connected', () => {
+    const { mesh, serving } = makeMesh();
+    for (const worker of ['a', 'b']) mesh.receive(worker, join(worker), 0);
+    mesh.receive('a', ready('a', 1, { kvBlocks: 70 }), 1);
+    mesh.receive('b', ready('b', 1, { kvBlocks: 50 }), 1);
+    mesh.receive('a', { type: 'connected', worker: 'a', epoch: 1 }, 2);
+    expect(serving).toEqual([]);
+    mesh.receive('b', { type: 'connected', worker: 'b', epoch: 1 }, 2);
+    expect(serving.map(({ epoch, kvBlocks }) => [epoch, kvBlocks])).toEqual([[1, 50]]);
+    expect(mesh.reason()).toBeNull();
+  });
+
+  it('mesh - picks shm on one host and grpc across hosts', () => {
+    const { mesh, sent } = makeMesh([0, 1, 2].map((rank) => ({ stage: 0, rank })));
+    mesh.receive('a', join('a'), 0);
+    mesh.receive('b', join('b'), 0);
+    mesh.receive('c', join('c', { facts: facts({ hostId: 'host-2' }) }), 0);
+    for (const worker of ['a', 'b', 'c']) mesh.receive(worker, ready(worker, 1), 1);
+    const connect = sent.find((one) => one.worker === 'a' && one.message.type === 'connect')?.message;
+    expect(connect?.type === 'connect' && connect.peers.map((peer) => [peer.worker, peer.driver])).toEqual([
+      ['b', 'shm'],
+      ['c', 'grpc'],
+    ]);
+  });
+
+  it('mesh - a silent worker is lost after 3 s, the epoch ends with its name, survivors are released', () => {
+    const { mesh, lost, types } = servingMesh();
+    mesh.receive('a', { type: 'heartbeat', worker: 'a', epoch: 1 } as never, 2_900);
+    mesh.tick(3_000);
+    expect(lost).toEqual([]);
+    mesh.tick(3_003);
+    expect(lost.map(({ epoch, loss }) => [epoch, loss.code])).toEqual([[1, 'worker_lost']]);
+    expect(lost[0]?.loss.message).toContain('no heartbeat from worker b');
+    expect(types('a').at(-1)).toBe('release');
+  });
+
+  it('mesh - a thawed worker is asked to join again and takes its seat under a new epoch', () => {
+    const { mesh, types, sent } = servingMesh();
+    mesh.workerGone('b', 'gone', 10);
+    mesh.receive('b', { type: 'heartbeat', worker: 'b', epoch: 1 } as never, 20);
+    expect(types('b').at(-1)).toBe('rejoin');
+    mesh.receive('b', join('b', { epochSeen: 1 }), 30);
+    mesh.tick(31);
+    const assign = sent.filter((one) => one.message.type === 'assign').at(-1)?.message;
+    expect(assign?.type === 'assign' && assign.placement.epoch).toBe(2);
+  });
+
+  it('mesh - messages of an old epoch change nothing and are counted', () => {
+    const { mesh, lost } = servingMesh();
+    mesh.receive('a', { type: 'worker_failed', worker: 'a', epoch: 0, step: 3, code: 'internal', message: 'old', peer: null }, 5);
+    expect([lost, mesh.staleMessages, mesh.serving?.epoch]).toEqual([[], 1, 1]);
+  });
+
+  it('mesh - epochs go on from the highest that any worker has seen', () => {
+    const { mesh } = makeMesh([{ stage: 0, rank: 0 }]);
+    mesh.receive('a', join('a', { epochSeen: 41 }), 0);
+    expect(mesh.epoch).toBe(42);
+  });
+
+  it('mesh - a wrong slice digest costs the worker its seat before anything is connected', () => {
+    const { mesh, types, lost } = makeMesh([{ stage: 0, rank: 0 }]);
+    mesh.receive('a', join('a'), 0);
+    mesh.receive('a', ready('a', 1, { sliceSha256: 'wrong' }), 1);
+    expect(types('a')).toEqual(['assign', 'release']);
+    expect(lost[0]?.loss.message).toContain('sha256 wrong, expected right');
+  });
+
+  it('mesh - a worker with other arithmetic or protocol is refused by name', () => {
+    const { mesh } = makeMesh();
+    mesh.receive('a', join('a'), 0);
+    mesh.receive('b', join('b', { facts: facts({ arithmetic: 'arithmetic-2' }) }), 0);
+    expect(mesh.reason()).toContain('b: its kernels (arithmetic-2) would give other bits');
+    mesh.receive('c', join('c', { protocolMin: 2, protocolMax: 3 }), 0);
+    expect(mesh.reason()).toContain('c: protocol 2..3, this coordinator speaks 1..1');
+  });
+
+  it('mesh - a spare takes the seat of a lost worker at once', () => {
+    const { mesh, sent } = servingMesh();
+    mesh.receive('spare', join('spare'), 5);
+    mesh.workerGone('b', 'exit code 1', 10);
+    mesh.tick(11);
+    expect(sent.filter((one) => one.message.type === 'assign').map((one) => one.worker)).toEqual(['a', 'b', 'a', 'spare']);
+  });
+
+  it('mesh - heartbeats missed while the broker is away do not cost a worker its seat', () => {
+    const { mesh, lost } = servingMesh();
+    mesh.brokerLost();
+    mesh.tick(60_000);
+    mesh.brokerBack(60_000);
+    mesh.tick(60_001);
+    expect(lost.map(({ loss }) => loss.code)).toEqual(['broker_lost']);
+    expect(mesh.epoch).toBe(2);
+  });
+});
