@@ -86,6 +86,8 @@ export const frameLimits = {
   payloadBytesMax: 64 * MiB,
   /** Payload of one chunk on NATS; a chunk and its header stay below `max_payload`. */
   chunkBytesMax: 512 * KiB,
+  /** Of every chunk but the last, so that a payload has a bounded number of them. */
+  chunkBytesMin: KiB,
   rowsMax: 1 << 20,
   /** Frames of one source that may be incomplete at a time (chunks missing), and bytes they may hold together. */
   partialFramesMax: 64,

@@ -182,6 +182,7 @@ export interface ProbeResult {
   error: string | null;
 }
 
-export type WorkerMessage = Join | Heartbeat | LoadProgress | ShardReady | Connected | WorkerFailed | Leaving | ProbeResult | StepResult;
+export type WorkerMessage =
+  Join | Heartbeat | LoadProgress | ShardReady | Connected | WorkerFailed | Leaving | ProbeResult | StepResult;
 export type CoordinatorMessage = Assign | Connect | Release | Rejoin | Drain | Probe | StepPlan;
 export type Message = WorkerMessage | CoordinatorMessage;
