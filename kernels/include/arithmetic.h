@@ -32,6 +32,10 @@ namespace {
   return p * power;
 }
 
+// Whatever is quantised with a scale of its own (a group of activations, a head of q, K or V, the softmax weights of a step) counts as all zero when its
+// largest magnitude is below this: q = 0 and scale = 0. It keeps 127 / amax and 255 / X finite.
+[[maybe_unused]] constexpr float kQuantizableMin = 0x1p-100f;
+
 // Round to nearest even, as cvtps2dq does.
 [[maybe_unused]] inline int32_t round_even(float x) { return static_cast<int32_t>(std::nearbyintf(x)); }
 
