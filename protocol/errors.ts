@@ -66,6 +66,7 @@ export const errorTable = {
   // What ended a request that was accepted.
   worker_lost: { ...failed, message: 'Worker {worker} was lost while the request was running.' },
   worker_failed: { ...failed, message: 'Worker {worker} failed while the request was running.' },
+  step_failed: { ...failed, message: 'A step failed on worker {worker}.' },
   step_timeout: { ...failed, message: 'A step did not finish within {limitMs} ms; worker {worker} was waited for.' },
   broker_lost: { ...failed, message: 'The connection to the message broker was lost while the request was running.' },
   non_finite: { ...failed, retryable: false, message: 'Worker {worker} computed a value that is not finite.' },
