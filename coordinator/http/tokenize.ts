@@ -1,0 +1,37 @@
+/** POST /tokenize and /detokenize */
+import type { FastifyInstance } from 'fastify';
+import { ShardmeshError } from '../../protocol/errors.ts';
+import { chatMessages } from './chat-completions.ts';
+import { zodError } from './errors.ts';
+import { detokenizeSchema, tokenizeSchema } from './schemas.ts';
+import { checkModel, type HttpServerOptions } from './server.ts';
+
+export function tokenize(app: FastifyInstance, { text, model }: HttpServerOptions): void {
+  app.post('/tokenize', async (request) => {
+    const parsed = tokenizeSchema.safeParse(request.body);
+    if (!parsed.success) throw zodError(parsed.error);
+    const body = parsed.data;
+    if (body.model !== undefined) checkModel(model, body.model);
+    if ((body.prompt === undefined) === (body.messages === undefined))
+      throw new ShardmeshError('invalid_value', 'Exactly one of prompt and messages is needed.', { param: 'prompt' });
+    const tokens = body.messages
+      ? (await text.encodeChat(chatMessages(body.messages), { addGenerationPrompt: body.add_generation_prompt ?? true })).tokens
+      : await text.encode(body.prompt ?? '', { special: 'parse', addBos: body.add_special_tokens ?? true });
+    return { count: tokens.length, max_model_len: model.contextTokensMax, tokens };
+  });
+
+  app.post('/detokenize', async (request) => {
+    const parsed = detokenizeSchema.safeParse(request.body);
+    if (!parsed.success) throw zodError(parsed.error);
+    const { tokens, model: name } = parsed.data;
+    if (name !== undefined) checkModel(model, name);
+    const wrong = tokens.find((token) => token >= model.vocabularySize);
+    if (wrong !== undefined)
+      throw new ShardmeshError(
+        'invalid_value',
+        `tokens: token id ${wrong} is not in the vocabulary (0..${model.vocabularySize - 1}).`,
+        { param: 'tokens' },
+      );
+    return { prompt: text.decode(tokens, { special: true }) };
+  });
+}
