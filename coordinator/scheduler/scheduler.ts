@@ -1,0 +1,623 @@
+/**
+ * Continuous batching, as a pure state machine: sequences in, plans out, results in. No I/O, no timers; the clock is a parameter.
+ *
+ *   schedule()   1. decode     one row of each running sequence whose prompt is computed (a share of them when there are several stages)
+ *                2. prefill    chunks of running sequences whose prompt is not
+ *                3. admission  waiting sequences in order of arrival: blocks of the whole known text or none, cached prefix first
+ *   complete()   results come back in the order of the steps; tokens are committed, full blocks become findable, ended sequences let go
+ *
+ * **Why blocks are free at once, though steps in flight may still write into them.** A worker runs steps in order, and a rank reads and writes only its
+ * own K/V. A block freed now can be handed out in a plan made after this moment at the earliest; that plan's step runs on each rank after every step
+ * in flight, so its writes come last. It reads only positions that its own sequence wrote, or cached blocks, and a step in flight never writes into
+ * a cached block: cached blocks are full of positions that have come back, rows in flight lie behind those.
+ *
+ * **Why a slot is not.** A slot's sampling state is touched when a step *samples*, which is later than when its plan arrives: a slot is closed, and
+ * may be opened again, only in a plan made after every step that used it has come back.
+ */
+import { ShardmeshError } from '../../protocol/errors.ts';
+import type { PlannedOutput, PlannedSequence, SequenceOpen, StepOutput, StepPlan, StepResult } from '../../protocol/step-plan.ts';
+import { InvariantError, type BlockPool } from '../kv-cache/block-pool.ts';
+import type { PrefixCache } from '../kv-cache/prefix-cache.ts';
+import {
+  createSequence,
+  knownTarget,
+  needsTokens,
+  outputCount,
+  outputIndex,
+  positionsMax,
+  type Sequence,
+  type SequenceSpec,
+} from './sequence.ts';
+
+export interface SchedulerOptions {
+  placement: string;
+  epoch: number;
+  pool: BlockPool;
+  /** null: prefixes are not looked up. */
+  cache: PrefixCache | null;
+  blockTokens: number;
+  /** Slots of a worker: most sequences running at a time. */
+  sequencesMax: number;
+  /** Token budget: most rows of a step. */
+  stepTokensMax: number;
+  /** Most rows that one sequence may have in a step. */
+  prefillChunkMax: number;
+  /** Most output rows of a step: each holds logits of the whole vocabulary. */
+  stepOutputsMax: number;
+  /** Stages. With more than one, decoding sequences are split evenly over `stepsInFlightMax` micro-batches. */
+  ppSize: number;
+  stepsInFlightMax: number;
+  /** Most steps in flight that may hold one sequence. 1: steps in flight are disjoint. More: a row may take the token of a step that is not back. */
+  sequenceStepsMax: number;
+  /** Longest wait inside a step of so many rows. */
+  waitTimeoutMs: (tokens: number) => number;
+}
+
+/** Rows of one sequence in a step in flight, as they were planned. */
+interface RowsInFlight {
+  sequence: Sequence;
+  life: number;
+  planned: PlannedSequence;
+  rows: number;
+}
+
+interface StepInFlight {
+  step: number;
+  rows: RowsInFlight[];
+}
+
+/** A slot whose sequence ended; it may be closed when `lastStep` has come back. */
+interface LeavingSlot {
+  slot: number;
+  lastStep: number;
+}
+
+/** A plan under construction. */
+interface Draft {
+  step: number;
+  tokensLeft: number;
+  outputsLeft: number;
+  penaltyTokensLeft: number;
+  opened: SequenceOpen[];
+  rows: RowsInFlight[];
+}
+
+/** What a result meant for one sequence. */
+export interface Progress {
+  sequence: Sequence;
+  /** The prompt is computed since this step (all scores are in `sequence.promptScores`). */
+  promptComputed: boolean;
+  output: StepOutput | null;
+  /** The sequence ended with this output: `stop` = a stop token, `length` = `outputTokensMax`. */
+  finished: 'stop' | 'length' | null;
+}
+
+/** Sums since the epoch began. */
+export interface SchedulerCounts {
+  waiting: number;
+  running: number;
+  stepsInFlight: number;
+  preemptions: number;
+  promptTokens: number;
+  cachedTokens: number;
+  rowsPlanned: number;
+  /** Rows whose result nobody wanted: of sequences that had ended or been preempted. */
+  rowsWasted: number;
+}
+
+/** Token ids for penalties that one plan may carry, so that a plan stays below the broker's payload limit. */
+const planPenaltyTokensMax = 100_000;
+
+export class Scheduler {
+  readonly options: Readonly<SchedulerOptions>;
+  readonly #pool: BlockPool;
+  readonly #cache: PrefixCache | null;
+  /** Both in order of arrival. */
+  readonly #waiting: Sequence[] = [];
+  readonly #running: Sequence[] = [];
+  #held = 0;
+  #lastId = 0;
+  #lastStep = 0;
+  readonly #inFlight: StepInFlight[] = [];
+  readonly #freeSlots: number[] = [];
+  #leaving: LeavingSlot[] = [];
+  /** Free slots that no plan has closed yet. */
+  #unclosed: number[] = [];
+  #preemptions = 0;
+  #promptTokens = 0;
+  #cachedTokens = 0;
+  #rowsPlanned = 0;
+  #rowsWasted = 0;
+
+  constructor(options: SchedulerOptions) {
+    for (const name of [
+      'sequencesMax',
+      'stepTokensMax',
+      'prefillChunkMax',
+      'stepOutputsMax',
+      'stepsInFlightMax',
+      'sequenceStepsMax',
+    ] as const) {
+      if (!Number.isInteger(options[name]) || options[name] < 1) {
+        throw new InvariantError(`scheduler: ${name} must be a whole number of at least 1, got ${options[name]}`);
+      }
+    }
+    this.options = options;
+    this.#pool = options.pool;
+    this.#cache = options.cache;
+    for (let slot = options.sequencesMax - 1; slot >= 0; slot--) this.#freeSlots.push(slot);
+  }
+
+  get waiting(): readonly Sequence[] {
+    return this.#waiting;
+  }
+
+  get running(): readonly Sequence[] {
+    return this.#running;
+  }
+
+  /** Sequences that have no blocks yet or no more: waiting, preempted, held. */
+  get waitingCount(): number {
+    return this.#waiting.length + this.#held;
+  }
+
+  get stepsInFlight(): number {
+    return this.#inFlight.length;
+  }
+
+  counts(): SchedulerCounts {
+    return {
+      waiting: this.waitingCount,
+      running: this.#running.length,
+      stepsInFlight: this.#inFlight.length,
+      preemptions: this.#preemptions,
+      promptTokens: this.#promptTokens,
+      cachedTokens: this.#cachedTokens,
+      rowsPlanned: this.#rowsPlanned,
+      rowsWasted: this.#rowsWasted,
+    };
+  }
+
+  /** Blocks that a sequence of this size needs at its longest; more than `pool.total` can never run. */
+  blocksNeeded(spec: Pick<SequenceSpec, 'promptTokens' | 'outputTokensMax'>): number {
+    return Math.ceil(positionsMax(spec) / this.options.blockTokens);
+  }
+
+  /**
+   * Puts a sequence at the end of the waiting queue.
+   * @param leader  another choice of the same request: this one is held until the leader's prompt is computed, and then finds it in the prefix cache
+   * @throws {InvariantError} nothing to compute (no output wanted and no prompt token to score), or more blocks than there are: check `blocksNeeded` first
+   */
+  add(spec: SequenceSpec, leader: Sequence | null = null): Sequence {
+    if (positionsMax(spec) < 1) throw new InvariantError('a sequence with nothing to compute was added');
+    if (this.blocksNeeded(spec) > this.#pool.total) {
+      throw new InvariantError(`a sequence needs ${this.blocksNeeded(spec)} blocks and the pool has ${this.#pool.total}`);
+    }
+    const held = leader !== null && !leader.promptComputed && leader.state !== 'finished';
+    const sequence = createSequence(++this.#lastId, spec, held ? 'held' : 'waiting');
+    if (held) {
+      leader.followers.push(sequence);
+      this.#held++;
+    } else {
+      this.#waiting.push(sequence);
+    }
+    return sequence;
+  }
+
+  /** Ends a sequence in whatever state: no further row is planned for it, and its blocks are free now. */
+  end(sequence: Sequence): void {
+    if (sequence.state === 'finished') return;
+    if (sequence.state === 'running') {
+      this.#leave(sequence);
+    } else if (sequence.state === 'held') {
+      this.#held--;
+    } else {
+      this.#waiting.splice(this.#waiting.indexOf(sequence), 1);
+    }
+    sequence.state = 'finished';
+    this.#releaseFollowers(sequence);
+  }
+
+  /** Gives the sequence no rows until `resume`; it keeps its blocks while nobody else needs them. */
+  pause(sequence: Sequence): void {
+    sequence.paused = true;
+  }
+
+  resume(sequence: Sequence): void {
+    sequence.paused = false;
+  }
+
+  /**
+   * The next step, or null when enough steps are in flight or nothing can be planned before a result comes back.
+   * @param now  clock, for `admittedAt`
+   */
+  schedule(now: number): StepPlan | null {
+    if (this.#inFlight.length >= this.options.stepsInFlightMax) return null;
+    this.#freeLeavingSlots();
+    const draft: Draft = {
+      step: this.#lastStep + 1,
+      tokensLeft: this.options.stepTokensMax,
+      outputsLeft: this.options.stepOutputsMax,
+      penaltyTokensLeft: planPenaltyTokensMax,
+      opened: [],
+      rows: [],
+    };
+    this.#planDecode(draft);
+    this.#planPrefill(draft);
+    this.#admit(draft, now);
+    if (draft.rows.length === 0) return null;
+
+    this.#lastStep = draft.step;
+    this.#inFlight.push({ step: draft.step, rows: draft.rows });
+    const closed = this.#unclosed;
+    this.#unclosed = [];
+    const tokens = this.options.stepTokensMax - draft.tokensLeft;
+    this.#rowsPlanned += tokens;
+    return {
+      type: 'step_plan',
+      placement: this.options.placement,
+      epoch: this.options.epoch,
+      step: draft.step,
+      opened: draft.opened,
+      closed,
+      sequences: draft.rows.map(({ planned }) => planned),
+      waitTimeoutMs: this.options.waitTimeoutMs(tokens),
+    };
+  }
+
+  /**
+   * Takes the result of the oldest step in flight.
+   * @returns what it meant, in the order of the plan; nothing for sequences that ended or were preempted since
+   * @throws {ShardmeshError} `invalid_message`: not the result of that step, or not shaped like its plan; no state has changed
+   */
+  complete(result: StepResult): Progress[] {
+    const flight = this.#inFlight[0];
+    if (flight === undefined || flight.step !== result.step) {
+      const expected = flight === undefined ? 'no step is in flight' : `step ${flight.step} is the oldest in flight`;
+      throw new ShardmeshError('invalid_message', `A result of step ${result.step} came but ${expected}.`);
+    }
+    checkOutputs(flight, result);
+    this.#inFlight.shift();
+
+    const progress: Progress[] = [];
+    let next = 0;
+    for (const rows of flight.rows) {
+      const outputs = result.outputs.slice(next, next + rows.planned.outputs.length);
+      next += outputs.length;
+      const { sequence } = rows;
+      if (sequence.state !== 'running' || sequence.life !== rows.life) this.#rowsWasted += rows.rows;
+      else progress.push(this.#commit(rows, outputs));
+    }
+    return progress;
+  }
+
+  /** The epoch failed: every sequence is finished, nothing is in flight, nothing cached. The scheduler is not used again. */
+  abandon(): void {
+    this.#cache?.clear();
+    const leaders = [...this.#running, ...this.#waiting];
+    for (const sequence of leaders) for (const follower of sequence.followers.slice()) this.end(follower);
+    for (const sequence of leaders) this.end(sequence);
+    this.#inFlight.length = 0;
+    this.#pool.check([]);
+  }
+
+  /** @throws {InvariantError} the block pool and the block tables disagree. Walks everything: for tests. */
+  check(): void {
+    this.#pool.check(this.#running.map(({ blocks }) => blocks));
+  }
+
+  // ---------------------------------------------------------------------------------------------------------------- planning
+
+  #planDecode(draft: Draft): void {
+    let decoding = 0;
+    let prefilling = false;
+    const candidates: Sequence[] = [];
+    for (const sequence of this.#running) {
+      if (sequence.paused) continue;
+      if (!isDecoding(sequence)) {
+        prefilling ||= sequence.planned < knownTarget(sequence);
+        continue;
+      }
+      decoding++;
+      if (!this.#takesRows(sequence)) continue;
+      if (outputIndex(sequence, sequence.planned) >= sequence.outputTokensMax) continue;
+      candidates.push(sequence);
+    }
+    // Prefill goes on even when there are more decoding sequences than budget; those then take turns.
+    const reserved = prefilling ? Math.min(this.options.prefillChunkMax, Math.ceil(this.options.stepTokensMax / 4)) : 0;
+    let share = Math.max(1, Math.min(draft.tokensLeft - reserved, draft.outputsLeft));
+    if (this.options.ppSize > 1) {
+      const stepsLeft = this.options.stepsInFlightMax - this.#inFlight.length;
+      share = Math.min(share, Math.ceil(decoding / this.options.stepsInFlightMax), Math.ceil(candidates.length / stepsLeft));
+    }
+    // Without turns, the oldest come first: the newest are the ones that lose their blocks.
+    if (candidates.length > share) candidates.sort((a, b) => a.lastStep - b.lastStep || a.id - b.id);
+    let planned = 0;
+    for (const sequence of candidates) {
+      if (planned === share) return;
+      // One that was preempted for the sake of another candidate is not running any more.
+      if (sequence.state === 'running' && this.#planRows(draft, sequence, 1)) planned++;
+    }
+  }
+
+  #planPrefill(draft: Draft): void {
+    for (const sequence of this.#running) {
+      if (draft.tokensLeft === 0 || draft.outputsLeft === 0) return;
+      if (sequence.paused || isDecoding(sequence) || !this.#takesRows(sequence)) continue;
+      this.#planRows(draft, sequence, this.options.prefillChunkMax);
+    }
+  }
+
+  #admit(draft: Draft, now: number): void {
+    while (draft.tokensLeft > 0 && draft.outputsLeft > 0) {
+      const sequence = this.#waiting.find(({ paused }) => !paused);
+      if (sequence === undefined) return;
+      const penaltyTokens = draft.penaltyTokensLeft - (needsTokens(sequence.sampling) ? sequence.tokens.length : 0);
+      if (penaltyTokens < 0 && draft.opened.length > 0) return;
+      if (this.#giveSlotAndBlocks(sequence)) {
+        draft.penaltyTokensLeft = penaltyTokens;
+        sequence.admittedAt ??= now;
+        draft.opened.push(openRecord(sequence));
+        this.#planRows(draft, sequence, this.options.prefillChunkMax);
+        continue;
+      }
+      // A sequence whose reader is too slow must not keep others out.
+      const idle = newest(this.#running, ({ paused }) => paused);
+      if (idle === null) return;
+      this.#preempt(idle);
+      this.#freeLeavingSlots();
+    }
+  }
+
+  /** Admits a waiting sequence: a slot, its cached prefix, and blocks for the rest of its known text. All or nothing. */
+  #giveSlotAndBlocks(sequence: Sequence): boolean {
+    if (this.#freeSlots.length === 0) return false;
+    const { blockTokens } = this.options;
+    const target = knownTarget(sequence);
+    // At least the last known token is computed, for its logits.
+    const cached =
+      this.#cache === null || sequence.scoresMissing > 0
+        ? []
+        : this.#cache.find(sequence.tenant, sequence.tokens, sequence.digests, Math.floor((target - 1) / blockTokens));
+    for (const block of cached) this.#pool.share(block);
+    const needed = Math.ceil(target / blockTokens) - cached.length;
+    // Room for those already running to grow, or the newcomer would soon be preempted again.
+    const reserved = this.#running.length === 0 ? 0 : Math.max(1, Math.floor(this.#pool.total / 100));
+    const blocks = this.#pool.free < needed + reserved ? null : this.#pool.allocate(needed);
+    if (blocks === null) {
+      this.#pool.release(cached);
+      return false;
+    }
+
+    this.#waiting.splice(this.#waiting.indexOf(sequence), 1);
+    insertByArrival(this.#running, sequence);
+    sequence.state = 'running';
+    sequence.life++;
+    sequence.slot = this.#freeSlots.pop()!;
+    sequence.blocks = [...cached, ...blocks];
+    sequence.blocksAnnounced = 0;
+    sequence.blocksRegistered = cached.length;
+    sequence.planned = sequence.computed = cached.length * blockTokens;
+    sequence.stepsInFlight = 0;
+    sequence.lastStep = 0;
+    if (sequence.cachedTokens === null) {
+      sequence.cachedTokens = sequence.computed;
+      this.#promptTokens += sequence.promptLength;
+      this.#cachedTokens += sequence.cachedTokens;
+    }
+    return true;
+  }
+
+  #takesRows(sequence: Sequence): boolean {
+    return sequence.stepsInFlight < this.options.sequenceStepsMax;
+  }
+
+  /** Adds rows of `sequence` to the plan: as many as known tokens, `rowsMax` and the budgets allow. False: none, the pool has no room this step. */
+  #planRows(draft: Draft, sequence: Sequence, rowsMax: number): boolean {
+    const position = sequence.planned;
+    const literal = position < sequence.tokens.length;
+    const rowsWanted = Math.min(rowsMax, draft.tokensLeft, literal ? knownTarget(sequence) - position : 1);
+    if (rowsWanted < 1 || draft.outputsLeft < 1) return false;
+    if (!this.#growTable(draft, sequence, position + rowsWanted)) return false;
+
+    const outputs: PlannedOutput[] = [];
+    let rows = 0;
+    for (; rows < rowsWanted; rows++) {
+      const output = outputOfRow(sequence, position, rows);
+      if (output === null) continue;
+      if (outputs.length === draft.outputsLeft) break;
+      outputs.push(output);
+    }
+    const planned: PlannedSequence = {
+      slot: sequence.slot,
+      position,
+      tokens: literal ? sequence.tokens.slice(position, position + rows) : null,
+      after: literal ? 0 : sequence.lastStep,
+      newBlocks: sequence.blocks.slice(sequence.blocksAnnounced),
+      outputs,
+    };
+    draft.rows.push({ sequence, life: sequence.life, planned, rows });
+    draft.tokensLeft -= rows;
+    draft.outputsLeft -= outputs.length;
+    sequence.blocksAnnounced = sequence.blocks.length;
+    sequence.planned += rows;
+    sequence.stepsInFlight++;
+    sequence.lastStep = draft.step;
+    return true;
+  }
+
+  /** Makes the block table reach `positions`, preempting newer sequences where the pool is empty. False: not in this step. */
+  #growTable(draft: Draft, sequence: Sequence, positions: number): boolean {
+    const count = Math.ceil(positions / this.options.blockTokens) - sequence.blocks.length;
+    if (count <= 0) return true;
+    for (;;) {
+      const blocks = this.#pool.allocate(count);
+      if (blocks !== null) {
+        sequence.blocks.push(...blocks);
+        return true;
+      }
+      const victim = this.#victim(draft, sequence);
+      if (victim === null) return false;
+      if (victim === sequence && this.#running.length === 1) {
+        throw new InvariantError(
+          `the only running sequence needs ${count} more blocks and ${this.#pool.free} of ${this.#pool.total} are free`,
+        );
+      }
+      this.#preempt(victim);
+      if (victim === sequence) return false;
+    }
+  }
+
+  /**
+   * Whose blocks `sequence` may have: those of the newest paused sequence, else of the newest running one, itself included. Sequences of this plan are
+   * safe; where all newer ones are in it, `sequence` keeps what it has and comes first in the next step: null.
+   */
+  #victim(draft: Draft, sequence: Sequence): Sequence | null {
+    const paused = newest(this.#running, (other) => other.paused);
+    if (paused !== null) return paused;
+    const newer = newest(this.#running, (other) => other.id > sequence.id && other.lastStep !== draft.step);
+    if (newer !== null) return newer;
+    return this.#running.at(-1) === sequence ? sequence : null;
+  }
+
+  #preempt(sequence: Sequence): void {
+    this.#leave(sequence);
+    sequence.state = 'preempted';
+    sequence.preemptions++;
+    this.#preemptions++;
+    insertByArrival(this.#waiting, sequence);
+  }
+
+  /** Takes a running sequence off the workers: its blocks are free now, its slot once its last step has come back. */
+  #leave(sequence: Sequence): void {
+    this.#running.splice(this.#running.indexOf(sequence), 1);
+    this.#pool.release(sequence.blocks);
+    sequence.blocks = [];
+    sequence.planned = sequence.computed = 0;
+    this.#leaving.push({ slot: sequence.slot, lastStep: sequence.lastStep });
+    sequence.slot = -1;
+  }
+
+  #freeLeavingSlots(): void {
+    const oldest = this.#inFlight[0]?.step ?? Number.POSITIVE_INFINITY;
+    if (this.#leaving.length === 0) return;
+    const still: LeavingSlot[] = [];
+    for (const leaving of this.#leaving) {
+      if (leaving.lastStep < oldest) {
+        this.#unclosed.push(leaving.slot);
+        this.#freeSlots.push(leaving.slot);
+      } else {
+        still.push(leaving);
+      }
+    }
+    this.#leaving = still;
+  }
+
+  // ---------------------------------------------------------------------------------------------------------------- results
+
+  #commit({ sequence, planned, rows }: RowsInFlight, outputs: StepOutput[]): Progress {
+    sequence.stepsInFlight--;
+    sequence.computed = planned.position + rows;
+    let sampled: StepOutput | null = null;
+    for (const [i, output] of outputs.entries()) {
+      const { row, score } = planned.outputs[i]!;
+      if (score === null) {
+        sampled = output;
+        sequence.tokens.push(output.token);
+      } else {
+        sequence.promptScores[planned.position + row + 1] = output;
+        sequence.scoresMissing--;
+      }
+    }
+    this.#register(sequence);
+
+    const promptEnd = sequence.outputTokensMax === 0 ? sequence.promptLength - 1 : sequence.promptLength;
+    const promptComputed = !sequence.promptComputed && sequence.computed >= promptEnd;
+    if (promptComputed) {
+      sequence.promptComputed = true;
+      this.#releaseFollowers(sequence);
+    }
+    let finished: Progress['finished'] = null;
+    if (sampled !== null && sequence.stopTokens.has(sampled.token)) finished = 'stop';
+    else if (sequence.promptComputed && outputCount(sequence) >= sequence.outputTokensMax) finished = 'length';
+    if (finished !== null) this.end(sequence);
+    return { sequence, promptComputed, output: sampled, finished };
+  }
+
+  /** Full blocks of positions that came back can be found from now on. */
+  #register(sequence: Sequence): void {
+    if (this.#cache === null) return;
+    const full = Math.floor(sequence.computed / this.options.blockTokens);
+    if (full <= sequence.blocksRegistered) return;
+    this.#cache.extendDigests(sequence.tenant, sequence.tokens, sequence.digests, full);
+    for (let i = sequence.blocksRegistered; i < full; i++) this.#cache.register(sequence.blocks[i]!, sequence.digests[i]!);
+    sequence.blocksRegistered = full;
+  }
+
+  #releaseFollowers(leader: Sequence): void {
+    for (const follower of leader.followers) {
+      if (follower.state !== 'held') continue;
+      follower.state = 'waiting';
+      this.#held--;
+      insertByArrival(this.#waiting, follower);
+    }
+    leader.followers = [];
+  }
+}
+
+/** The prompt's rows are planned, and of what followed at most the newest token is not. */
+const isDecoding = (sequence: Sequence): boolean =>
+  sequence.planned >= sequence.promptLength && knownTarget(sequence) - sequence.planned <= 1;
+
+function outputOfRow(sequence: Sequence, position: number, row: number): PlannedOutput | null {
+  const next = position + row + 1;
+  if (next < sequence.promptLength) {
+    if (!sequence.scorePrompt || sequence.promptScores[next] !== null) return null;
+    return { row, score: sequence.tokens[next]!, banned: [] };
+  }
+  const index = next - sequence.promptLength;
+  if (next < sequence.tokens.length || index >= sequence.outputTokensMax) return null;
+  return { row, score: null, banned: index < sequence.outputTokensMin ? [...sequence.stopTokens] : [] };
+}
+
+/** Repetition asks which tokens occur in the prompt, not how often; the other penalties look at the output only. */
+function openRecord(sequence: Sequence): SequenceOpen {
+  const { sampling, slot, promptTokens } = sequence;
+  return {
+    slot,
+    sampling,
+    promptTokens: sampling.repetitionPenalty === 1 ? [] : [...new Set(promptTokens)],
+    outputTokens: needsTokens(sampling) ? sequence.tokens.slice(sequence.promptLength) : [],
+  };
+}
+
+function checkOutputs({ step, rows }: StepInFlight, { outputs }: StepResult): void {
+  let next = 0;
+  for (const { planned } of rows) {
+    for (const { score } of planned.outputs) {
+      const output = outputs[next++];
+      if (output === undefined) continue;
+      if (output.slot !== planned.slot || (score !== null && output.token !== score)) {
+        const expected = `slot ${planned.slot}${score === null ? '' : ` and token ${score}`}`;
+        throw new ShardmeshError(
+          'invalid_message',
+          `Output ${next - 1} of step ${step} is of slot ${output.slot} and token ${output.token}, expected ${expected}.`,
+        );
+      }
+    }
+  }
+  if (outputs.length !== next) {
+    throw new ShardmeshError('invalid_message', `The result of step ${step} has ${outputs.length} outputs, expected ${next}.`);
+  }
+}
+
+function newest(sequences: readonly Sequence[], wanted: (sequence: Sequence) => boolean): Sequence | null {
+  for (let i = sequences.length - 1; i >= 0; i--) if (wanted(sequences[i]!)) return sequences[i]!;
+  return null;
+}
+
+function insertByArrival(sequences: Sequence[], sequence: Sequence): void {
+  let at = sequences.length;
+  while (at > 0 && sequences[at - 1]!.id > sequence.id) at--;
+  sequences.splice(at, 0, sequence);
+}
