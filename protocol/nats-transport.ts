@@ -90,6 +90,8 @@ export class NatsTransport implements Transport {
     reconnects: 0,
   };
   #connected = true;
+  /** Why this side ended the connection by itself. */
+  #fatal: Error | null = null;
   #closing: Promise<void> | null = null;
   #serverName: string;
   #serverVersion: string;
@@ -223,7 +225,7 @@ export class NatsTransport implements Transport {
     void this.#connection.closed().then((error) => {
       this.#connected = false;
       const reason = error instanceof Error && !this.#closing ? error : null;
-      this.#emit({ type: 'closed', error: reason });
+      this.#emit({ type: 'closed', error: this.#fatal ?? reason });
     });
     for await (const status of this.#connection.status()) this.#onStatus(status);
   }
@@ -269,7 +271,7 @@ export class NatsTransport implements Transport {
     this.#payloadBytesMax = Math.min(info?.max_payload ?? this.#payloadBytesMax, messageLimits.payloadBytesMax);
     const stranger = this.#stranger();
     if (stranger) {
-      this.#emit({ type: 'warning', message: stranger.message });
+      this.#fatal = stranger;
       void this.#connection.close();
       return;
     }
