@@ -3,11 +3,11 @@ import type { FastifyInstance } from 'fastify';
 import { ShardmeshError } from '../../protocol/errors.ts';
 import type { FinishReason } from '../engine/engine-types.ts';
 import type { ChatMessage } from '../text/text-types.ts';
-import { zodError } from './errors.ts';
+import { checkBody } from './errors.ts';
 import { chatLogprob } from './logprobs.ts';
 import { engineRequest } from './request-parameters.ts';
 import { runRequests, usage, type UsageCount } from './run-request.ts';
-import { chatSchema, type ChatBody, type MessageBody } from './schemas.ts';
+import { chatSchema, type MessageBody } from './schemas.ts';
 import { checkModel, requestContext, type HttpServerOptions } from './server.ts';
 import { streamReply } from './stream-reply.ts';
 
@@ -39,9 +39,7 @@ interface Choice {
 export function chatCompletions(app: FastifyInstance, options: HttpServerOptions): void {
   const { engine, text, model } = options;
   app.post('/v1/chat/completions', async (request, reply) => {
-    const parsed = chatSchema.safeParse(request.body);
-    if (!parsed.success) throw zodError(parsed.error);
-    const body: ChatBody = parsed.data;
+    const body = checkBody(chatSchema, request.body);
     checkModel(model, body.model);
     if (body.top_logprobs !== undefined && body.top_logprobs > 0 && !body.logprobs)
       throw new ShardmeshError('invalid_value', 'top_logprobs needs logprobs to be true.', { param: 'top_logprobs' });

@@ -3,7 +3,7 @@ import type { FastifyInstance } from 'fastify';
 import { ShardmeshError } from '../../protocol/errors.ts';
 import type { FinishReason, TokenLogprob } from '../engine/engine-types.ts';
 import type { TextModel } from '../text/text-types.ts';
-import { zodError } from './errors.ts';
+import { checkBody } from './errors.ts';
 import { CompletionLogprobs } from './logprobs.ts';
 import { engineRequest } from './request-parameters.ts';
 import { runRequests, usage, type UsageCount } from './run-request.ts';
@@ -30,9 +30,7 @@ interface Choice {
 export function completions(app: FastifyInstance, options: HttpServerOptions): void {
   const { engine, text, model } = options;
   app.post('/v1/completions', async (request, reply) => {
-    const parsed = completionSchema.safeParse(request.body);
-    if (!parsed.success) throw zodError(parsed.error);
-    const body = parsed.data;
+    const body = checkBody(completionSchema, request.body);
     checkModel(model, body.model);
     const prompts = await promptTokens(body.prompt, text);
     if (prompts.length * (body.n ?? 1) > 64)

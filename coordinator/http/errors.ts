@@ -1,5 +1,5 @@
 /** Every failure as OpenAI's error JSON: no stack, no path, no text of another request. */
-import type { ZodError } from 'zod';
+import type { output, ZodError, ZodType } from 'zod';
 import { ShardmeshError, toShardmeshError } from '../../protocol/errors.ts';
 
 export interface ErrorBody {
@@ -29,8 +29,15 @@ export function httpError(error: unknown): ShardmeshError {
   }
 }
 
+/** A body that has passed its schema. @throws {ShardmeshError} the first problem, naming the field */
+export function checkBody<T extends ZodType>(schema: T, body: unknown): output<T> {
+  const parsed = schema.safeParse(body, { reportInput: true });
+  if (!parsed.success) throw zodError(parsed.error);
+  return parsed.data;
+}
+
 /** First problem of a zod check, with the field as the client wrote it: `messages[0].content`. */
-export function zodError(error: ZodError): ShardmeshError {
+function zodError(error: ZodError): ShardmeshError {
   const issue = error.issues[0];
   if (!issue) return new ShardmeshError('invalid_value');
   const path = issue.path.reduce<string>(

@@ -16,10 +16,9 @@ const optional = <T extends z.ZodType>(type: T) => type.nullish().transform((val
 const unsupported = (what: string, off: (value: unknown) => boolean = () => false) =>
   z
     .unknown()
-    .refine((value) => value === undefined || value === null || off(value), {
-      message: `${what} is not supported by this server.`,
-    });
-const ignored = z.unknown();
+    .refine((value) => value === null || off(value), { message: `${what} is not supported by this server.` })
+    .optional();
+const ignored = z.unknown().optional();
 
 /** Parameters that chat and completions share. */
 const sampling = {

@@ -2,15 +2,13 @@
 import type { FastifyInstance } from 'fastify';
 import { ShardmeshError } from '../../protocol/errors.ts';
 import { chatMessages } from './chat-completions.ts';
-import { zodError } from './errors.ts';
+import { checkBody } from './errors.ts';
 import { detokenizeSchema, tokenizeSchema } from './schemas.ts';
 import { checkModel, type HttpServerOptions } from './server.ts';
 
 export function tokenize(app: FastifyInstance, { text, model }: HttpServerOptions): void {
   app.post('/tokenize', async (request) => {
-    const parsed = tokenizeSchema.safeParse(request.body);
-    if (!parsed.success) throw zodError(parsed.error);
-    const body = parsed.data;
+    const body = checkBody(tokenizeSchema, request.body);
     if (body.model !== undefined) checkModel(model, body.model);
     if ((body.prompt === undefined) === (body.messages === undefined))
       throw new ShardmeshError('invalid_value', 'Exactly one of prompt and messages is needed.', { param: 'prompt' });
@@ -21,9 +19,8 @@ export function tokenize(app: FastifyInstance, { text, model }: HttpServerOption
   });
 
   app.post('/detokenize', async (request) => {
-    const parsed = detokenizeSchema.safeParse(request.body);
-    if (!parsed.success) throw zodError(parsed.error);
-    const { tokens, model: name } = parsed.data;
+    const body = checkBody(detokenizeSchema, request.body);
+    const { tokens, model: name } = body;
     if (name !== undefined) checkModel(model, name);
     const wrong = tokens.find((token) => token >= model.vocabularySize);
     if (wrong !== undefined)
