@@ -73,11 +73,31 @@ export type Operation =
    * Rotary position embedding on `heads` heads of `headSize` in place, first `dimensions` values of each. `adjacent` rotates pairs (2i, 2i+1) (GGUF llama),
    * `half` pairs (i, i + dimensions / 2) (GGUF qwen2). angle = position * scale * base^(-2i / dimensions) / factors[i].      Su et al. 2021
    */
-  | { op: 'rope'; buffer: string; heads: number; headSize: number; dimensions: number; style: 'adjacent' | 'half'; base: number; scale: number; factors: number | null }
+  | {
+      op: 'rope';
+      buffer: string;
+      heads: number;
+      headSize: number;
+      dimensions: number;
+      style: 'adjacent' | 'half';
+      base: number;
+      scale: number;
+      factors: number | null;
+    }
   /** Quantises k and v of the step's tokens into the KV cache of local layer `layer`. */
   | { op: 'store_kv'; k: string; v: string; layer: number }
   /** Causal attention of local query heads over the KV cache. `kvHead[h]`: local KV head of local query head h. `window`: null = whole context. */
-  | { op: 'attention'; q: string; out: string; layer: number; heads: number; headSize: number; kvHead: number[]; scale: number; window: number | null }
+  | {
+      op: 'attention';
+      q: string;
+      out: string;
+      layer: number;
+      heads: number;
+      headSize: number;
+      kvHead: number[];
+      scale: number;
+      window: number | null;
+    }
   /** out = activation(gate) * up */
   | { op: 'gated_activation'; gate: string; up: string; out: string; activation: 'silu' | 'gelu_tanh' }
   /** out[r] = in[output row r] */
