@@ -37,7 +37,8 @@ export interface MeshOptions {
   assignFor(seat: Seat, facts: WorkerFacts): Omit<Assign, 'type' | 'placement' | 'stage' | 'rank'>;
   /** sha256 each shard must report. */
   sliceSha256For(seat: Seat): string;
-  newPlacementId(): string;
+  /** The same in every epoch; workers may read the plans of this one only. */
+  placementId: string;
   timers: MeshTimers;
 }
 
@@ -71,7 +72,7 @@ export interface EpochInfo {
 }
 
 export interface MeshLoss {
-  code: 'worker_lost' | 'broker_lost' | 'step_timeout' | 'step_failed';
+  code: 'worker_lost' | 'worker_failed' | 'broker_lost' | 'step_timeout';
   message: string;
 }
 
@@ -83,6 +84,9 @@ export interface MeshOutputs {
   /** One line for the log. */
   event(name: string, fields: Record<string, unknown>): void;
 }
+
+/** A heartbeat that shows a lost message counts only this long after the message was sent. */
+const repeatAfterMs = 1_500;
 
 interface Member {
   facts: WorkerFacts;
@@ -115,6 +119,7 @@ export class Mesh {
   #epoch = 0;
   #failures = 0;
   #formNotBefore = 0;
+  #repeatNotBefore = 0;
   #now = 0;
   #brokerUp = true;
   /** Frames, results and failures of an epoch that is over. */
@@ -235,7 +240,7 @@ export class Mesh {
       case 'heartbeat':
         member.heartbeat = message;
         member.epochSeen = Math.max(member.epochSeen, message.epoch);
-        return;
+        return this.#repeat(worker, message);
       case 'load_progress':
         if (this.#phase.name === 'loading') {
           const before = this.#phase.bytes.get(worker);
@@ -256,7 +261,7 @@ export class Mesh {
           peer: message.peer,
           message: message.message,
         });
-        const code = message.code === 'wait_timeout' ? 'step_timeout' : 'step_failed';
+        const code = message.code === 'wait_timeout' ? 'step_timeout' : 'worker_failed';
         this.#endEpoch({ code, message: `worker ${worker} failed in step ${message.step}${blamed}: ${message.message}` });
         return;
       }
@@ -279,14 +284,12 @@ export class Mesh {
     this.#lose(worker, why);
   }
 
-  /** A step did not come back in time. */
-  stepTimedOut(step: number, waitedMs: number): void {
-    const silent = this.#workers().filter((worker) => {
-      const member = this.#members.get(worker);
-      return !member || this.#now - member.seenAt > 1_000;
-    });
-    const who = silent.length ? `silent workers: ${silent.join(', ')}` : `workers: ${this.#workers().join(', ')}`;
-    this.#endEpoch({ code: 'step_timeout', message: `step ${step} did not come back within ${Math.round(waitedMs)} ms; ${who}` });
+  /** The engine gave the epoch up (a step is overdue, a result that does not fit). Workers that have been silent are named. */
+  stepFailed(fault: { code: string; message: string }, now: number): void {
+    this.#now = Math.max(this.#now, now);
+    const silent = this.#workers().filter((worker) => this.#now - (this.#members.get(worker)?.seenAt ?? 0) > 1_000);
+    const who = silent.length ? `; silent: ${silent.join(', ')}` : '';
+    this.#endEpoch({ code: fault.code === 'step_timeout' ? 'step_timeout' : 'worker_failed', message: `${fault.message}${who}` });
   }
 
   brokerLost(): void {
@@ -300,6 +303,32 @@ export class Mesh {
     this.#brokerUp = true;
     this.#now = Math.max(this.#now, now);
     for (const member of this.#members.values()) member.seenAt = this.#now;
+  }
+
+  /** A message to or from a worker was lost (the broker was away): what it still waits for is sent again, what it has reached is taken as said. */
+  #repeat(worker: string, { epoch, state }: Heartbeat): void {
+    const index = this.#seated.indexOf(worker);
+    const seat = this.#options.seats[index];
+    if (!seat || !this.#placement || this.#now < this.#repeatNotBefore) return;
+    const phase = this.#phase;
+    if (phase.name === 'loading' && !phase.ready.has(worker) && (epoch !== this.#epoch || state === 'ready'))
+      this.#assign(worker, seat);
+    else if (phase.name === 'connecting' && !phase.connected.has(worker) && epoch === this.#epoch) {
+      if (state === 'connected') this.#connected(worker);
+      else if (state === 'ready') this.#out.send(worker, this.#connectMessage(this.#placement, seat, worker, phase.ready));
+    }
+  }
+
+  #assign(worker: string, seat: Seat): void {
+    const facts = this.#members.get(worker)?.facts;
+    if (!facts || !this.#placement) return;
+    this.#out.send(worker, {
+      type: 'assign',
+      placement: this.#placement,
+      stage: seat.stage,
+      rank: seat.rank,
+      ...this.#options.assignFor(seat, facts),
+    });
   }
 
   #workers(): string[] {
@@ -365,7 +394,7 @@ export class Mesh {
       return this.#seated[seat] ?? '';
     };
     const placement: Placement = {
-      id: this.#options.newPlacementId(),
+      id: this.#options.placementId,
       epoch: this.#epoch,
       model: this.#options.model,
       link: this.#options.link,
@@ -383,17 +412,10 @@ export class Mesh {
       bytes: new Map(),
     };
     this.#out.event('epoch_began', { epoch: this.#epoch, placement: placement.id, workers });
+    this.#repeatNotBefore = this.#now + repeatAfterMs;
     this.#options.seats.forEach((seat, index) => {
       const worker = this.#seated[index];
-      const member = worker ? this.#members.get(worker) : undefined;
-      if (!worker || !member) return;
-      this.#out.send(worker, {
-        type: 'assign',
-        placement,
-        stage: seat.stage,
-        rank: seat.rank,
-        ...this.#options.assignFor(seat, member.facts),
-      });
+      if (worker) this.#assign(worker, seat);
     });
   }
 
@@ -420,20 +442,21 @@ export class Mesh {
     const checksums = new Set([...ready.values()].map((one) => one.tablesChecksum));
     if (checksums.size > 1) {
       this.#endEpoch({
-        code: 'step_failed',
+        code: 'worker_failed',
         message: `rope tables differ between workers: ${[...ready].map(([name, one]) => `${name} ${one.tablesChecksum}`).join(', ')}`,
       });
       return;
     }
-    const kvBlocks = Math.min(...[...ready.values()].map((one) => one.kvBlocks));
     this.#phase = { name: 'connecting', ready, connected: new Set(), since: this.#now };
+    this.#repeatNotBefore = this.#now + repeatAfterMs;
     for (const [index, self] of this.#options.seats.entries()) {
       const own = this.#seated[index];
-      if (own) this.#out.send(own, this.#connectMessage(this.#placement, self, own, ready, kvBlocks));
+      if (own) this.#out.send(own, this.#connectMessage(this.#placement, self, own, ready));
     }
   }
 
-  #connectMessage(placement: Placement, self: Seat, own: string, ready: Map<string, ShardReady>, kvBlocks: number): Connect {
+  #connectMessage(placement: Placement, self: Seat, own: string, ready: Map<string, ShardReady>): Connect {
+    const kvBlocks = Math.min(...[...ready.values()].map((one) => one.kvBlocks));
     const stages = placement.stages.length;
     const last = stages - 1;
     const isPeer = (seat: Seat): boolean =>

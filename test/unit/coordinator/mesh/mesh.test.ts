@@ -60,7 +60,7 @@ function makeMesh(seats: Seat[] = [0, 1].map((rank) => ({ stage: 0, rank }))) {
       protocol: { min: 1, max: 1 },
       assignFor: () => ({}) as never,
       sliceSha256For: () => 'right',
-      newPlacementId: () => 'placement',
+      placementId: 'placement',
       timers: { ...defaultMeshTimers, backoffBaseMs: 0 },
     },
     {

@@ -1,0 +1,136 @@
+/**
+ * The mesh state machine on a real transport and clock: messages of workers come in, the engine's plans go out, and epochs are announced to the engine.
+ */
+import { toShardmeshError } from '../../protocol/errors.ts';
+import type { MeshId, PlacementId, WorkerId } from '../../protocol/ids.ts';
+import { decodeWorkerMessage, encodeMessage } from '../../protocol/message-codec.ts';
+import type { CoordinatorMessage, WorkerMessage } from '../../protocol/messages.ts';
+import type { StepPlan, StepResult } from '../../protocol/step-plan.ts';
+import { meshSubjects, sourceOf, type MeshSubjects } from '../../protocol/subjects.ts';
+import type { Transport } from '../../protocol/transport.ts';
+import type { MeshEpoch, MeshFault, StepTransport } from '../engine/step-transport.ts';
+import { Mesh, type MeshOptions } from './mesh.ts';
+
+export interface MeshServiceOptions {
+  transport: Transport;
+  meshId: MeshId;
+  mesh: MeshOptions;
+  onFatal(error: Error): void;
+  event(name: string, fields: Record<string, unknown>): void;
+}
+
+const tickMs = 50;
+/** A worker whose connection ended is lost when it does not show itself for this long (it has two connections, and may be back). */
+const goodbyeMs = 700;
+
+export class MeshService implements StepTransport {
+  readonly mesh: Mesh;
+  readonly #options: MeshServiceOptions;
+  readonly #subjects: MeshSubjects;
+  readonly #onResult: ((result: StepResult) => void)[] = [];
+  readonly #onEpoch: ((epoch: MeshEpoch) => void)[] = [];
+  readonly #onLost: ((fault: MeshFault) => void)[] = [];
+  #timer: NodeJS.Timeout | null = null;
+  refusedMessages = 0;
+
+  private constructor(options: MeshServiceOptions) {
+    this.#options = options;
+    this.#subjects = meshSubjects(options.meshId);
+    this.mesh = new Mesh(options.mesh, {
+      send: (worker, message) => this.#send(worker, message),
+      serving: (info) => {
+        const arithmetic = this.mesh.members().find((member) => member.seat)?.facts.arithmetic ?? '';
+        for (const listener of this.#onEpoch) listener({ ...info, arithmetic });
+      },
+      lost: (_, fault) => {
+        for (const listener of this.#onLost) listener(fault);
+      },
+      result: (result) => {
+        for (const listener of this.#onResult) listener(result);
+      },
+      event: (name, fields) => options.event(name, fields),
+    });
+  }
+
+  /** Subscribes to all that workers say. Listeners of the engine must be attached before workers join, i.e. synchronously after this resolves. */
+  static async start(options: MeshServiceOptions): Promise<MeshService> {
+    const service = new MeshService(options);
+    const { transport } = options;
+    const subjects = service.#subjects;
+    transport.onEvent((event) => {
+      if (event.type === 'disconnected' || event.type === 'closed') service.mesh.brokerLost();
+      else if (event.type === 'connected') service.mesh.brokerBack(performance.now());
+      else if (event.type === 'permission_denied')
+        options.onFatal(new Error(`the NATS server denied ${event.operation} on ${event.subject}`));
+      if (event.type === 'closed' && event.error) options.onFatal(event.error);
+      if (event.type !== 'permission_denied') options.event(`broker_${event.type}`, { ...event, type: undefined });
+    });
+    for (const subject of [subjects.heartbeats(), subjects.registers(), subjects.results(), subjects.events()])
+      await transport.subscribe(subject, (bytes, from) => service.#receive(bytes, from));
+    service.#timer = setInterval(() => service.mesh.tick(performance.now()), tickMs);
+    return service;
+  }
+
+  get ready(): boolean {
+    return this.mesh.serving !== null && this.#options.transport.connected;
+  }
+
+  publishPlan(plan: StepPlan): void {
+    try {
+      const sent = this.#options.transport.publish(this.#subjects.plan(plan.placement as PlacementId), encodeMessage(plan));
+      if (!sent) this.mesh.brokerLost();
+    } catch (error) {
+      // Larger than the broker takes: the engine's limits keep plans far below that.
+      this.reportFault({ code: 'internal', message: `step plan ${plan.step} was not sent: ${toShardmeshError(error).message}` });
+    }
+  }
+
+  onResult(listener: (result: StepResult) => void): void {
+    this.#onResult.push(listener);
+  }
+  onEpoch(listener: (epoch: MeshEpoch) => void): void {
+    this.#onEpoch.push(listener);
+  }
+  onLost(listener: (fault: MeshFault) => void): void {
+    this.#onLost.push(listener);
+  }
+
+  reportFault(fault: MeshFault): void {
+    this.mesh.stepFailed(fault, performance.now());
+  }
+
+  /** The broker says that a connection of a worker ended. */
+  connectionEnded(worker: WorkerId, reason: string): void {
+    const seenAt = this.mesh.members().find((member) => member.worker === worker)?.seenAt;
+    setTimeout(() => {
+      const member = this.mesh.members().find((one) => one.worker === worker);
+      if (member && member.seenAt === seenAt)
+        this.mesh.workerGone(worker, `the connection of worker ${worker} ended: ${reason}`, performance.now());
+    }, goodbyeMs).unref();
+  }
+
+  stop(): void {
+    if (this.#timer) clearInterval(this.#timer);
+  }
+
+  #receive(bytes: Uint8Array, subject: string): void {
+    let message: WorkerMessage;
+    try {
+      message = decodeWorkerMessage(bytes);
+    } catch (error) {
+      this.refusedMessages++;
+      this.#options.event('message_refused', { subject, message: (error as Error).message });
+      return;
+    }
+    const worker = sourceOf(subject);
+    if (worker === null || ('worker' in message && message.worker !== worker)) {
+      this.refusedMessages++;
+      return;
+    }
+    this.mesh.receive(worker, message, performance.now());
+  }
+
+  #send(worker: string, message: CoordinatorMessage): void {
+    this.#options.transport.publish(this.#subjects.control(worker as WorkerId), encodeMessage(message));
+  }
+}
