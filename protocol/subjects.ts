@@ -94,9 +94,12 @@ export function meshSubjects(mesh: MeshId): MeshSubjects {
   return subjects;
 }
 
-/** The coordinator's read-only watch of the broker's own events. */
+/**
+ * The coordinator's read-only watch of the broker's own events. The one subject it may publish to is its own inbox, where nobody listens: an empty
+ * allow-list would allow everything.
+ */
 export const systemPermissions = (): Permissions => ({
-  publish: [],
+  publish: [`${inboxPrefix('system')}.none`],
   subscribe: [accountConnectSubject, accountDisconnectSubject, `${inboxPrefix('system')}.>`],
 });
 

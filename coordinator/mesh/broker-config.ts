@@ -1,0 +1,64 @@
+/**
+ * The configuration file of a private nats-server. Users live in `accounts` only: a top-level `authorization` block beside accounts lets anonymous
+ * clients in on servers before 2.9.23 (CVE-2023-47090). Permissions are allow-lists; no monitoring, WebSocket, MQTT, leafnode or cluster listener.
+ */
+import { frameHeaderBytes } from '../../protocol/frame-codec.ts';
+import { frameLimits, meshTimers, messageLimits } from '../../protocol/limits.ts';
+import { meshAccount, systemAccount, type Permissions } from '../../protocol/subjects.ts';
+
+export interface BrokerUser {
+  /** Public nkey. */
+  nkey: string;
+  permissions: Permissions;
+}
+
+export interface BrokerConfig {
+  serverName: string;
+  /** -1: a free port, written into `portsDirectory`. */
+  port: number;
+  portsDirectory: string;
+  meshUsers: BrokerUser[];
+  systemUsers: BrokerUser[];
+}
+
+export function brokerConfigText(config: BrokerConfig): string {
+  return [
+    `server_name: ${quote(config.serverName)}`,
+    `host: "127.0.0.1"`,
+    `port: ${config.port}`,
+    `ports_file_dir: ${quote(config.portsDirectory)}`,
+    `max_payload: ${messageLimits.payloadBytesMax}`,
+    `max_pending: ${64 * (frameLimits.chunkBytesMax + frameHeaderBytes)}`,
+    // A frozen reader is cut off after this long, so that it does not stall whoever publishes to it.
+    `write_deadline: "2s"`,
+    `ping_interval: "${meshTimers.pingIntervalMs}ms"`,
+    `ping_max: ${meshTimers.pingOutMax}`,
+    `max_connections: 2048`,
+    `system_account: ${systemAccount}`,
+    `accounts {`,
+    `  ${meshAccount} {`,
+    ...userLines(config.meshUsers),
+    `  }`,
+    `  ${systemAccount} {`,
+    ...userLines(config.systemUsers),
+    `  }`,
+    `}`,
+    '',
+  ].join('\n');
+}
+
+function userLines(users: BrokerUser[]): string[] {
+  return [
+    `    users: [`,
+    ...users.map(({ nkey, permissions }) => {
+      const publish = permissions.publish.map(quote).join(', ');
+      const subscribe = permissions.subscribe.map(quote).join(', ');
+      // An empty allow-list would mean that everything is allowed.
+      if (!publish || !subscribe) throw new RangeError(`user ${nkey} has an empty allow-list`);
+      return `      { nkey: ${nkey}, permissions: { publish: { allow: [${publish}] }, subscribe: { allow: [${subscribe}] } } }`;
+    }),
+    `    ]`,
+  ];
+}
+
+const quote = (text: string): string => JSON.stringify(text);
