@@ -35,7 +35,7 @@ export type FinishReason = 'stop' | 'length';
 export type EngineEvent =
   /** Once, before any token: the prompt is computed. `promptLogprobs[0]` is null (nothing precedes it). */
   | { type: 'prompt'; cachedTokens: number; promptLogprobs: (TokenLogprob | null)[] | null }
-  /** One output token. `text` may be empty (half a UTF-8 character, or held back as the possible start of a stop string) and then comes with a later one. */
+  /** One output token, the one that ends the sequence included (its text is left out then). `text` may be empty (half a UTF-8 character, or held back as the possible start of a stop string) and then comes with a later one. */
   | { type: 'token'; choice: number; token: number; text: string; logprob: TokenLogprob | null }
   /** `text`: what was held back and now turned out not to be a stop string. */
   | { type: 'finished'; choice: number; reason: FinishReason; text: string; outputTokens: number }

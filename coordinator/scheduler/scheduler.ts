@@ -298,7 +298,6 @@ export class Scheduler {
     for (const sequence of leaders) for (const follower of sequence.followers.slice()) this.end(follower);
     for (const sequence of leaders) this.end(sequence);
     this.#inFlight.length = 0;
-    this.#pool.check([]);
   }
 
   /** @throws {InvariantError} the block pool and the block tables disagree. Walks everything: for tests. */

@@ -1,0 +1,193 @@
+/**
+ * Steps in flight, seen as time: how long they take, how long they may take, how much of the last stage's time is a bubble. Pure: the clock is a
+ * parameter. Everything it knows is given out as plain numbers.
+ */
+import { meshTimers, stepLimits } from '../../protocol/limits.ts';
+import type { StepPlan, StepResult } from '../../protocol/step-plan.ts';
+
+interface PublishedStep {
+  step: number;
+  tokens: number;
+  publishedAt: number;
+  limitMs: number;
+  /** There was nothing to do before it: idle time of the workers is not a bubble. */
+  afterRest: boolean;
+}
+
+export interface PipelineNumbers {
+  stepsInFlight: number;
+  /** Sums. */
+  steps: number;
+  outputTokens: number;
+  prefillTokens: number;
+  stepSeconds: number;
+  bubbleSeconds: number;
+  collectiveSeconds: number;
+  receiveSeconds: number;
+  sampleSeconds: number;
+  /** Of the last stage's rank 0, while there was work: (idle + waiting for the stage before) / all; mean over about 50 steps. 0 before the first step. */
+  bubbleRatio: number;
+  /** From publish, or the result before it, to the result; mean over about 50 steps. */
+  stepMs: number;
+  /** Over about the last 10 s. */
+  outputTokensPerSecond: number;
+  prefillTokensPerSecond: number;
+}
+
+/** Steps of fewer rows take about as long as a step of one row; those of more take time for each row. */
+const smallStepTokens = 16;
+/** Assumed for each row before anything was measured. */
+const unmeasuredTokenMs = 20;
+/** A step may take this many times what is expected of it. */
+const slack = 10;
+/** The workers' own deadlines come first: they know whom they wait for. */
+const headStartMs = 500;
+const meanWeight = 0.02;
+const rateSeconds = 10;
+
+export class StepPipeline {
+  /** Stages a step passes through. */
+  #ppSize = 1;
+  readonly #inFlight: PublishedStep[] = [];
+  #resting = true;
+  #lastResultAt = Number.NEGATIVE_INFINITY;
+  /** Slowest seen lately, forgotten slowly; null = not measured. */
+  #smallStepMs: number | null = null;
+  #tokenMs: number | null = null;
+  #steps = 0;
+  #outputTokens = 0;
+  #prefillTokens = 0;
+  #stepSeconds = 0;
+  #bubbleSeconds = 0;
+  #collectiveSeconds = 0;
+  #receiveSeconds = 0;
+  #sampleSeconds = 0;
+  #meanBubbleUs = 0;
+  #meanBusyUs = 0;
+  #meanStepMs = 0;
+  readonly #outputRate = new Rate();
+  readonly #prefillRate = new Rate();
+
+  /** A new epoch: what steps take is measured anew, sums go on. */
+  begin(ppSize: number): void {
+    this.#ppSize = ppSize;
+    this.#smallStepMs = this.#tokenMs = null;
+    this.abandon();
+  }
+
+  get stepsInFlight(): number {
+    return this.#inFlight.length;
+  }
+
+  /**
+   * Longest that a worker may wait for a peer inside a step of `tokens` rows that is planned now: the peer may have all steps in flight before it.
+   * @returns milliseconds, 2 s at least
+   */
+  waitTimeoutMs(tokens: number): number {
+    const ahead = this.#inFlight.reduce((sum, step) => sum + this.#expectedMs(step.tokens), 0);
+    const limit = slack * this.#ppSize * (ahead + this.#expectedMs(tokens));
+    return Math.round(Math.min(Math.max(limit, meshTimers.stepTimeoutMsMin), stepLimits.waitTimeoutMsMax));
+  }
+
+  published(plan: StepPlan, now: number): void {
+    const tokens = tokensOf(plan);
+    const limitMs = plan.waitTimeoutMs + headStartMs;
+    this.#inFlight.push({ step: plan.step, tokens, publishedAt: now, limitMs, afterRest: this.#resting });
+    this.#resting = false;
+    for (const { tokens: literal } of plan.sequences) {
+      if (literal === null || literal.length < 2) continue;
+      this.#prefillTokens += literal.length;
+      this.#prefillRate.add(literal.length, now);
+    }
+  }
+
+  /** @param outputTokens  sampled tokens that somebody wanted */
+  completed(result: StepResult, outputTokens: number, now: number): void {
+    const step = this.#inFlight.shift();
+    if (step === undefined) return;
+    const ms = now - Math.max(step.publishedAt, this.#lastResultAt);
+    this.#lastResultAt = now;
+    if (step.tokens < smallStepTokens) this.#smallStepMs = slowest(this.#smallStepMs, ms);
+    else this.#tokenMs = slowest(this.#tokenMs, ms / step.tokens);
+
+    this.#steps++;
+    this.#stepSeconds += ms / 1e3;
+    this.#collectiveSeconds += result.collectiveUs / 1e6;
+    this.#receiveSeconds += result.receiveUs / 1e6;
+    this.#sampleSeconds += result.sampleUs / 1e6;
+    // Waiting for the stage before is a bubble too; but after a rest, both it and the idle time before the step are nobody's loss.
+    const bubbleUs = step.afterRest ? 0 : result.idleUs + result.receiveUs;
+    this.#bubbleSeconds += bubbleUs / 1e6;
+    const weight = this.#steps === 1 ? 1 : meanWeight;
+    this.#meanBubbleUs += weight * (bubbleUs - this.#meanBubbleUs);
+    this.#meanBusyUs += weight * (result.totalUs - result.receiveUs - this.#meanBusyUs);
+    this.#meanStepMs += weight * (ms - this.#meanStepMs);
+    this.#outputTokens += outputTokens;
+    this.#outputRate.add(outputTokens, now);
+  }
+
+  /** Nothing is in flight because there is nothing to do. */
+  rest(): void {
+    this.#resting = true;
+  }
+
+  /** The epoch is over: nothing is in flight any more. */
+  abandon(): void {
+    this.#inFlight.length = 0;
+    this.#resting = true;
+  }
+
+  /** The oldest step in flight, when its result should have been here; null when all is well. */
+  overdue(now: number): { step: number; tokens: number; waitedMs: number; limitMs: number } | null {
+    const oldest = this.#inFlight[0];
+    if (oldest === undefined) return null;
+    const waitedMs = now - Math.max(oldest.publishedAt, this.#lastResultAt);
+    return waitedMs > oldest.limitMs ? { step: oldest.step, tokens: oldest.tokens, waitedMs, limitMs: oldest.limitMs } : null;
+  }
+
+  numbers(now: number): PipelineNumbers {
+    const all = this.#meanBubbleUs + this.#meanBusyUs;
+    return {
+      stepsInFlight: this.#inFlight.length,
+      steps: this.#steps,
+      outputTokens: this.#outputTokens,
+      prefillTokens: this.#prefillTokens,
+      stepSeconds: this.#stepSeconds,
+      bubbleSeconds: this.#bubbleSeconds,
+      collectiveSeconds: this.#collectiveSeconds,
+      receiveSeconds: this.#receiveSeconds,
+      sampleSeconds: this.#sampleSeconds,
+      bubbleRatio: all === 0 ? 0 : this.#meanBubbleUs / all,
+      stepMs: this.#meanStepMs,
+      outputTokensPerSecond: this.#outputRate.perSecond(now),
+      prefillTokensPerSecond: this.#prefillRate.perSecond(now),
+    };
+  }
+
+  #expectedMs(tokens: number): number {
+    if (this.#smallStepMs === null && this.#tokenMs === null) return tokens * unmeasuredTokenMs;
+    if (tokens < smallStepTokens && this.#smallStepMs !== null) return this.#smallStepMs;
+    // Of many rows only small steps were measured: a row costs no more than a step of its own.
+    const tokenMs = this.#tokenMs ?? this.#smallStepMs!;
+    return Math.max(tokens, smallStepTokens) * tokenMs;
+  }
+}
+
+export const tokensOf = (plan: StepPlan): number => plan.sequences.reduce((sum, { tokens }) => sum + (tokens?.length ?? 1), 0);
+
+const slowest = (before: number | null, ms: number): number => (before === null ? ms : Math.max(ms, 0.95 * before + 0.05 * ms));
+
+/** Events a second, older ones counting exponentially less. */
+class Rate {
+  #value = 0;
+  #at = 0;
+
+  add(count: number, now: number): void {
+    this.#value = this.perSecond(now) + count / rateSeconds;
+    this.#at = now;
+  }
+
+  perSecond(now: number): number {
+    return this.#value * Math.exp(-(now - this.#at) / 1e3 / rateSeconds);
+  }
+}
