@@ -1,0 +1,50 @@
+// exp, quantisation and work splitting over `Lanes`. Include one of lanes16_{portable,avx2,avx512}.h before this.
+#pragma once
+#include <cstdint>
+
+#include "../include/arithmetic.h"
+#include "../include/kernel_set.h"
+
+namespace shardmesh {
+namespace {
+
+// exp_fixed of arithmetic.h in every lane, the same bits.
+SHARDMESH_LANES Lanes::F exp_lanes(Lanes::F x) {
+  using L = Lanes;
+  const L::M keep = L::greater(x, L::set(-87.0f));
+  x = L::min(x, L::set(88.0f));
+  const L::I whole = L::to_int(L::mul(x, L::set(1.44269504088896341f)));
+  const L::F n = L::to_float(whole);
+  L::F r = L::fma(n, L::set(-0.693145751953125f), x);
+  r = L::fma(n, L::set(-1.42860682030941723e-6f), r);
+  L::F p = L::set(1.9875691500e-4f);
+  p = L::fma(p, r, L::set(1.3981999507e-3f));
+  p = L::fma(p, r, L::set(8.3334519073e-3f));
+  p = L::fma(p, r, L::set(4.1665795894e-2f));
+  p = L::fma(p, r, L::set(1.6666665459e-1f));
+  p = L::fma(p, r, L::set(5.0000001201e-1f));
+  p = L::fma(p, L::mul(r, r), r);
+  p = L::add(p, L::set(1.0f));
+  return L::select(keep, L::mul(p, L::power_of_two(whole)), L::set(0.0f));
+}
+
+// Largest |x| of n values, n a multiple of 16.
+SHARDMESH_LANES float largest_magnitude(const float* x, int n) {
+  Lanes::F m = Lanes::abs(Lanes::load(x));
+  for (int i = 16; i < n; i += 16) m = Lanes::max(m, Lanes::abs(Lanes::load(x + i)));
+  return Lanes::highest(m);
+}
+
+struct Share {
+  int64_t from, to;
+};
+
+// Share of [0, count) of one part, cut at multiples of `grain`.
+SHARDMESH_LANES Share share_of(int64_t count, int64_t grain, Part part) {
+  const int64_t grains = (count + grain - 1) / grain;
+  const int64_t from = grains * part.index / part.count * grain, to = grains * (part.index + 1) / part.count * grain;
+  return {from < count ? from : count, to < count ? to : count};
+}
+
+}  // namespace
+}  // namespace shardmesh
