@@ -37,7 +37,7 @@ interface Choice {
 }
 
 export function chatCompletions(app: FastifyInstance, options: HttpServerOptions): void {
-  const { engine, text, model } = options;
+  const { text, model } = options;
   app.post('/v1/chat/completions', async (request, reply) => {
     const body = checkBody(chatSchema, request.body);
     checkModel(model, body.model);
@@ -67,7 +67,7 @@ export function chatCompletions(app: FastifyInstance, options: HttpServerOptions
           begun.add(choice);
           await sse.send(chunk(choice, { role: 'assistant', content: '' }, null, null));
         };
-        await runRequests(engine, [engineInput], reply.raw, async (_, event) => {
+        await runRequests(options, [engineInput], reply.raw, async (_, event) => {
           switch (event.type) {
             case 'prompt':
               count.cachedTokens = event.cachedTokens;
@@ -94,7 +94,7 @@ export function chatCompletions(app: FastifyInstance, options: HttpServerOptions
     }
 
     const choices = Array.from({ length: engineInput.n }, (): Choice => ({ text: '', logprobs: [], reason: null }));
-    await runRequests(engine, [engineInput], reply.raw, (_, event) => {
+    await runRequests(options, [engineInput], reply.raw, (_, event) => {
       if (event.type === 'prompt') {
         count.cachedTokens = event.cachedTokens;
         return;

@@ -28,7 +28,7 @@ interface Choice {
 }
 
 export function completions(app: FastifyInstance, options: HttpServerOptions): void {
-  const { engine, text, model } = options;
+  const { text, model } = options;
   app.post('/v1/completions', async (request, reply) => {
     const body = checkBody(completionSchema, request.body);
     checkModel(model, body.model);
@@ -75,7 +75,7 @@ export function completions(app: FastifyInstance, options: HttpServerOptions): v
       });
       return streamReply(request, reply, async (sse) => {
         const offsets = new Map<number, number>();
-        await runRequests(engine, requests, reply.raw, async (promptIndex, event) => {
+        await runRequests(options, requests, reply.raw, async (promptIndex, event) => {
           if (event.type === 'prompt') {
             count.cachedTokens += event.cachedTokens;
             if (echo)
@@ -114,7 +114,7 @@ export function completions(app: FastifyInstance, options: HttpServerOptions): v
       const promptIndex = Math.floor(index / n);
       return { text: echoText(promptIndex), logprobs: new CompletionLogprobs(text), reason: null };
     });
-    await runRequests(engine, requests, reply.raw, (promptIndex, event) => {
+    await runRequests(options, requests, reply.raw, (promptIndex, event) => {
       if (event.type === 'prompt') {
         count.cachedTokens += event.cachedTokens;
         if (echo && wantsLogprobs)

@@ -1,7 +1,8 @@
 /** Runs engine requests for a route: cancels them when the client leaves, turns an error event into a thrown error. */
 import type { ServerResponse } from 'node:http';
 import { isErrorCode, ShardmeshError } from '../../protocol/errors.ts';
-import type { Engine, EngineEvent, EngineRequest, RequestHandle } from '../engine/engine-types.ts';
+import type { EngineEvent, EngineRequest, RequestHandle } from '../engine/engine-types.ts';
+import type { HttpServerOptions } from './server.ts';
 
 export function eventError(event: Extract<EngineEvent, { type: 'error' }>): ShardmeshError {
   const code = isErrorCode(event.code) ? event.code : 'internal';
@@ -18,7 +19,7 @@ export function eventError(event: Extract<EngineEvent, { type: 'error' }>): Shar
  * @throws {ShardmeshError} the first error of any of them
  */
 export async function runRequests(
-  engine: Engine,
+  { engine, metrics }: Pick<HttpServerOptions, 'engine' | 'metrics'>,
   requests: EngineRequest[],
   response: ServerResponse,
   take: (index: number, event: Exclude<EngineEvent, { type: 'error' }>) => void | Promise<void>,
@@ -26,12 +27,21 @@ export async function runRequests(
   const handles: RequestHandle[] = [];
   const cancelAll = (): void => handles.forEach((handle) => handle.cancel());
   response.once('close', cancelAll);
+  const submittedAt = performance.now();
   try {
     for (const request of requests) handles.push(engine.submit(request));
     await Promise.all(
       handles.map(async (handle, index) => {
+        const lastTokenAt: number[] = [];
         for await (const event of handle.events) {
           if (event.type === 'error') throw eventError(event);
+          if (event.type === 'token') {
+            const now = performance.now();
+            const before = lastTokenAt[event.choice];
+            if (before === undefined) metrics.observeFirstToken(now - submittedAt);
+            else metrics.observeTokenGap(now - before);
+            lastTokenAt[event.choice] = now;
+          }
           await take(index, event);
         }
       }),

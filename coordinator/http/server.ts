@@ -41,6 +41,8 @@ export interface HttpServerOptions {
     contentType: string;
     text(): Promise<string>;
     observeRequest(route: string, status: number, milliseconds: number): void;
+    observeFirstToken(milliseconds: number): void;
+    observeTokenGap(milliseconds: number): void;
   };
   log: FastifyBaseLogger;
 }

@@ -115,7 +115,14 @@ export async function startServer(
     port: 0,
     apiKeys: [],
     canary: async () => true,
-    metrics: { contentType: 'text/plain', text: async () => 'shardmesh_up 1\n', observeRequest: () => undefined },
+    metrics: {
+      contentType: 'text/plain',
+      text: async () => 'shardmesh_up 1
+',
+      observeRequest: () => undefined,
+      observeFirstToken: () => undefined,
+      observeTokenGap: () => undefined,
+    },
     log: createLog({ level: 'silent', name: 'test', terminal: false }),
     ...changes,
   });
