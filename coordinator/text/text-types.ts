@@ -29,7 +29,10 @@ export interface TextModel {
    * Renders the model's chat template and tokenises it. Special tokens come from the template only; text in `content` that spells one stays text.
    * @throws {ShardmeshError} `template_failed`, `template_missing`
    */
-  encodeChat(messages: ChatMessage[], options: { addGenerationPrompt: boolean; tools?: unknown[] }): Promise<{ tokens: number[]; prompt: string }>;
+  encodeChat(
+    messages: ChatMessage[],
+    options: { addGenerationPrompt: boolean; tools?: unknown[] },
+  ): Promise<{ tokens: number[]; prompt: string }>;
   /** A new incremental detokenizer: `push` gives the text that is certain now, `flush` the rest (replacement characters for a broken tail). */
   detokenizer(): { push(token: number): string; flush(): string };
 }
