@@ -1,0 +1,171 @@
+/** One right message of every type, with fixed ids. */
+import type { Message } from '../../../protocol/messages.ts';
+import type { PlannedSequence, StepPlan } from '../../../protocol/step-plan.ts';
+
+export const worker = 'aaaaaaaaaaaaaaaaaaaaaaaaaa';
+export const peer = 'bbbbbbbbbbbbbbbbbbbbbbbbbe';
+export const placement = 'ccccccccccccccccccccccccci';
+const sha256 = '0123456789abcdef'.repeat(4);
+const units = { from: 0, to: 9 };
+
+export const plannedSequence = (slot: number): PlannedSequence => ({
+  slot,
+  position: 48,
+  tokens: null,
+  after: 6,
+  newBlocks: [slot],
+  outputs: [{ row: 0, score: null, banned: [2] }],
+});
+
+export const stepPlan = (sequences: number): StepPlan => ({
+  type: 'step_plan',
+  placement,
+  epoch: 3,
+  step: 7,
+  opened: [
+    {
+      slot: 0,
+      sampling: {
+        temperature: 0.8,
+        topP: 0.95,
+        topK: 40,
+        minP: 0.05,
+        seed: 0xffff_ffff_ffff_fffen,
+        choice: 1,
+        repetitionPenalty: 1.1,
+        presencePenalty: -0.5,
+        frequencyPenalty: 0.5,
+        logitBias: [[50, -100]],
+        logprobs: 5,
+      },
+      promptTokens: [1, 2, 3],
+      outputTokens: [],
+    },
+  ],
+  closed: [500],
+  sequences: Array.from({ length: sequences }, (_, slot) => plannedSequence(slot)),
+  waitTimeoutMs: 2_000,
+});
+
+export const samples: { [T in Message['type']]: Extract<Message, { type: T }> } = {
+  join: {
+    type: 'join',
+    worker,
+    protocolMin: 1,
+    protocolMax: 1,
+    epochSeen: 4,
+    facts: {
+      hostId: 'host:4026531836',
+      pid: 4711,
+      cpuModel: 'a CPU',
+      isa: 'avx512',
+      cores: 2,
+      memoryBytes: 68_719_476_736,
+      executor: 'cpu',
+      arithmetic: 'abc123',
+      grpcAddress: '127.0.0.1:40000',
+      weightBytesPerSecond: 9.5e9,
+    },
+  },
+  heartbeat: {
+    type: 'heartbeat',
+    worker,
+    state: 'connected',
+    epoch: 3,
+    stepDone: 6,
+    plansQueued: 2,
+    rssBytes: 123_456_789,
+    stats: {
+      steps: 6,
+      busyUs: 1_000.5,
+      idleUs: 0,
+      collectiveUs: 12.25,
+      receiveUs: 3,
+      framesOut: 360,
+      bytesOut: 829_440,
+      staleFrames: 0,
+      corruptFrames: 0,
+    },
+  },
+  load_progress: { type: 'load_progress', worker, epoch: 3, bytesDone: 10, bytesTotal: 5_000_000_000, source: 'coordinator' },
+  shard_ready: {
+    type: 'shard_ready',
+    worker,
+    epoch: 3,
+    sliceSha256: sha256,
+    tablesChecksum: 'f00d',
+    kvBlocks: 1_024,
+    bytesFetched: 0,
+    loadMs: 812.5,
+    segment: { pid: 4711, fd: 23, bytes: 1_048_576 },
+  },
+  connected: { type: 'connected', worker, epoch: 3 },
+  worker_failed: {
+    type: 'worker_failed',
+    worker,
+    epoch: 3,
+    step: 7,
+    code: 'wait_timeout',
+    message: 'no frame from stage 1 rank 0 within 2000 ms',
+    peer,
+  },
+  leaving: { type: 'leaving', worker },
+  probe_result: { type: 'probe_result', id: 1, worker, peer, roundTripUs: [81.5, 79], error: null },
+  step_result: {
+    type: 'step_result',
+    placement,
+    epoch: 3,
+    step: 7,
+    outputs: [{ slot: 0, token: 42, logprob: -0.6931471824645996, top: [{ token: 42, logprob: -0.6931471824645996 }] }],
+    totalUs: 9_000,
+    collectiveUs: 300,
+    receiveUs: 0,
+    sampleUs: 90,
+    idleUs: 4,
+  },
+  assign: {
+    type: 'assign',
+    placement: {
+      id: placement,
+      epoch: 3,
+      model: 'SmolLM2-135M-Instruct',
+      stages: [
+        {
+          layers: { from: 0, to: 30 },
+          ranks: [{ worker, attentionUnits: units, feedForwardUnits: units, vocabularyUnits: units }],
+        },
+      ],
+      link: 'auto',
+    },
+    stage: 0,
+    rank: 0,
+    model: '{"architecture":"llama"}',
+    sourceSha256: sha256,
+    sliceSha256: sha256,
+    modelPath: '/models/a.gguf',
+    weightsAddress: '127.0.0.1:40001',
+    executor: 'cpu',
+    isa: null,
+    cores: [0, 1],
+    spin: true,
+    blockTokens: 16,
+    kvBlocks: 0,
+    kvCacheBytes: 268_435_456,
+    kvType: 'auto',
+    contextTokensMax: 2_048,
+    stepTokensMax: 512,
+    sequencesMax: 64,
+  },
+  connect: {
+    type: 'connect',
+    placement,
+    epoch: 3,
+    kvBlocks: 1_024,
+    peers: [{ stage: 0, rank: 1, worker: peer, hostId: 'host', grpcAddress: '127.0.0.1:40002', segment: null, driver: 'grpc' }],
+  },
+  release: { type: 'release', epoch: 3 },
+  rejoin: { type: 'rejoin' },
+  drain: { type: 'drain' },
+  probe: { type: 'probe', id: 1, peer, grpcAddress: '127.0.0.1:40002', driver: 'grpc', bytes: 4_608, rounds: 100 },
+  step_plan: stepPlan(2),
+};
