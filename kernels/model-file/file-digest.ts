@@ -30,12 +30,20 @@ interface Remembered {
 
 /** As `fileSha256`, from memory when size and time of change are those of the last time. */
 export async function rememberedSha256(path: string, cacheDirectory: string, onBytes?: (done: number) => void): Promise<string> {
+  const known = await knownSha256(path, cacheDirectory);
+  if (known !== null) return known;
+  // Taken before the bytes are read: a file that changes meanwhile is hashed again next time.
   const now = await stateOf(path);
-  const known = await readRecord(recordPath(now.path, cacheDirectory));
-  if (known && known.path === now.path && known.bytes === now.bytes && known.changedNs === now.changedNs) return known.sha256;
   const sha256 = await fileSha256(now.path, onBytes ? { onBytes } : {});
   await remember({ ...now, sha256 }, cacheDirectory);
   return sha256;
+}
+
+/** What is remembered of this file as it is now, null when nothing is. */
+export async function knownSha256(path: string, cacheDirectory: string): Promise<string | null> {
+  const now = await stateOf(path);
+  const known = await readRecord(recordPath(now.path, cacheDirectory));
+  return known && known.path === now.path && known.bytes === now.bytes && known.changedNs === now.changedNs ? known.sha256 : null;
 }
 
 /** Notes the digest of a file that has just been computed, so that the next start need not. */

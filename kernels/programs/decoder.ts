@@ -44,7 +44,7 @@ export interface ProgramOptions {
   rank: number;
   /** Type of K; `auto`: f16 where k has a bias, else int8. V is int8. */
   kvType: KvType;
-  /** Longest context wanted; null or more than the model's own: the model's own. */
+  /** Longest context wanted; null, 0 or more than the model's own: the model's own. */
   contextTokensMax: number | null;
 }
 
@@ -243,7 +243,7 @@ export function buildDecoder(facts: ModelFacts, traits: DecoderTraits, cut: Mode
     layers: shard.layers,
     hiddenSize: facts.hiddenSize,
     vocabularySize: facts.vocabularySize,
-    contextTokensMax: Math.min(options.contextTokensMax ?? facts.contextTokensMax, facts.contextTokensMax),
+    contextTokensMax: Math.min(options.contextTokensMax || facts.contextTokensMax, facts.contextTokensMax),
     buffers: builder.buffers,
     weights: builder.weights,
     kv: { layers: length(shard.layers), heads: length(shard.kvHeads), headSize: facts.headSize, key, value: 'int8' },
