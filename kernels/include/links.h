@@ -56,8 +56,8 @@ class TensorLink {
   virtual WaitResult send(const FrameKey& key, int rows, const void* data, size_t bytes, const WaitOptions& options) = 0;
   // Waits for the frame with this key; frames of other keys stay queued. `out` has room for `capacity` bytes; *bytes is the frame's length.
   virtual WaitResult receive(const FrameKey& key, void* out, size_t capacity, size_t* bytes, const WaitOptions& options) = 0;
-  // Frames of earlier steps are not wanted any more, queued or still to come (sampled ids that nobody asked for). Hidden frames of a step before the last
-  // one received are forgotten without it.
+  // Frames of earlier steps are not wanted any more, queued or still to come (sampled ids that nobody asked for). Hidden frames are
+  // received in ascending (step, operation, subtree); those before the last one received are forgotten without it.
   virtual void discard_before(uint32_t step) = 0;
 };
 

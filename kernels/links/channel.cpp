@@ -35,8 +35,8 @@ WaitResult hand_out(const ChannelContext& context, const FrameKey& key, const vo
     return problem(context, "sent a " + frame_name(key) + " with " + std::to_string(length) + " bytes, there is room for " + std::to_string(capacity));
   if (length > 0) std::memcpy(out, data, length);
   *bytes = length;
-  // Steps run in order, and each receives its hidden frame once. Sampled ids may be asked for in any order.
-  if (key.kind == FrameKind::Hidden) box->discard_before(key.step + 1, 0, 0);
+  // Hidden frames are received in order, each once. Sampled ids may be asked for in any order.
+  if (key.kind == FrameKind::Hidden) box->discard_through(key);
   return WaitResult::Done;
 }
 
@@ -110,7 +110,7 @@ WaitResult ShmReceiver::receive(const FrameKey& key, void* out, size_t capacity,
 WaitResult ShmReceiver::send(const FrameKey&, int, const void*, size_t, const WaitOptions&) { return wrong_direction(context_, "send"); }
 
 void ShmReceiver::discard_before(uint32_t step) {
-  stash_->discard_before(step, 0, 0);
+  stash_->discard_before({context_.kind, step, 0, 0});
   drain(nullptr, nullptr, 0, nullptr);
 }
 

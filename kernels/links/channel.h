@@ -73,7 +73,7 @@ class HostReceiver final : public TensorLink {
   HostReceiver(const ChannelContext& context, Mailbox* mailbox) : context_(context), mailbox_(mailbox) {}
   WaitResult send(const FrameKey& key, int rows, const void* data, size_t bytes, const WaitOptions& options) override;
   WaitResult receive(const FrameKey& key, void* out, size_t capacity, size_t* bytes, const WaitOptions& options) override;
-  void discard_before(uint32_t step) override { mailbox_->discard_before(step, 0, 0); }
+  void discard_before(uint32_t step) override { mailbox_->discard_before({context_.kind, step, 0, 0}); }
 
  private:
   const ChannelContext context_;

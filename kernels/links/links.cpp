@@ -14,9 +14,10 @@
 namespace shardmesh {
 namespace {
 
-// What one source may have waiting. A rank can be one exchange ahead, and its subtrees may outnumber ours; hidden frames wait at most as deep as the pipeline.
+// What one source may have waiting. A rank can be one exchange ahead, and its subtrees may outnumber ours; hidden frames
+// (pieces of a step) wait at most as deep as the pipeline.
 constexpr size_t kExchangesWaitingMax = 16;
-constexpr size_t kHiddenWaitingMax = 32;
+constexpr size_t kHiddenWaitingMax = 128;
 constexpr size_t kTokensWaitingMax = 4096;
 constexpr size_t kWaitingBytesMin = size_t{1} << 20;
 constexpr size_t kFramesWaitingMax = 65536;

@@ -9,8 +9,7 @@ namespace shardmesh {
 namespace {
 
 // Keys of one source in the order in which a step runs.
-uint64_t order(uint32_t step, uint16_t operation, uint16_t subtree) { return static_cast<uint64_t>(step) << 32 | static_cast<uint64_t>(operation) << 16 | subtree; }
-uint64_t order(const FrameKey& key) { return order(key.step, key.operation, key.subtree); }
+uint64_t order(const FrameKey& key) { return static_cast<uint64_t>(key.step) << 32 | static_cast<uint64_t>(key.operation) << 16 | key.subtree; }
 
 }  // namespace
 
@@ -61,9 +60,13 @@ WaitResult Mailbox::wait(const FrameKey& key, MailboxFrame* out, const std::atom
   }
 }
 
-void Mailbox::discard_before(uint32_t step, uint16_t operation, uint16_t subtree) {
+void Mailbox::discard_before(const FrameKey& key) { raise_floor(order(key)); }
+
+void Mailbox::discard_through(const FrameKey& key) { raise_floor(order(key) + 1); }
+
+void Mailbox::raise_floor(uint64_t floor) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  floor_ = std::max(floor_, order(step, operation, subtree));
+  floor_ = std::max(floor_, floor);
   for (auto frame = frames_.begin(); frame != frames_.end();) {
     if (order(frame->key) < floor_) {
       bytes_ -= frame->bytes;

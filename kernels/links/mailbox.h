@@ -33,19 +33,22 @@ class Mailbox {
  public:
   Mailbox(size_t bytes_max, size_t frames_max) : bytes_max_(bytes_max), frames_max_(frames_max) {}
 
-  // Copies the frame. Late: below the floor of discard_before().
+  // Copies the frame. Late: discarded already.
   PutResult put(const FrameKey& key, int rows, const void* data, size_t bytes);
   // Takes the frame with this key out, if it is here.
   bool take(const FrameKey& key, MailboxFrame* out);
   // Waits for the frame with this key.
   WaitResult wait(const FrameKey& key, MailboxFrame* out, const std::atomic<bool>& aborted, int64_t deadline_ns);
-  // Forgets frames that come before (step, operation, subtree), now and later. The floor never goes back.
-  void discard_before(uint32_t step, uint16_t operation, uint16_t subtree);
+  // Forgets frames that come before this key in (step, operation, subtree), now and later. The floor never goes back.
+  void discard_before(const FrameKey& key);
+  // The same, this key included.
+  void discard_through(const FrameKey& key);
   // Wakes a waiter, to look at the abort word.
   void wake();
 
  private:
   bool take_locked(const FrameKey& key, MailboxFrame* out);
+  void raise_floor(uint64_t floor);
 
   const size_t bytes_max_, frames_max_;
   std::mutex mutex_;

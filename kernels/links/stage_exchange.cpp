@@ -34,7 +34,7 @@ uint8_t* StageExchange::begin(const FrameKey& key, size_t bytes) {
     for (size_t rank = 0; rank < peers_.size(); rank++) {
       if (peers_[rank].mailbox == nullptr) continue;
       held_[rank] = MailboxFrame{};
-      peers_[rank].mailbox->discard_before(key.step, key.operation, key.subtree);
+      peers_[rank].mailbox->discard_before(key);
     }
   }
   return own_.exchange_block(counter_ + 1);

@@ -285,7 +285,7 @@ void full_ring_ends_at_deadline() {
       const int64_t begin = monotonic_ns();
       CHECK(to->send({FrameKind::Hidden, slots + 1, 0, 0}, 1, buffer.data(), 8192, within(100 * kMs)) == WaitResult::Deadline);
       const int64_t took = monotonic_ns() - begin;
-      CHECK(took >= 100 * kMs && took < 400 * kMs, "took %ld ns", static_cast<long>(took));
+      CHECK(took >= 100 * kMs && took < 1000 * kMs, "took %ld ns", static_cast<long>(took));
       mesh.barrier(2);
       CHECK(to->send({FrameKind::Hidden, slots + 1, 0, 0}, 1, buffer.data(), 8192, within(20 * kSecond)) == WaitResult::Done);
       CHECK(to->send({FrameKind::Hidden, slots + 2, 0, 0}, 1, buffer.data(), 8193, within(kSecond)) == WaitResult::Mismatch);
@@ -318,7 +318,7 @@ void killed_peer(bool spin) {
         const int64_t begin = monotonic_ns();
         CHECK(exchange->wait(1, 64, &data, within(300 * kMs, spin)) == WaitResult::Deadline);
         const int64_t took = monotonic_ns() - begin;
-        CHECK(took >= 300 * kMs && took < 600 * kMs, "took %ld ns", static_cast<long>(took));
+        CHECK(took >= 300 * kMs && took < 1000 * kMs, "took %ld ns", static_cast<long>(took));
       },
       [](const std::vector<pid_t>& pids, Board* board) {
         while (board->note[1].load() == 0) usleep(500);
@@ -513,6 +513,30 @@ void host_channel() {
   CHECK(local.links[4]->counters().late == 1);
 }
 
+void hidden_pieces() {
+  for (const bool shm : {true, false}) {
+    Local local({1, 1}, [shm](int, int) { return shm; });
+    TensorLink* to = local.links[0]->to({1, 0});
+    TensorLink* from = local.links[1]->from({0, 0});
+    for (uint32_t step = 1; step <= 3; step++)
+      for (uint16_t piece = 0; piece < 4; piece++) {
+        const int64_t value = step * 10 + piece;
+        CHECK(to->send({FrameKind::Hidden, step, 0, piece}, 1, &value, 8, within(kSecond)) == WaitResult::Done);
+      }
+    for (uint32_t step = 1; step <= 3; step++)
+      for (uint16_t piece = 0; piece < 4; piece++) {
+        int64_t value = 0;
+        size_t bytes = 0;
+        // A deadline that has passed asks without waiting.
+        CHECK(from->receive({FrameKind::Hidden, step, 0, piece}, &value, 8, &bytes, WaitOptions{0, false}) == WaitResult::Done, "step %u piece %d", step, piece);
+        CHECK(value == step * 10 + piece && bytes == 8);
+      }
+    int64_t value = 0;
+    size_t bytes = 0;
+    CHECK(from->receive({FrameKind::Hidden, 4, 0, 0}, &value, 8, &bytes, WaitOptions{0, true}) == WaitResult::Deadline);
+  }
+}
+
 void single_stage_tokens() {
   Local local({3}, [](int, int) { return true; });
   const int64_t value = 7;
@@ -705,6 +729,7 @@ const Test tests[] = {
     {"tensor link - frames of other keys stay queued", frames_of_other_keys_stay_queued},
     {"tensor link - a full ring ends the send at its deadline", full_ring_ends_at_deadline},
     {"tensor link - host frames reach the rank that is served, and no other", host_channel},
+    {"tensor link - pieces of one step arrive one after the other, shared memory and host", hidden_pieces},
     {"tensor link - sampled ids travel inside a single stage", single_stage_tokens},
     {"links - abort wakes every kind of wait within 50 ms", abort_wakes},
     {"links - no descriptor, mapping or shared memory object is left", nothing_leaks},

@@ -1,0 +1,62 @@
+/** Runs each test of links_test.cpp, in processes of their own. SHARDMESH_BENCH=1 prints the latency of one exchange as well. */
+import { execFile, execFileSync } from 'node:child_process';
+import { existsSync } from 'node:fs';
+import { join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { promisify } from 'node:util';
+import { beforeAll, describe, expect, it } from 'vitest';
+
+const run = promisify(execFile);
+const source = fileURLToPath(new URL('.', import.meta.url));
+// A folder of its own: other test files configure and build at the same time.
+const build = join(source, '../../build/links-test');
+const binary = join(build, 'links_test');
+
+const names = [
+  'exchange - 2 ranks that spin read 100000 blocks right',
+  'exchange - 2 ranks that sleep read 100000 blocks right',
+  'exchange - 3 ranks on few cores read 100000 blocks right',
+  'exchange - 5 ranks on few cores read 100000 blocks right',
+  'exchange - 5 ranks that spin on few cores still come through',
+  'exchange - a block of another length or key is a mismatch that names the rank',
+  'exchange - a killed rank ends the wait at its deadline',
+  'exchange - a frozen rank ends the wait at its deadline, and thawed goes on',
+  'exchange - a group of shared-memory and host ranks reads the same blocks',
+  'exchange - a group of host ranks only reads the same blocks',
+  'tensor link - hidden states and sampled ids go round 20000 times',
+  'tensor link - a fast writer waits for a slow reader and loses nothing',
+  'tensor link - frames of other keys stay queued',
+  'tensor link - a full ring ends the send at its deadline',
+  'tensor link - host frames reach the rank that is served, and no other',
+  'tensor link - pieces of one step arrive one after the other, shared memory and host',
+  'tensor link - sampled ids travel inside a single stage',
+  'links - abort wakes every kind of wait within 50 ms',
+  'links - no descriptor, mapping or shared memory object is left',
+  'links - a source that floods is refused and counted',
+  'links - late and duplicate frames change nothing and are counted',
+  "links - a segment that is not the peer's is refused by name",
+];
+
+describe.skipIf(process.platform !== 'linux')('native links', () => {
+  beforeAll(() => {
+    const configured = existsSync(join(build, 'CMakeCache.txt'));
+    if (!configured) execFileSync('cmake', ['-S', source, '-B', build, '-DCMAKE_BUILD_TYPE=Release'], { stdio: 'pipe' });
+    execFileSync('cmake', ['--build', build, '--target', 'links_test', '-j', '2'], { stdio: 'pipe' });
+  }, 240_000);
+
+  it('native links - every test of links_test.cpp is run here', async () => {
+    const { stdout } = await run(binary, ['--list']);
+    expect(stdout.trim().split('\n')).toEqual(names);
+  });
+
+  it.each(names)('%s', async (name) => {
+    // What a failing test prints is in the message of the error.
+    await run(binary, [name], { timeout: 110_000, killSignal: 'SIGKILL' });
+  });
+
+  it.runIf(process.env['SHARDMESH_BENCH'] === '1')('native links - latency of one exchange', async () => {
+    const { stdout } = await run(binary, ['--bench']);
+    console.log(stdout);
+    expect(stdout).toMatch(/2304 bytes, spin: p50 [\d.]+ us/);
+  });
+});
