@@ -145,7 +145,8 @@ export class ShardmeshEngine implements Engine {
 
   #submit(request: EngineRequest, isCanary: boolean): RequestHandle {
     if (this.#draining) throw new ShardmeshError('draining');
-    if (this.#scheduler === null) throw new ShardmeshError('mesh_unavailable', undefined, { details: { reason: this.#reason } });
+    if (this.#scheduler === null)
+      throw new ShardmeshError('mesh_unavailable', undefined, { details: { reason: this.#reason.replace(/\.$/, '') } });
     this.#checkRequest(request, this.#scheduler);
     if (!isCanary) this.#checkQueue();
 

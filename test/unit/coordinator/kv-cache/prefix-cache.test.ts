@@ -4,7 +4,7 @@ import { PrefixCache, type BlockDigest, type CacheIdentity } from '../../../../c
 
 const identity: CacheIdentity = { modelSha256: 'ab', kvType: 'int8', arithmetic: '1' };
 
-function makeCache(blocks = 8, of: CacheIdentity = identity, secret = new Uint8Array(32)) {
+function makeCache(blocks = 8, of: CacheIdentity = identity, secret: Uint8Array = new Uint8Array(32)) {
   const pool = new BlockPool(blocks, (block) => cache.forget(block));
   const cache = new PrefixCache({ pool, blockTokens: 4, secret, identity: of });
   return { pool, cache };

@@ -1,0 +1,105 @@
+import { describe, expect, it } from 'vitest';
+import { StepPipeline } from '../../../../coordinator/engine/step-pipeline.ts';
+import type { StepPlan, StepResult } from '../../../../protocol/step-plan.ts';
+
+function makePlan(step: number, rows: number, waitTimeoutMs = 2000): StepPlan {
+  const tokens = Array.from({ length: rows }, () => 1);
+  const sequences = [{ slot: 0, position: 0, tokens, after: 0, newBlocks: [], outputs: [] }];
+  return { type: 'step_plan', placement: 'p', epoch: 1, step, opened: [], closed: [], sequences, waitTimeoutMs };
+}
+
+const makeResult = (step: number, times: Partial<StepResult> = {}): StepResult => ({
+  type: 'step_result',
+  placement: 'p',
+  epoch: 1,
+  step,
+  outputs: [],
+  totalUs: 1000,
+  collectiveUs: 0,
+  receiveUs: 0,
+  sampleUs: 0,
+  idleUs: 0,
+  ...times,
+});
+
+describe('step pipeline', () => {
+  it('step pipeline - measures a step from its publish, or from the result before it', () => {
+    const pipeline = new StepPipeline();
+    pipeline.published(makePlan(1, 1), 0);
+    pipeline.published(makePlan(2, 1), 0);
+    pipeline.completed(makeResult(1), 1, 100);
+    expect(pipeline.numbers(100)).toMatchObject({ stepMs: 100, steps: 1, stepsInFlight: 1, outputTokens: 1 });
+    pipeline.completed(makeResult(2), 1, 300);
+    expect(pipeline.numbers(300)).toMatchObject({ stepMs: 102, stepsInFlight: 0 });
+    expect(pipeline.numbers(300).stepSeconds).toBeCloseTo(0.3, 9);
+  });
+
+  it('step pipeline - gives steps a deadline by their rows and by what steps took, at least 2 s', () => {
+    const pipeline = new StepPipeline();
+    // Nothing measured: 20 ms a row, ten times.
+    expect(pipeline.waitTimeoutMs(5)).toBe(2000);
+    expect(pipeline.waitTimeoutMs(100)).toBe(20_000);
+    pipeline.published(makePlan(1, 1), 0);
+    pipeline.completed(makeResult(1), 1, 50);
+    // Only small steps measured: 50 ms a row.
+    expect(pipeline.waitTimeoutMs(100)).toBe(50_000);
+    expect(pipeline.waitTimeoutMs(1)).toBe(2000);
+    pipeline.published(makePlan(2, 100), 50);
+    pipeline.completed(makeResult(2), 1, 850);
+    expect(pipeline.waitTimeoutMs(100)).toBe(8_000);
+    // Waits for what is ahead too.
+    pipeline.published(makePlan(3, 100), 850);
+    expect(pipeline.waitTimeoutMs(100)).toBe(16_000);
+    expect(pipeline.waitTimeoutMs(100_000)).toBe(600_000);
+    pipeline.begin(3);
+    expect(pipeline.waitTimeoutMs(100)).toBe(60_000);
+  });
+
+  it('step pipeline - calls a step overdue half a second after the workers should have', () => {
+    const pipeline = new StepPipeline();
+    pipeline.published(makePlan(1, 3), 1000);
+    pipeline.published(makePlan(2, 1), 1000);
+    expect(pipeline.overdue(3500)).toBeNull();
+    expect(pipeline.overdue(3501)).toEqual({ step: 1, tokens: 3, waitedMs: 2501, limitMs: 2500 });
+    pipeline.completed(makeResult(1), 0, 3600);
+    expect(pipeline.overdue(6100)).toBeNull();
+    expect(pipeline.overdue(6101)).toMatchObject({ step: 2, waitedMs: 2501 });
+    pipeline.abandon();
+    expect(pipeline.overdue(1e9)).toBeNull();
+  });
+
+  it('step pipeline - counts idle time as a bubble only while there was work', () => {
+    const pipeline = new StepPipeline();
+    pipeline.published(makePlan(1, 1), 0);
+    pipeline.completed(makeResult(1, { idleUs: 9_000_000, receiveUs: 400 }), 1, 10);
+    expect(pipeline.numbers(10)).toMatchObject({ bubbleRatio: 0, bubbleSeconds: 0, receiveSeconds: 0.0004 });
+    pipeline.published(makePlan(2, 1), 10);
+    pipeline.completed(makeResult(2, { idleUs: 3000, receiveUs: 400 }), 1, 20);
+    const { bubbleSeconds, bubbleRatio } = pipeline.numbers(20);
+    expect(bubbleSeconds).toBeCloseTo(0.0034, 9);
+    // Means with weight 0.02: bubble 0.02 * 3400 = 68 of 68 + 600.
+    expect(bubbleRatio).toBeCloseTo(68 / 668, 9);
+    pipeline.rest();
+    pipeline.published(makePlan(3, 1), 5000);
+    pipeline.completed(makeResult(3, { idleUs: 5_000_000 }), 1, 5010);
+    expect(pipeline.numbers(5010).bubbleSeconds).toBeCloseTo(0.0034, 9);
+  });
+
+  it('step pipeline - gives rates that fade when nothing happens', () => {
+    const pipeline = new StepPipeline();
+    pipeline.published(makePlan(1, 40), 0);
+    pipeline.completed(makeResult(1), 1, 0);
+    expect(pipeline.numbers(0)).toMatchObject({ outputTokensPerSecond: 0.1, prefillTokensPerSecond: 4, prefillTokens: 40 });
+    expect(pipeline.numbers(10_000).prefillTokensPerSecond).toBeCloseTo(4 / Math.E, 9);
+  });
+
+  it('step pipeline - keeps sums over epochs and forgets speeds', () => {
+    const pipeline = new StepPipeline();
+    pipeline.published(makePlan(1, 1), 0);
+    pipeline.completed(makeResult(1), 1, 900);
+    pipeline.published(makePlan(2, 1), 900);
+    pipeline.begin(1);
+    expect(pipeline.numbers(900)).toMatchObject({ steps: 1, stepsInFlight: 0 });
+    expect(pipeline.waitTimeoutMs(1)).toBe(2000);
+  });
+});
