@@ -309,15 +309,19 @@ describe('grpc link', () => {
     expect(b.frames).toHaveLength(0);
   });
 
-  it('grpc link - holds a sender back once its window and its queue are full, and loses nothing it took', async () => {
-    const { a, b } = await makePair({ queueBytesMax: 8 * 1024 * 1024 });
-    const payload = Buffer.alloc(65_536);
-    let taken = 0;
-    for (let step = 1; step <= 300; step++) taken += a.link.send(b.worker, header(step), payload) ? 1 : 0;
-    // 63 frames fill the 4 MiB that the transport may hold, 127 the 8 MiB of the queue; nothing is written before the loop ends.
-    expect(taken).toBe(190);
-    await b.received(190);
-    expect(b.frames.map(({ frame }) => frame.step)).toEqual(Array.from({ length: 190 }, (_, index) => index + 1));
-    expect(a.link.counters).toMatchObject({ framesOut: 190, unsentFrames: 110 });
-  });
+  it.each(['dials', 'answers'])(
+    'grpc link - holds back a sender that %s once its window and its queue are full, and loses nothing it took',
+    async (side) => {
+      const { a, b } = await makePair({ queueBytesMax: 8 * 1024 * 1024 });
+      const [from, to] = side === 'dials' ? [a, b] : [b, a];
+      const payload = Buffer.alloc(65_536);
+      let taken = 0;
+      for (let step = 1; step <= 300; step++) taken += from.link.send(to.worker, header(step), payload) ? 1 : 0;
+      // 63 frames fill the 4 MiB that the transport may hold, 127 the 8 MiB of the queue; nothing is written before the loop ends.
+      expect(taken).toBe(190);
+      await to.received(190);
+      expect(to.frames.map(({ frame }) => frame.step)).toEqual(Array.from({ length: 190 }, (_, index) => index + 1));
+      expect(from.link.counters).toMatchObject({ framesOut: 190, unsentFrames: 110 });
+    },
+  );
 });
