@@ -3,9 +3,11 @@ import { createHash, timingSafeEqual } from 'node:crypto';
 import {
   Client,
   credentials,
+  logVerbosity,
   Metadata,
   Server,
   ServerCredentials,
+  setLogVerbosity,
   type ChannelOptions,
   type ClientDuplexStream,
   type ClientReadableStream,
@@ -13,6 +15,9 @@ import {
 import { ShardmeshError } from '../errors.ts';
 import { grpcLimits } from '../limits.ts';
 import { linkStream, weightsFetch } from './services.ts';
+
+// The library prints to stderr what it also reports as errors of calls; those are logged by whoever made the call.
+setLogVerbosity(logVerbosity.NONE);
 
 const identityCompression = 0;
 
