@@ -1,0 +1,167 @@
+// Matrix products with one row a lane, sixteen lanes, and a 4-byte dot product (unsigned weight bytes times signed activation bytes, exact in int32).
+// Built for avx512 (vpdpbusd) and, on plain C++ lanes, for portable; the includer brings WeightLanes.
+#pragma once
+#include "linear_walk.h"
+
+namespace shardmesh {
+namespace {
+
+struct Lanes16 {
+  using L = WeightLanes;
+  using F = L::F;
+  using I = L::I;
+  static constexpr bool kStreams = L::wide_registers;
+  static constexpr int kPanelStrips = L::wide_registers ? 2 : 1;  // 2 strips x 6 tokens: twelve independent chains
+
+  SHARDMESH_LANES F zero() { return L::set(0.0f); }
+  SHARDMESH_LANES F load(const float* p) { return L::load(p); }
+  SHARDMESH_LANES void store(float* p, F x) { L::store(p, x); }
+  SHARDMESH_LANES F add(F a, F b) { return L::add(a, b); }
+
+  // Unsigned weights of k = 4j .. 4j + 3 of all 16 rows.
+  template <class W>
+  SHARDMESH_LANES I weights(const uint8_t* record, int j) {
+    if constexpr (W::panel) return L::load_int(record + kPanelWeightsAt + 64 * j);
+    const uint8_t* bytes = record + W::weights_at;
+    if constexpr (W::bits == 8) return L::load_int(bytes + 64 * j);
+    const I low4 = L::set_int(0x0f0f0f0f);
+    const I nibbles = j < 4 ? L::bit_and(L::load_int(bytes + 64 * j), low4) : L::bit_and(L::shift_right(L::load_int(bytes + 64 * (j - 4)), 4), low4);
+    if constexpr (W::bits == 4) return nibbles;
+    // Shifts cross byte borders; the mask keeps each byte's own bits.
+    const uint8_t* planes = record + W::scale_bytes;
+    if constexpr (W::bits == 5) {
+      const I plane = L::load_int(planes);
+      return L::bit_or(nibbles, L::bit_and(j < 4 ? L::shift_left(plane, 4 - j) : L::shift_right(plane, j - 4), L::set_int(0x10101010)));
+    }
+    const I plane = L::load_int(planes + 64 * (j / 4));
+    const int up = 4 - 2 * (j % 4);
+    return L::bit_or(nibbles, L::bit_and(up >= 0 ? L::shift_left(plane, up) : L::shift_right(plane, -up), L::set_int(0x30303030)));
+  }
+
+  template <class W>
+  SHARDMESH_LANES F scale(const uint8_t* record, const uint8_t* head) {
+    if constexpr (W::panel) return L::load(reinterpret_cast<const float*>(record));
+    if constexpr (!W::k_format) return L::load_half(reinterpret_cast<const uint16_t*>(record));
+    const F d = L::load_half(reinterpret_cast<const uint16_t*>(head));
+    if constexpr (W::half_scales) return d;
+    return L::mul(d, L::to_float(L::load_u8(record)));
+  }
+  template <class W>
+  SHARDMESH_LANES F minimum(const uint8_t* record, const uint8_t* head) {
+    if constexpr (W::panel) return L::load(reinterpret_cast<const float*>(record + 64));
+    if constexpr (!W::k_format) return L::load_half(reinterpret_cast<const uint16_t*>(record + 32));
+    return L::mul(L::load_half(reinterpret_cast<const uint16_t*>(head + 32)), L::to_float(L::load_u8(record + 16)));
+  }
+  // Scale of columns 0..15 and of 16..31 of each row (Q6_K).
+  template <class W>
+  SHARDMESH_LANES void half_scales(const uint8_t* record, I* first, I* second) {
+    if constexpr (W::panel) {  // int16 pairs
+      const I pairs = L::load_int(record + 64);
+      *first = L::shift_right_signed(L::shift_left(pairs, 16), 16);
+      *second = L::shift_right_signed(pairs, 16);
+    } else {  // int8 pairs
+      const I pairs = L::load_s16(record);
+      *first = L::shift_right_signed(L::shift_left(pairs, 24), 24);
+      *second = L::shift_right_signed(pairs, 8);
+    }
+  }
+
+  template <class W, int M>
+  SHARDMESH_LANES void accumulate(const uint8_t* record, const uint8_t* head, const TokenGroup* in, F* acc) {
+    I dot[M];
+    if constexpr (W::half_scales) {
+      I first, second;
+      half_scales<W>(record, &first, &second);
+      I c[2][M];
+      SHARDMESH_UNROLL
+      for (int half = 0; half < 2; half++) {
+        SHARDMESH_UNROLL
+        for (int t = 0; t < M; t++) c[half][t] = L::set_int(-32 * in[t].halves[half]);
+        SHARDMESH_UNROLL
+        for (int j = 4 * half; j < 4 * half + 4; j++) {
+          const I w = weights<W>(record, j);
+          SHARDMESH_UNROLL
+          for (int t = 0; t < M; t++) c[half][t] = L::dot4(c[half][t], w, L::broadcast4(in[t].q + 4 * j));
+        }
+      }
+      SHARDMESH_UNROLL
+      for (int t = 0; t < M; t++) dot[t] = L::add_int(L::mul_int(c[0][t], first), L::mul_int(c[1][t], second));
+    } else {
+      SHARDMESH_UNROLL
+      for (int t = 0; t < M; t++) {
+        if constexpr (W::zero_shift >= 0)
+          dot[t] = L::sub_int(L::set_int(0), L::shift_left(L::broadcast4(&in[t].sum), W::zero_shift));
+        else
+          dot[t] = L::set_int(0);
+      }
+      SHARDMESH_UNROLL
+      for (int i = 0; i < 8; i++) {
+        const int j = W::panel || W::bits == 8 ? i : i / 2 + 4 * (i % 2);  // both nibbles of a register, one after the other
+        const I w = weights<W>(record, j);
+        SHARDMESH_UNROLL
+        for (int t = 0; t < M; t++) dot[t] = L::dot4(dot[t], w, L::broadcast4(in[t].q + 4 * j));
+      }
+    }
+    const F s = scale<W>(record, head);
+    SHARDMESH_UNROLL
+    for (int t = 0; t < M; t++) acc[t] = L::fma(L::to_float(dot[t]), L::mul(s, L::set(in[t].sa)), acc[t]);
+    if constexpr (W::minimum) {
+      const F m = minimum<W>(record, head);
+      SHARDMESH_UNROLL
+      for (int t = 0; t < M; t++) acc[t] = L::fma(m, L::set(in[t].ms), acc[t]);
+    }
+  }
+
+  template <TensorType type>
+  SHARDMESH_LANES void expand(const uint8_t* record, const uint8_t* head, uint8_t* panel) {
+    using W = Direct<type>;
+    L::store(reinterpret_cast<float*>(panel), scale<W>(record, head));
+    if constexpr (W::minimum) L::store(reinterpret_cast<float*>(panel + 64), minimum<W>(record, head));
+    if constexpr (W::half_scales) {
+      I first, second;
+      half_scales<W>(record, &first, &second);
+      L::store_int(reinterpret_cast<int32_t*>(panel + 64), L::bit_or(L::bit_and(first, L::set_int(0xffff)), L::shift_left(second, 16)));
+    }
+    SHARDMESH_UNROLL
+    for (int j = 0; j < 8; j++) L::store_int(reinterpret_cast<int32_t*>(panel + kPanelWeightsAt + 64 * j), weights<W>(record, j));
+  }
+
+  template <TensorType type, int M>
+  SHARDMESH_LANES void accumulate_float(const uint8_t* w, const float* x, int64_t stride, int64_t count, F* out) {
+    F acc[M];
+    SHARDMESH_UNROLL
+    for (int t = 0; t < M; t++) acc[t] = out[t];
+    for (int64_t k = 0; k < count; k++) {
+      F value;
+      if constexpr (type == TensorType::F32) value = L::load(reinterpret_cast<const float*>(w) + k * kStripRows);
+      if constexpr (type == TensorType::F16) value = L::load_half(reinterpret_cast<const uint16_t*>(w) + k * kStripRows);
+      if constexpr (type == TensorType::BF16) value = L::load_bfloat(w + k * kStripRows * 2);
+      SHARDMESH_UNROLL
+      for (int t = 0; t < M; t++) acc[t] = L::fma(value, L::set(x[t * stride + k]), acc[t]);
+    }
+    SHARDMESH_UNROLL
+    for (int t = 0; t < M; t++) out[t] = acc[t];
+  }
+
+  SHARDMESH_LANES void quantize_group(const float* x, TokenGroup* out) {
+    const F a = L::load(x), b = L::load(x + 16);
+    const float largest = L::highest(L::max(L::abs(a), L::abs(b)));
+    if (!(largest >= kQuantizableMin)) {
+      std::memset(out, 0, sizeof *out);
+      return;
+    }
+    const F inverse = L::set(127.0f / largest);
+    const I p = L::to_int(L::mul(a, inverse)), q = L::to_int(L::mul(b, inverse));
+    L::store_int8(out->q, p);
+    L::store_int8(out->q + 16, q);
+    const int32_t first = L::sum_int(p), second = L::sum_int(q);
+    out->sa = largest / 127.0f;
+    out->sum = first + second;
+    out->ms = out->sa * static_cast<float>(out->sum);
+    out->halves[0] = static_cast<int16_t>(first);
+    out->halves[1] = static_cast<int16_t>(second);
+  }
+};
+
+}  // namespace
+}  // namespace shardmesh

@@ -1,0 +1,311 @@
+// The walk of a matrix product over strips, token tiles, segments and the tree; the same for every instruction set. What happens to one record is the
+// instruction set's, a class `Isa` with:
+//   F                                          16 fp32 lanes, one row each
+//   zero() load(p) store(p, f) add(a, b)
+//   accumulate<W, M>(record, head, in, acc)    one group of 32 columns and M tokens into acc[M]; W is Direct<type> or Panel<type>
+//   accumulate_float<type, M>(w, x, stride, count, acc)
+//   expand<type>(record, head, panel)          one record as Panel<type> has it
+//   kPanelStrips                               strips multiplied at once when they are expanded
+//   kStreams                                   whether several strips may be read at once (linear_tuning.h)
+// and the macro SHARDMESH_UNROLL before a loop: registers need it, plain C++ lanes must not (their code would grow out of hand).
+//
+// Order inside one (row, token, segment): groups ascending into one accumulator. Tiles, strips and parts never change it.
+#pragma once
+#include "../include/arithmetic.h"
+#include "linear_tuning.h"
+#include "strip_layout.h"
+
+namespace shardmesh {
+namespace {
+
+template <TensorType type_>
+struct Direct : Format<type_> {
+  static constexpr TensorType type = type_;
+  static constexpr bool panel = false;
+};
+
+template <TensorType type_>
+struct Panel : Format<type_> {
+  static constexpr TensorType type = type_;
+  static constexpr bool panel = true;
+  static constexpr bool k_format = false;  // no heads: S and M are ready
+  static constexpr size_t head_bytes = 0;
+  static constexpr size_t record_bytes = kPanelBytes;
+};
+
+struct Strip {
+  const uint8_t* records;
+  const uint8_t* heads;
+  int phase;
+};
+
+// Activations beyond this leave the second-level cache of a small core; more tokens are walked in blocks.
+constexpr size_t kTokenBlockBytes = 192 * 1024;
+
+// Joins segments p[0..n) of `width` vectors each, in place, into p[0].
+template <class Isa>
+void join_segments(typename Isa::F* p, int n, int width) {
+  if (n == 1) return;
+  const int left = tree_left(n);
+  typename Isa::F* right = p + left * width;
+  join_segments<Isa>(p, left, width);
+  join_segments<Isa>(right, n - left, width);
+  for (int i = 0; i < width; i++) p[i] = Isa::add(p[i], right[i]);
+}
+
+// Joins the segment sums segments[segment_count][S][M] to subtrees, adds the bias and writes rows [row, row + 16 S) of tokens [token, token + M).
+template <class Isa, int M, int S>
+__attribute__((noinline)) void finish_segments(typename Isa::F* segments, const LinearArguments& a, int64_t row, int64_t token) {
+  for (int tree = 0; tree < a.subtree_count; tree++) {
+    typename Isa::F* root = segments + a.subtrees[tree].first * S * M;
+    join_segments<Isa>(root, a.subtrees[tree].count, S * M);
+    float* out = a.out + tree * a.subtree_stride + token * a.out_stride + row;
+    for (int s = 0; s < S; s++) {
+      const int64_t rows = a.weight->rows - row - s * kStripRows;
+      float bias[kStripRows] = {};
+      if (a.bias) std::memcpy(bias, a.bias + row + s * kStripRows, sizeof(float) * static_cast<size_t>(rows < kStripRows ? rows : kStripRows));
+      for (int t = 0; t < M; t++) {
+        typename Isa::F y = root[s * M + t];
+        if (a.bias) y = Isa::add(y, Isa::load(bias));
+        float* to = out + t * a.out_stride + s * kStripRows;
+        if (rows >= kStripRows) {
+          Isa::store(to, y);
+        } else {
+          float lanes[kStripRows];
+          Isa::store(lanes, y);
+          std::memcpy(to, lanes, sizeof(float) * static_cast<size_t>(rows));
+        }
+      }
+    }
+  }
+}
+
+// S strips times the M tokens of one tile. `in` [groups][M].
+template <class Isa, class W, int M, int S>
+__attribute__((noinline)) void multiply_tile(const Strip* strips, const TokenGroup* in, const LinearArguments& a, int64_t row, int64_t token, int prefetch_bytes) {
+  typename Isa::F segments[kSegmentsMax * S * M];
+  int group = 0;
+  for (int segment = 0; segment < a.segment_count; segment++) {
+    typename Isa::F acc[S][M];
+    SHARDMESH_UNROLL
+    for (int s = 0; s < S; s++)
+      SHARDMESH_UNROLL
+      for (int t = 0; t < M; t++) acc[s][t] = Isa::zero();
+    for (const int end = a.segment_ends[segment]; group < end; group++, in += M) {
+      SHARDMESH_UNROLL
+      for (int s = 0; s < S; s++) {
+        const uint8_t* record = strips[s].records + static_cast<size_t>(group) * W::record_bytes;
+        const uint8_t* head = nullptr;
+        if constexpr (W::k_format) head = strips[s].heads + static_cast<size_t>((strips[s].phase + group) >> 3) * W::head_bytes;
+        if constexpr (!W::panel) {
+          if (prefetch_bytes)
+            for (size_t z = 0; z < W::record_bytes; z += 64) __builtin_prefetch(record + prefetch_bytes + z, 0, 3);
+        }
+        Isa::template accumulate<W, M>(record, head, in, acc[s]);
+      }
+    }
+    SHARDMESH_UNROLL
+    for (int s = 0; s < S; s++)
+      SHARDMESH_UNROLL
+      for (int t = 0; t < M; t++) segments[(segment * S + s) * M + t] = acc[s][t];
+  }
+  finish_segments<Isa, M, S>(segments, a, row, token);
+}
+
+template <class Isa, class W, int S>
+void multiply_strips(const Strip* strips, const TokenGroup* in, const LinearArguments& a, int64_t row, Tile tile, int prefetch_bytes) {
+  switch (tile.count) {
+    case 1: return multiply_tile<Isa, W, 1, S>(strips, in, a, row, tile.first, prefetch_bytes);
+    case 2: return multiply_tile<Isa, W, 2, S>(strips, in, a, row, tile.first, prefetch_bytes);
+    case 3: return multiply_tile<Isa, W, 3, S>(strips, in, a, row, tile.first, prefetch_bytes);
+    case 4: return multiply_tile<Isa, W, 4, S>(strips, in, a, row, tile.first, prefetch_bytes);
+    case 5: return multiply_tile<Isa, W, 5, S>(strips, in, a, row, tile.first, prefetch_bytes);
+    case 6: return multiply_tile<Isa, W, 6, S>(strips, in, a, row, tile.first, prefetch_bytes);
+    default: return;
+  }
+}
+
+// Panels hold tiles of 4 to 6 tokens only (many tokens, tiles as equal as can be).
+template <class Isa, class W, int S>
+void multiply_panel(const Strip* strips, const TokenGroup* in, const LinearArguments& a, int64_t row, Tile tile) {
+  switch (tile.count) {
+    case 4: return multiply_tile<Isa, W, 4, S>(strips, in, a, row, tile.first, 0);
+    case 5: return multiply_tile<Isa, W, 5, S>(strips, in, a, row, tile.first, 0);
+    case 6: return multiply_tile<Isa, W, 6, S>(strips, in, a, row, tile.first, 0);
+    default: return;
+  }
+}
+
+constexpr int kPanelTokensMin = 16;  // from here on every tile has 4 tokens or more
+template <int strips>
+alignas(64) thread_local uint8_t panel_buffer[strips * kPanelGroupsMax * kPanelBytes];
+
+template <TensorType type>
+Strip strip_at(const PackedMatrix& matrix, int64_t index) {
+  const StripShape shape = quantized_shape<type>(matrix.columns, matrix.layout);
+  const uint8_t* base = matrix.data + static_cast<size_t>(index) * shape.strip_bytes;
+  return {base + static_cast<size_t>(shape.heads) * Format<type>::head_bytes, base, matrix.layout};
+}
+
+template <class Isa, TensorType type>
+void expand_strip(const PackedMatrix& matrix, int64_t index, uint8_t* panel) {
+  using W = Direct<type>;
+  const Strip strip = strip_at<type>(matrix, index);
+  const int64_t groups = matrix.columns / 32;
+  for (int64_t g = 0; g < groups; g++) {
+    const uint8_t* head = W::k_format ? strip.heads + static_cast<size_t>((strip.phase + g) >> 3) * W::head_bytes : nullptr;
+    Isa::template expand<type>(strip.records + static_cast<size_t>(g) * W::record_bytes, head, panel + static_cast<size_t>(g) * kPanelBytes);
+  }
+}
+
+// One tile of 1 to 4 tokens on processors that want several streams of memory: strips from `from` on, as many as fill whole runs. Returns the first not done.
+template <class Isa, class W>
+int64_t multiply_streams(const LinearArguments& a, int64_t from, int64_t to, const TokenGroup* in) {
+  const LinearTuning& tuning = linear_tuning();
+  const PackedMatrix& matrix = *a.weight;
+  const int tokens = a.in.tokens;
+  int64_t s = from;
+  if (tokens == 1 && tuning.strips_one == 4) {
+    for (; s + 4 <= to; s += 4) {
+      Strip strips[4];
+      for (int i = 0; i < 4; i++) strips[i] = strip_at<W::type>(matrix, s + i);
+      multiply_tile<Isa, W, 1, 4>(strips, in, a, s * kStripRows, 0, tuning.prefetch_bytes);
+    }
+  } else if (tokens >= 2 && tokens <= 4 && tuning.strips_few == 2) {
+    for (; s + 2 <= to; s += 2) {
+      const Strip strips[2] = {strip_at<W::type>(matrix, s), strip_at<W::type>(matrix, s + 1)};
+      if (tokens == 2) multiply_tile<Isa, W, 2, 2>(strips, in, a, s * kStripRows, 0, tuning.prefetch_bytes);
+      if (tokens == 3) multiply_tile<Isa, W, 3, 2>(strips, in, a, s * kStripRows, 0, tuning.prefetch_bytes);
+      if (tokens == 4) multiply_tile<Isa, W, 4, 2>(strips, in, a, s * kStripRows, 0, tuning.prefetch_bytes);
+    }
+  }
+  return s;
+}
+
+// Strips [from, to), all tokens.
+template <class Isa, TensorType type>
+void multiply_quantized(const LinearArguments& a, int64_t from, int64_t to) {
+  using W = Direct<type>;
+  const LinearTuning& tuning = linear_tuning();
+  const PackedMatrix& matrix = *a.weight;
+  const int tokens = a.in.tokens, tiles = tile_count(tokens);
+  const int64_t groups = matrix.columns / 32;
+  const TokenGroup* in = reinterpret_cast<const TokenGroup*>(a.in.data);
+  const auto tile_input = [&](Tile tile) { return in + tile_offset(tile, groups); };
+
+  if (tiles == 1) {
+    const Tile tile = tile_at(tokens, 0);
+    int64_t s = from;
+    if constexpr (Isa::kStreams) s = multiply_streams<Isa, W>(a, from, to, in);
+    for (; s < to; s++) {
+      const Strip strip = strip_at<type>(matrix, s);
+      multiply_strips<Isa, W, 1>(&strip, in, a, s * kStripRows, tile, tuning.prefetch_bytes);
+    }
+    return;
+  }
+
+  const bool expand = tokens >= tuning.panel_tokens && tokens >= kPanelTokensMin && groups <= kPanelGroupsMax;
+  const int64_t tile_bytes = kTileTokensMax * groups * static_cast<int64_t>(sizeof(TokenGroup));
+  const int block_tiles = tile_bytes * 2 > static_cast<int64_t>(kTokenBlockBytes) ? 2 : static_cast<int>(static_cast<int64_t>(kTokenBlockBytes) / tile_bytes);
+  for (int first = 0; first < tiles; first += block_tiles) {
+    const int last = first + block_tiles < tiles ? first + block_tiles : tiles;
+    int64_t s = from;
+    if (expand) {
+      constexpr int kStrips = Isa::kPanelStrips;
+      for (; s + kStrips <= to; s += kStrips) {
+        Strip strips[kStrips];
+        for (int i = 0; i < kStrips; i++) {
+          uint8_t* panel = panel_buffer<kStrips> + static_cast<size_t>(i) * kPanelGroupsMax * kPanelBytes;
+          expand_strip<Isa, type>(matrix, s + i, panel);
+          strips[i] = {panel, nullptr, 0};
+        }
+        for (int i = first; i < last; i++) {
+          const Tile tile = tile_at(tokens, i);
+          multiply_panel<Isa, Panel<type>, kStrips>(strips, tile_input(tile), a, s * kStripRows, tile);
+        }
+      }
+    }
+    for (; s < to; s++) {
+      const Strip strip = strip_at<type>(matrix, s);
+      for (int i = first; i < last; i++) {
+        const Tile tile = tile_at(tokens, i);
+        multiply_strips<Isa, W, 1>(&strip, tile_input(tile), a, s * kStripRows, tile, i == first ? tuning.prefetch_bytes : 0);
+      }
+    }
+  }
+}
+
+// One strip of a float matrix times M tokens from `token` on; `x` is not quantised.
+template <class Isa, TensorType type, int M>
+void multiply_float_tile(const uint8_t* strip, const LinearArguments& a, int64_t row, int64_t token) {
+  constexpr size_t value_bytes = type == TensorType::F32 ? 4 : 2;
+  typename Isa::F segments[kSegmentsMax * M];
+  int64_t k = 0;
+  for (int segment = 0; segment < a.segment_count; segment++) {
+    typename Isa::F* acc = segments + segment * M;
+    for (int t = 0; t < M; t++) acc[t] = Isa::zero();
+    const int64_t end = int64_t{a.segment_ends[segment]} * 32;
+    Isa::template accumulate_float<type, M>(strip + static_cast<size_t>(k) * kStripRows * value_bytes, a.in.x + token * a.in.x_stride + k, a.in.x_stride, end - k, acc);
+    k = end;
+  }
+  finish_segments<Isa, M, 1>(segments, a, row, token);
+}
+
+template <class Isa, TensorType type>
+void multiply_float(const LinearArguments& a, int64_t from, int64_t to) {
+  const size_t strip_bytes = strip_shape(type, a.weight->columns, 0).strip_bytes;
+  const int tiles = tile_count(a.in.tokens);
+  for (int64_t s = from; s < to; s++) {
+    const uint8_t* strip = a.weight->data + static_cast<size_t>(s) * strip_bytes;
+    const int64_t row = s * kStripRows;
+    for (int i = 0; i < tiles; i++) {
+      const Tile tile = tile_at(a.in.tokens, i);
+      switch (tile.count) {
+        case 1: multiply_float_tile<Isa, type, 1>(strip, a, row, tile.first); break;
+        case 2: multiply_float_tile<Isa, type, 2>(strip, a, row, tile.first); break;
+        case 3: multiply_float_tile<Isa, type, 3>(strip, a, row, tile.first); break;
+        case 4: multiply_float_tile<Isa, type, 4>(strip, a, row, tile.first); break;
+        case 5: multiply_float_tile<Isa, type, 5>(strip, a, row, tile.first); break;
+        case 6: multiply_float_tile<Isa, type, 6>(strip, a, row, tile.first); break;
+      }
+    }
+  }
+}
+
+// This part's share: a contiguous range of strips.
+template <class Isa>
+void multiply(const LinearArguments& a, Part part) {
+  if (a.in.tokens < 1) return;
+  const int64_t strips = strip_count(a.weight->rows), from = strips * part.index / part.count, to = strips * (part.index + 1) / part.count;
+  switch (a.weight->type) {
+    case TensorType::F32: return multiply_float<Isa, TensorType::F32>(a, from, to);
+    case TensorType::F16: return multiply_float<Isa, TensorType::F16>(a, from, to);
+    case TensorType::BF16: return multiply_float<Isa, TensorType::BF16>(a, from, to);
+    case TensorType::Q4_0: return multiply_quantized<Isa, TensorType::Q4_0>(a, from, to);
+    case TensorType::Q4_1: return multiply_quantized<Isa, TensorType::Q4_1>(a, from, to);
+    case TensorType::Q5_0: return multiply_quantized<Isa, TensorType::Q5_0>(a, from, to);
+    case TensorType::Q5_1: return multiply_quantized<Isa, TensorType::Q5_1>(a, from, to);
+    case TensorType::Q8_0: return multiply_quantized<Isa, TensorType::Q8_0>(a, from, to);
+    case TensorType::Q4_K: return multiply_quantized<Isa, TensorType::Q4_K>(a, from, to);
+    case TensorType::Q5_K: return multiply_quantized<Isa, TensorType::Q5_K>(a, from, to);
+    case TensorType::Q6_K: return multiply_quantized<Isa, TensorType::Q6_K>(a, from, to);
+  }
+}
+
+// This part's share of the T x G groups: `quantize_group(x, out)` for each.
+template <class QuantizeGroup>
+void quantize_each(const Activations& in, Part part, QuantizeGroup quantize_group) {
+  const int64_t groups = in.columns / 32, count = in.tokens * groups;
+  const int64_t from = count * part.index / part.count, to = count * (part.index + 1) / part.count;
+  TokenGroup* out = reinterpret_cast<TokenGroup*>(in.data);
+  for (int64_t i = from; i < to;) {
+    const int64_t token = i / groups;
+    const Tile tile = tile_of_token(in.tokens, static_cast<int>(token));
+    const int64_t row_end = (token + 1) * groups < to ? (token + 1) * groups : to;
+    TokenGroup* column = out + tile_offset(tile, groups) + (token - tile.first);
+    for (int64_t g = i - token * groups; i < row_end; i++, g++) quantize_group(in.x + token * in.x_stride + g * 32, column + g * tile.count);
+  }
+}
+
+}  // namespace
+}  // namespace shardmesh
