@@ -41,7 +41,7 @@ export interface EngineOptions {
   sequencesMax: number;
   stepTokensMax: number;
   prefillChunkMax: number;
-  /** Most output rows of a step; default `stepTokensMax`. */
+  /** Most output rows of a step; default: a row for each sequence, and 512 where prompts are scored. A result must fit a message, candidates included. */
   stepOutputsMax?: number;
   /** Default: 2 for a single stage, else stages + 1. */
   stepsInFlightMax?: number;
@@ -95,6 +95,8 @@ interface LiveRequest {
 }
 
 const tickMs = 100;
+/** With 20 candidates each this stays below a third of the broker's payload limit. */
+const scoredRowsMax = 512;
 /** When the event loop was held up for longer than this, results may lie unread in a socket: no step is called overdue. */
 const loopLagMs = 500;
 const canaryTimeoutMs = 10_000;
@@ -455,7 +457,7 @@ export class ShardmeshEngine implements Engine {
       sequencesMax: options.sequencesMax,
       stepTokensMax: options.stepTokensMax,
       prefillChunkMax: options.prefillChunkMax,
-      stepOutputsMax: options.stepOutputsMax ?? options.stepTokensMax,
+      stepOutputsMax: options.stepOutputsMax ?? Math.max(options.sequencesMax, Math.min(options.stepTokensMax, scoredRowsMax)),
       ppSize,
       stepsInFlightMax,
       sequenceStepsMax: options.sequenceStepsMax ?? (ppSize === 1 ? stepsInFlightMax : 1),

@@ -42,7 +42,7 @@ export interface SchedulerOptions {
   stepTokensMax: number;
   /** Most rows that one sequence may have in a step. */
   prefillChunkMax: number;
-  /** Most output rows of a step: each holds logits of the whole vocabulary. */
+  /** Most output rows of a step: their log-probabilities and candidates come back in one message. */
   stepOutputsMax: number;
   /** Stages. With more than one, decoding sequences are split evenly over `stepsInFlightMax` micro-batches. */
   ppSize: number;
