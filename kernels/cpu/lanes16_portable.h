@@ -71,7 +71,8 @@ struct Lanes {
   }
 
   // --- fp32
-  SHARDMESH_LANES F set(float x) { return F{} + x; }
+  // Not F{} + x: 0 + -0 is 0.
+  SHARDMESH_LANES F set(float x) { return F{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
   SHARDMESH_LANES F add(F a, F b) { return a + b; }
   SHARDMESH_LANES F sub(F a, F b) { return a - b; }
   SHARDMESH_LANES F mul(F a, F b) { return a * b; }
