@@ -1,0 +1,441 @@
+// NativeExecutor of kernels/binding-types.ts over the C++ Executor.
+#include <napi.h>
+
+#include <memory>
+#include <stdexcept>
+#include <variant>
+
+#include "../include/executor.h"
+#include "values.h"
+
+namespace shardmesh::binding {
+namespace {
+
+constexpr int64_t kIntMax = 2147483647;
+constexpr const char* kFrameKinds[] = {"reduce", "rows", "logits", "hidden", "tokens"};
+
+struct OutgoingFrame {
+  PeerAddress destination;
+  FrameKey key;
+  int rows;
+  std::unique_ptr<std::vector<uint8_t>> payload;
+};
+using Event = std::variant<StepDone, StepFailure, OutgoingFrame>;
+
+// What the wrapper, its pending promises and its events share. Everything but `executor` belongs to the event loop.
+struct State {
+  std::shared_ptr<Executor> executor;
+  PeerAddress self{};
+  napi_threadsafe_function events = nullptr;
+  Napi::FunctionReference on_step, on_frame, on_step_failed;
+  bool disposed = false;
+};
+
+Napi::Object address_object(Napi::Env env, PeerAddress address) {
+  Napi::Object object = Napi::Object::New(env);
+  object.Set("stage", address.stage);
+  object.Set("rank", address.rank);
+  return object;
+}
+
+Napi::Value pair_list(Napi::Env env, const std::vector<std::pair<int32_t, float>>& pairs) {
+  Napi::Array array = Napi::Array::New(env, pairs.size());
+  for (size_t i = 0; i < pairs.size(); i++) {
+    Napi::Object item = Napi::Object::New(env);
+    item.Set("token", pairs[i].first);
+    item.Set("logprob", static_cast<double>(pairs[i].second));
+    array.Set(static_cast<uint32_t>(i), item);
+  }
+  return array;
+}
+
+Napi::Object done_object(Napi::Env env, const StepDone& done) {
+  Napi::Array outputs = Napi::Array::New(env, done.outputs.size());
+  for (size_t i = 0; i < done.outputs.size(); i++) {
+    const OutputResult& r = done.outputs[i];
+    Napi::Object output = Napi::Object::New(env);
+    output.Set("slot", r.slot);
+    output.Set("token", r.token);
+    output.Set("logprob", r.has_logprob ? Napi::Number::New(env, static_cast<double>(r.logprob)) : env.Null());
+    output.Set("top", pair_list(env, r.top));
+    outputs.Set(static_cast<uint32_t>(i), output);
+  }
+  Napi::Object timings = Napi::Object::New(env);
+  timings.Set("totalUs", done.timings.total_us);
+  timings.Set("collectiveUs", done.timings.collective_us);
+  timings.Set("receiveUs", done.timings.receive_us);
+  timings.Set("sampleUs", done.timings.sample_us);
+  timings.Set("idleUs", done.timings.idle_us);
+  Napi::Object object = Napi::Object::New(env);
+  object.Set("step", done.step);
+  object.Set("outputs", outputs);
+  object.Set("timings", timings);
+  return object;
+}
+
+const char* failure_code(FailureCode code) {
+  switch (code) {
+    case FailureCode::WaitTimeout: return "wait_timeout";
+    case FailureCode::NonFinite: return "non_finite";
+    case FailureCode::Aborted: return "aborted";
+    case FailureCode::Internal: return "internal";
+  }
+  return "internal";
+}
+
+void emit(Napi::Env env, State* state, Event& event) {
+  if (auto* done = std::get_if<StepDone>(&event)) {
+    state->on_step.Call({done_object(env, *done)});
+  } else if (auto* failure = std::get_if<StepFailure>(&event)) {
+    state->on_step_failed.Call({Napi::Number::New(env, failure->step), Napi::String::New(env, failure_code(failure->code)), Napi::String::New(env, failure->message),
+                                failure->has_peer ? Napi::Value(address_object(env, failure->peer)) : Napi::Value(env.Null())});
+  } else {
+    OutgoingFrame& frame = std::get<OutgoingFrame>(event);
+    Napi::Object object = Napi::Object::New(env);
+    object.Set("kind", kFrameKinds[static_cast<int>(frame.key.kind)]);
+    object.Set("step", frame.key.step);
+    object.Set("operation", frame.key.operation);
+    object.Set("subtree", frame.key.subtree);
+    object.Set("source", address_object(env, state->self));
+    object.Set("rows", frame.rows);
+    std::vector<uint8_t>* payload = frame.payload.release();
+    object.Set("payload", Napi::Buffer<uint8_t>::New(env, payload->data(), payload->size(), [](Napi::Env, uint8_t*, std::vector<uint8_t>* owned) { delete owned; }, payload));
+    state->on_frame.Call({address_object(env, frame.destination), object});
+  }
+}
+
+// On the event loop; `env` is null when the environment is going away.
+void call_js(napi_env raw_env, napi_value, void* context, void* data) {
+  const std::unique_ptr<Event> event(static_cast<Event*>(data));
+  State* state = static_cast<std::shared_ptr<State>*>(context)->get();
+  if (raw_env == nullptr || state->disposed) return;
+  const Napi::Env env(raw_env);
+  const Napi::HandleScope scope(env);
+  try {
+    emit(env, state, *event);
+  } catch (const Napi::Error& error) {
+    napi_fatal_exception(raw_env, error.Value());
+  }
+}
+
+PeerAddress address_of(const Napi::Value& value, const std::string& name) {
+  const Napi::Object object = object_of(value, name);
+  return {static_cast<int>(integer_of(object.Get("stage"), name + ".stage", 0, 65535)), static_cast<int>(integer_of(object.Get("rank"), name + ".rank", 0, 65535))};
+}
+
+class ExecutorWrap : public Napi::ObjectWrap<ExecutorWrap> {
+ public:
+  static Napi::Function define(Napi::Env env) {
+    return DefineClass(env, "NativeExecutor",
+                       {
+                           InstanceAccessor<&ExecutorWrap::isa>("isa"),
+                           InstanceAccessor<&ExecutorWrap::bytes>("bytes"),
+                           InstanceMethod<&ExecutorWrap::load_weight>("loadWeight"),
+                           InstanceMethod<&ExecutorWrap::tables_checksum>("tablesChecksum"),
+                           InstanceMethod<&ExecutorWrap::open_segment>("openSegment"),
+                           InstanceMethod<&ExecutorWrap::connect>("connect"),
+                           InstanceMethod<&ExecutorWrap::open_slots>("openSlots"),
+                           InstanceMethod<&ExecutorWrap::close_slots>("closeSlots"),
+                           InstanceMethod<&ExecutorWrap::submit>("submit"),
+                           InstanceMethod<&ExecutorWrap::deliver>("deliver"),
+                           InstanceMethod<&ExecutorWrap::abort>("abort"),
+                           InstanceMethod<&ExecutorWrap::dispose>("dispose"),
+                       });
+  }
+
+  explicit ExecutorWrap(const Napi::CallbackInfo& info) : Napi::ObjectWrap<ExecutorWrap>(info), state_(std::make_shared<State>()) {
+    guarded(info.Env(), [&] { create(info); });
+  }
+
+  void Finalize(Napi::Env env) override {
+    if (!state_->disposed && state_->executor) release(env);
+  }
+
+ private:
+  void create(const Napi::CallbackInfo& info) {
+    const Napi::Env env = info.Env();
+    const Napi::Object options = object_of(info[0], "options");
+    const Napi::Object callbacks = object_of(info[1], "callbacks");
+    ExecutorConfig config;
+    config.kind = text_of(options.Get("kind"), "options.kind");
+    if (!options.Get("isa").IsNull()) config.isa = text_of(options.Get("isa"), "options.isa");
+    config.program = parse_program(program_json_of(options.Get("program")));
+    config.cores = integers_of(options.Get("cores"), "options.cores", 0, 1023);
+    config.threads = config.cores.empty() ? static_cast<int>(integer_of(options.Get("threads"), "options.threads", 1, 256)) : static_cast<int>(config.cores.size());
+    config.spin = boolean_of(options.Get("spin"), "options.spin");
+    config.block_tokens = static_cast<int>(integer_of(options.Get("blockTokens"), "options.blockTokens", 16, 4096));
+    config.kv_blocks = integer_of(options.Get("kvBlocks"), "options.kvBlocks", 1, 1 << 24);
+    config.step_tokens_max = static_cast<int>(integer_of(options.Get("stepTokensMax"), "options.stepTokensMax", 1, 65536));
+    config.sequences_max = static_cast<int>(integer_of(options.Get("sequencesMax"), "options.sequencesMax", 1, 65536));
+    const Napi::Value ranks = options.Get("ranksPerStage");
+    if (!ranks.IsUndefined()) config.ranks_per_stage = integers_of(ranks, "options.ranksPerStage", 1, kRanksMax);
+    state_->self = {config.program.stage, config.program.rank};
+    state_->on_step = Napi::Persistent(function_of(callbacks.Get("onStep"), "callbacks.onStep"));
+    state_->on_frame = Napi::Persistent(function_of(callbacks.Get("onFrame"), "callbacks.onFrame"));
+    state_->on_step_failed = Napi::Persistent(function_of(callbacks.Get("onStepFailed"), "callbacks.onStepFailed"));
+
+    // The function's context holds the state, so that an event on its way outlives the wrapper.
+    auto* context = new std::shared_ptr<State>(state_);
+    const auto finalize = [](napi_env, void* data, void*) { delete static_cast<std::shared_ptr<State>*>(data); };
+    if (napi_create_threadsafe_function(env, nullptr, nullptr, Napi::String::New(env, "shardmesh executor"), 0, 1, context, finalize, context, call_js, &state_->events) != napi_ok) {
+      delete context;
+      throw std::runtime_error("the addon could not make a thread-safe function");
+    }
+    try {
+      state_->executor = Executor::make(std::move(config), events_of(state_->events));
+    } catch (...) {
+      napi_release_threadsafe_function(state_->events, napi_tsfn_abort);
+      throw;
+    }
+    napi_add_env_cleanup_hook(env, &ExecutorWrap::on_teardown, state_.get());
+  }
+
+  static ExecutorEvents events_of(napi_threadsafe_function events) {
+    // Never blocks: the queue is unbounded. When the environment is closing the call fails and the event is dropped here.
+    const auto post = [events](Event&& event) {
+      auto* owned = new Event(std::move(event));
+      if (napi_call_threadsafe_function(events, owned, napi_tsfn_nonblocking) != napi_ok) delete owned;
+    };
+    ExecutorEvents result;
+    result.done = [post](StepDone&& done) { post(Event(std::move(done))); };
+    result.failed = [post](StepFailure&& failure) { post(Event(std::move(failure))); };
+    result.frame = [post](PeerAddress destination, const FrameKey& key, int rows, const void* data, size_t bytes) {
+      const uint8_t* from = static_cast<const uint8_t*>(data);
+      post(Event(OutgoingFrame{destination, key, rows, std::make_unique<std::vector<uint8_t>>(from, from + bytes)}));
+    };
+    return result;
+  }
+
+  // The environment goes away with the executor still alive: end its threads, so that nothing calls into the environment any more.
+  static void on_teardown(void* data) {
+    State* state = static_cast<State*>(data);
+    state->disposed = true;
+    state->executor->stop();
+  }
+
+  // Event loop; after the threads have ended.
+  static void release_handles(Napi::Env env, const std::shared_ptr<State>& state) {
+    state->on_step.Reset();
+    state->on_frame.Reset();
+    state->on_step_failed.Reset();
+    napi_release_threadsafe_function(state->events, napi_tsfn_release);
+  }
+
+  // Collected as garbage without dispose().
+  void release(Napi::Env env) {
+    state_->disposed = true;
+    napi_remove_env_cleanup_hook(env, &ExecutorWrap::on_teardown, state_.get());
+    state_->executor->stop();
+    state_->executor.reset();
+    release_handles(env, state_);
+  }
+
+  Executor& executor(Napi::Env env) const {
+    if (state_->disposed) throw Napi::Error::New(env, "the executor was disposed of");
+    return *state_->executor;
+  }
+
+  Napi::Value isa(const Napi::CallbackInfo& info) { return Napi::String::New(info.Env(), executor(info.Env()).isa()); }
+  Napi::Value bytes(const Napi::CallbackInfo& info) { return Napi::Number::New(info.Env(), static_cast<double>(executor(info.Env()).bytes())); }
+
+  Napi::Value load_weight(const Napi::CallbackInfo& info) {
+    const Napi::Env env = info.Env();
+    executor(env);
+    const int index = static_cast<int>(integer_of(info[0], "index", 0, kIntMax));
+    const Napi::Uint8Array data = bytes_of(info[1], "data");
+    struct Load {
+      std::shared_ptr<Executor> executor;
+      Napi::Reference<Napi::Uint8Array> keep;  // the bytes are read where they lie
+      const uint8_t* bytes;
+      size_t length;
+      WeightReport report{};
+    };
+    auto load = std::make_shared<Load>(Load{state_->executor, Napi::Persistent(data), data.Data(), data.ByteLength()});
+    return PromiseWork::start(
+        env, [load, index] { load->report = load->executor->load_weight(index, load->bytes, load->length); },
+        [load](Napi::Env e) -> Napi::Value {
+          Napi::Object report = Napi::Object::New(e);
+          report.Set("repackError", load->report.repack_error);
+          report.Set("bytes", static_cast<double>(load->report.bytes));
+          return report;
+        });
+  }
+
+  Napi::Value tables_checksum(const Napi::CallbackInfo& info) {
+    return guarded(info.Env(), [&]() -> Napi::Value {
+      char text[17];
+      snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(executor(info.Env()).tables_checksum()));
+      return Napi::String::New(info.Env(), text);
+    });
+  }
+
+  Napi::Value open_segment(const Napi::CallbackInfo& info) {
+    return guarded(info.Env(), [&]() -> Napi::Value {
+      const Links::Segment segment = executor(info.Env()).open_segment();
+      Napi::Object object = Napi::Object::New(info.Env());
+      object.Set("pid", segment.pid);
+      object.Set("fd", segment.fd);
+      object.Set("bytes", static_cast<double>(segment.bytes));
+      return object;
+    });
+  }
+
+  void connect(const Napi::CallbackInfo& info) {
+    guarded(info.Env(), [&] {
+      const Napi::Array list = array_of(info[0], "peers");
+      std::vector<PeerLink> peers;
+      for (uint32_t i = 0; i < list.Length(); i++) {
+        const std::string name = "peers[" + std::to_string(i) + "]";
+        const Napi::Object item = object_of(list.Get(i), name);
+        PeerLink link{address_of(item.Get("peer"), name + ".peer"), false, 0, -1, 0};
+        const std::string driver = text_of(item.Get("driver"), name + ".driver");
+        if (driver == "shm") {
+          link.shm = true;
+          link.pid = static_cast<int>(integer_of(item.Get("pid"), name + ".pid", 1, kIntMax));
+          link.fd = static_cast<int>(integer_of(item.Get("fd"), name + ".fd", 0, kIntMax));
+          link.bytes = static_cast<size_t>(integer_of(item.Get("bytes"), name + ".bytes", 1, int64_t{1} << 48));
+        } else if (driver != "host") {
+          throw std::runtime_error(name + ".driver must be 'shm' or 'host', got '" + driver + "'");
+        }
+        peers.push_back(link);
+      }
+      executor(info.Env()).connect(peers);
+    });
+  }
+
+  static SlotOpen slot_of(const Napi::Object& o, const std::string& name) {
+    SlotOpen open;
+    open.slot = static_cast<int>(integer_of(o.Get("slot"), name + ".slot", 0, kIntMax));
+    const Napi::Object s = object_of(o.Get("sampling"), name + ".sampling");
+    const std::string sampling = name + ".sampling.";
+    open.sampling.temperature = number_of(s.Get("temperature"), sampling + "temperature");
+    open.sampling.top_p = number_of(s.Get("topP"), sampling + "topP");
+    open.sampling.top_k = static_cast<int32_t>(integer_of(s.Get("topK"), sampling + "topK", 0, kIntMax));
+    open.sampling.min_p = number_of(s.Get("minP"), sampling + "minP");
+    open.sampling.seed = unsigned64_of(s.Get("seed"), sampling + "seed");
+    open.sampling.choice = static_cast<uint32_t>(integer_of(s.Get("choice"), sampling + "choice", 0, kIntMax));
+    open.sampling.repetition_penalty = number_of(s.Get("repetitionPenalty"), sampling + "repetitionPenalty");
+    open.sampling.presence_penalty = number_of(s.Get("presencePenalty"), sampling + "presencePenalty");
+    open.sampling.frequency_penalty = number_of(s.Get("frequencyPenalty"), sampling + "frequencyPenalty");
+    open.sampling.logprobs = s.Get("logprobs").IsNull() ? -1 : static_cast<int>(integer_of(s.Get("logprobs"), sampling + "logprobs", 0, 20));
+    const Napi::Array bias = array_of(s.Get("logitBias"), sampling + "logitBias");
+    for (uint32_t i = 0; i < bias.Length(); i++) {
+      const std::string entry = sampling + "logitBias[" + std::to_string(i) + "]";
+      const Napi::Array pair = array_of(bias.Get(i), entry);
+      open.sampling.logit_bias.emplace_back(static_cast<int32_t>(integer_of(pair.Get(0u), entry + "[0]", 0, kIntMax)),
+                                            static_cast<float>(number_of(pair.Get(1u), entry + "[1]")));
+    }
+    open.prompt_tokens = int32_array_of(o.Get("promptTokens"), name + ".promptTokens");
+    open.output_tokens = int32_array_of(o.Get("outputTokens"), name + ".outputTokens");
+    return open;
+  }
+
+  void open_slots(const Napi::CallbackInfo& info) {
+    guarded(info.Env(), [&] {
+      const Napi::Array list = array_of(info[0], "slots");
+      std::vector<SlotOpen> slots;
+      for (uint32_t i = 0; i < list.Length(); i++) {
+        const std::string name = "slots[" + std::to_string(i) + "]";
+        slots.push_back(slot_of(object_of(list.Get(i), name), name));
+      }
+      executor(info.Env()).open_slots(std::move(slots));
+    });
+  }
+
+  void close_slots(const Napi::CallbackInfo& info) {
+    guarded(info.Env(), [&] { executor(info.Env()).close_slots(integers_of(info[0], "slots", 0, kIntMax)); });
+  }
+
+  void submit(const Napi::CallbackInfo& info) {
+    guarded(info.Env(), [&] {
+      const Napi::Object o = object_of(info[0], "step");
+      StepInput step;
+      step.step = static_cast<uint32_t>(integer_of(o.Get("step"), "step.step", 1, kIntMax));
+      step.token_ids = int32_array_of(o.Get("tokenIds"), "step.tokenIds");
+      step.token_steps = int32_array_of(o.Get("tokenSteps"), "step.tokenSteps");
+      step.positions = int32_array_of(o.Get("positions"), "step.positions");
+      step.row_sequence = int32_array_of(o.Get("rowSequence"), "step.rowSequence");
+      step.slots = int32_array_of(o.Get("slots"), "step.slots");
+      step.block_table_offsets = int32_array_of(o.Get("blockTableOffsets"), "step.blockTableOffsets");
+      step.block_tables = int32_array_of(o.Get("blockTables"), "step.blockTables");
+      step.wait_timeout_ms = integer_of(o.Get("waitTimeoutMs"), "step.waitTimeoutMs", 1, 3'600'000);
+      const Napi::Array outputs = array_of(o.Get("outputs"), "step.outputs");
+      for (uint32_t i = 0; i < outputs.Length(); i++) {
+        const std::string name = "step.outputs[" + std::to_string(i) + "]";
+        const Napi::Object item = object_of(outputs.Get(i), name);
+        OutputRow row;
+        row.row = static_cast<int>(integer_of(item.Get("row"), name + ".row", 0, kIntMax));
+        row.slot = static_cast<int>(integer_of(item.Get("slot"), name + ".slot", 0, kIntMax));
+        row.score = item.Get("score").IsNull() ? -1 : static_cast<int32_t>(integer_of(item.Get("score"), name + ".score", 0, kIntMax));
+        row.banned = integers_of(item.Get("banned"), name + ".banned", 0, kIntMax);
+        step.outputs.push_back(std::move(row));
+      }
+      executor(info.Env()).submit(std::move(step));
+    });
+  }
+
+  Napi::Value deliver(const Napi::CallbackInfo& info) {
+    return guarded(info.Env(), [&]() -> Napi::Value {
+      const Napi::Object o = object_of(info[0], "frame");
+      const std::string kind = text_of(o.Get("kind"), "frame.kind");
+      int code = -1;
+      for (int i = 0; i < 5; i++)
+        if (kind == kFrameKinds[i]) code = i;
+      if (code < 0) throw std::runtime_error("frame.kind '" + kind + "' is not reduce, rows, logits, hidden or tokens");
+      const FrameKey key{static_cast<FrameKind>(code), static_cast<uint32_t>(integer_of(o.Get("step"), "frame.step", 0, 0xffffffffll)),
+                         static_cast<uint16_t>(integer_of(o.Get("operation"), "frame.operation", 0, 65535)),
+                         static_cast<uint16_t>(integer_of(o.Get("subtree"), "frame.subtree", 0, 65535))};
+      const Napi::Uint8Array payload = bytes_of(o.Get("payload"), "frame.payload");
+      const int rows = static_cast<int>(integer_of(o.Get("rows"), "frame.rows", 0, kIntMax));
+      const bool kept = executor(info.Env()).deliver(address_of(o.Get("source"), "frame.source"), key, rows, payload.Data(), payload.ByteLength());
+      return Napi::Boolean::New(info.Env(), kept);
+    });
+  }
+
+  Napi::Value abort(const Napi::CallbackInfo& info) {
+    return guarded(info.Env(), [&]() -> Napi::Value {
+      executor(info.Env()).abort(text_of(info[0], "reason"));
+      const std::shared_ptr<Executor> held = state_->executor;
+      return PromiseWork::start(info.Env(), [held] { held->wait_idle(); }, [](Napi::Env env) { return env.Undefined(); });
+    });
+  }
+
+  // Idempotent: a second call resolves as well.
+  Napi::Value dispose(const Napi::CallbackInfo& info) {
+    const Napi::Env env = info.Env();
+    if (state_->disposed) {
+      const Napi::Promise::Deferred done = Napi::Promise::Deferred::New(env);
+      done.Resolve(env.Undefined());
+      return done.Promise();
+    }
+    state_->disposed = true;
+    napi_remove_env_cleanup_hook(env, &ExecutorWrap::on_teardown, state_.get());
+    const std::shared_ptr<State> state = state_;
+    state->executor->abort("the executor was disposed of");
+    return PromiseWork::start(
+        env,
+        [state] {
+          state->executor->stop();
+          state->executor.reset();
+        },
+        [state](Napi::Env e) -> Napi::Value {
+          release_handles(e, state);
+          return e.Undefined();
+        });
+  }
+
+  std::shared_ptr<State> state_;
+};
+
+}  // namespace
+
+Napi::Function executor_class(Napi::Env env) { return ExecutorWrap::define(env); }
+
+std::string program_json_of(const Napi::Value& value) {
+  const Napi::Env env = value.Env();
+  const Napi::Object program = object_of(value, "program");
+  const Napi::Function stringify = env.Global().Get("JSON").As<Napi::Object>().Get("stringify").As<Napi::Function>();
+  return stringify.Call({program}).As<Napi::String>().Utf8Value();
+}
+
+}  // namespace shardmesh::binding

@@ -1,0 +1,122 @@
+// What does not change from step to step: the program with its weights, its buffers, its KV pool, and the plan of actions made from its operations.
+#pragma once
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "../include/executor.h"
+#include "../include/kernel_set.h"
+#include "../include/program.h"
+#include "memory.h"
+#include "rope_table.h"
+
+namespace shardmesh {
+
+// A loaded weight: a packed matrix, or a vector of fp32.
+struct Weight {
+  PackedMatrix matrix{};
+  std::vector<float> vector;
+  bool loaded = false, loading = false;
+};
+
+// [rows, width] fp32 with a stride, and room for its quantised form where a product needs it.
+struct Buffer {
+  float* data = nullptr;
+  int64_t width = 0, stride = 0;
+  uint8_t* quantized = nullptr;
+};
+
+// What the runner does, in order. Most actions are one operation; products that read the same buffer run as one piece of work, and a buffer is quantised once
+// until it is written again.
+enum class ActionKind {
+  ResolveTokens, Embed, GatherRows, ReceiveHidden, SendHidden, RmsNorm, Quantize, Linear, LinearPartial, AllReduce, Rope, StoreKv, Attention, GatedActivation,
+  SelectRows, GatherLogits, Sample, SendTokens
+};
+
+struct Action {
+  ActionKind kind;
+  int operation = -1;           // index in the program
+  std::vector<int> products = {};  // Linear: indexes of the operations
+  int buffer = -1;              // Quantize
+};
+
+// Exchanges are cut into pieces of rows so that a piece stays about this large, whatever the step.
+constexpr size_t kExchangePieceBytes = size_t{2} << 20;
+// Output rows (logits) are computed this many at a time, bounded by the bytes of their logits.
+constexpr int kOutputRowsMax = 64;
+constexpr size_t kOutputBytes = size_t{16} << 20;
+
+class Shard {
+ public:
+  explicit Shard(ExecutorConfig config);
+
+  const ExecutorConfig& config() const { return config_; }
+  const Program& program() const { return config_.program; }
+  const KernelSet& kernels() const { return *kernels_; }
+  size_t bytes() const { return weight_memory_.size() + kv_memory_.size() + buffer_memory_.size() + scratch_bytes_; }
+
+  WeightReport load_weight(int index, const uint8_t* data, size_t length);
+  // Null when everything is loaded, else the name of a tensor that is missing.
+  const std::string* missing_weight() const;
+  uint64_t tables_checksum() const;
+
+  const std::vector<Action>& actions() const { return actions_; }
+  // First action of the output tail; actions().size() when this stage has none. `tail_end`: the action after it.
+  size_t tail_begin() const { return tail_begin_; }
+  size_t tail_end() const { return tail_end_; }
+  int output_rows() const { return output_rows_; }
+
+  const Buffer& buffer(int index) const { return buffers_[static_cast<size_t>(index)]; }
+  const PackedMatrix& matrix(int weight) const { return weights_[static_cast<size_t>(weight)].matrix; }
+  // Null for -1.
+  const float* vector(int weight) const { return weight < 0 ? nullptr : weights_[static_cast<size_t>(weight)].vector.data(); }
+  bool is_quantized(int weight) const;
+  RopeTable rope_table(int operation) const { return tables_[static_cast<size_t>(table_of_[static_cast<size_t>(operation)])]->view(); }
+
+  const KvLayout& kv_layout() const { return kv_layout_; }
+  uint8_t* kv_layer(int layer) const { return kv_memory_.data() + static_cast<size_t>(layer) * static_cast<size_t>(config_.kv_blocks) * kv_layout_.block_bytes; }
+  void clear_kv() { kv_memory_.clear(); }
+  uint8_t* attention_scratch(int part) const { return scratch_.get() + static_cast<size_t>(part) * scratch_stride_; }
+
+  // Subtree sums of this rank between a partial product and its reduction: [subtree][token][width], when they are not written into the exchange.
+  float* partial() const { return partial_; }
+  // Rows of one exchange piece of operation `index` (all_reduce, gather_rows, gather_logits): the same on all ranks.
+  int piece_rows(int index) const;
+  size_t exchange_bytes() const { return exchange_bytes_; }
+  // Subtrees of rank `rank` in a cut, `first` counted over all units.
+  static std::vector<Subtree> subtrees_of(const UnitCut& cut, int rank);
+
+ private:
+  void check_config() const;
+  void choose_kernels();
+  void plan_actions();
+  void plan_memory();
+  void plan_rope();
+  MatrixSource source_of(int index, const uint8_t* data) const;
+  void finish_loading();
+
+  ExecutorConfig config_;
+  const KernelSet* kernels_ = nullptr;
+  std::vector<Action> actions_;
+  size_t tail_begin_ = 0, tail_end_ = 0;
+  int output_rows_ = 0;
+  std::vector<Buffer> buffers_;
+  std::vector<Weight> weights_;
+  Memory weight_memory_, kv_memory_, buffer_memory_;
+  KvLayout kv_layout_{};
+  std::unique_ptr<uint8_t[]> scratch_storage_;
+  struct Unowned { void operator()(uint8_t*) const {} };
+  std::unique_ptr<uint8_t, Unowned> scratch_;
+  size_t scratch_stride_ = 0, scratch_bytes_ = 0;
+  float* partial_ = nullptr;
+  size_t exchange_bytes_ = 64;
+  std::vector<int> table_of_;  // per operation: index into tables_, -1
+  std::vector<RopeParameters> table_parameters_;
+  std::vector<int> table_factors_;  // weight index of the factors, -1
+  std::vector<std::unique_ptr<RopeTables>> tables_;
+  mutable std::mutex loading_;
+  size_t loaded_ = 0;
+};
+
+}  // namespace shardmesh

@@ -1,0 +1,125 @@
+// One step on its way through a shard's actions. Resumable in form: advance() runs until the step is done, has failed, or has to wait for a peer; the caller
+// decides what happens meanwhile.
+#pragma once
+#include <array>
+#include <atomic>
+#include <deque>
+#include <string>
+#include <vector>
+
+#include "../include/executor.h"
+#include "../include/links.h"
+#include "sampler.h"
+#include "shard.h"
+#include "thread_team.h"
+
+namespace shardmesh {
+
+int64_t monotonic_now_ns();
+
+// Sampled ids that stage 0 has received, by slot, and the steps whose ids are still to come.
+struct TokenBoard {
+  struct Entry { uint32_t step = 0; int32_t token = -1; };
+  std::vector<Entry> latest;            // by slot
+  std::deque<uint32_t> expected;        // ascending
+};
+
+// What the steps of one epoch share.
+struct RunContext {
+  Shard& shard;
+  ThreadTeam& team;
+  Links* links;                         // null: one worker alone
+  TokenBoard& tokens;
+  std::vector<SlotState>& slots;        // rank 0 of the last stage; by slot
+  std::vector<Sampler>& samplers;       // one a thread
+  const std::atomic<bool>& aborted;
+};
+
+class StepRun {
+ public:
+  enum class Status { Done, Waiting, Failed };
+
+  StepRun(const RunContext& context, const StepInput& input);
+  // `block`: wait for a peer to the end of its deadline; otherwise give up after a short spin and return Waiting.
+  Status advance(bool block);
+  // After Done.
+  StepDone take_result();
+  // After Failed.
+  const StepFailure& failure() const { return failure_; }
+
+  // Takes in the sampled ids that have arrived, without waiting. Also between steps, so that the sender's ring never stays full.
+  static void drain_tokens(const RunContext& context);
+
+ private:
+  using Payloads = std::array<const uint8_t*, kRanksMax>;
+
+  Status run_action(const Action& action);
+  Status resolve_tokens();
+  void embed(const Operation& o);
+  Status gather_rows(int index);
+  Status receive_hidden(int index);
+  Status send_hidden(int index);
+  void norm(const Operation& o);
+  void quantize(int buffer);
+  void linear(const Action& action);
+  void linear_partial(int index);
+  Status all_reduce(int index);
+  void finish_reduction(const Operation& o, int first_row, int rows, const Payloads& payloads);
+  void rope(int index);
+  void store_kv(const Operation& o);
+  void attention(const Operation& o);
+  void gated_activation(const Operation& o);
+  Status select_rows(const Operation& o);
+  Status gather_logits(int index);
+  Status sample(const Operation& o);
+  Status send_tokens();
+
+  // One piece of an exchange with the ranks of the own stage; `piece` numbers them within the operation. Own bytes are written by `fill` unless the piece was
+  // begun before. After Done, *payloads has every rank's block, the own included.
+  template <typename Fill, typename Bytes>
+  Status exchange(FrameKind kind, int index, int piece, int rows, const Fill& fill, const Bytes& bytes_of, Payloads* payloads);
+
+  // Tries `wait(options)` once; turns its result into a status, keeps the deadline over repeated tries.
+  template <typename Wait>
+  Status attempt(const Wait& wait, PeerAddress peer, const char* what, int index, double* spent_us);
+
+  // Runs work on the team, or on this thread alone when it is too small to share (about `cost` floating-point operations).
+  template <typename Work>
+  void share(double cost, const Work& work);
+
+  Status fail(FailureCode code, std::string message);
+  std::string where(int index) const;
+  int rows_of(int buffer) const;
+  float* row(int buffer, int r) const { return shard_.buffer(buffer).data + r * shard_.buffer(buffer).stride; }
+  PeerAddress self() const { return {program_.stage, program_.rank}; }
+  int ranks_of(int stage) const;
+  void apply_sampled(uint32_t step, int slot, int32_t token);
+
+  const RunContext& context_;
+  Shard& shard_;
+  const Program& program_;
+  const KernelSet& kernels_;
+  const StepInput& input_;
+  StepRows rows_{};
+  std::vector<int32_t> first_row_;
+  std::vector<int32_t> token_ids_;
+
+  size_t action_ = 0;
+  int tail_from_ = 0, tail_rows_ = 0;     // output rows of the pass of the tail that is running
+  // Progress inside an action that waits.
+  int piece_ = 0, peer_ = -1;
+  bool begun_ = false;                    // exchange->begin() was called for the coming piece
+  uint8_t* own_block_ = nullptr;
+  Payloads payloads_{};
+  bool waiting_ = false, block_ = false;
+  int64_t wait_began_ns_ = 0;
+  float* partial_ = nullptr;              // where the last partial product lies
+  int64_t partial_subtree_stride_ = 0;
+  std::vector<int32_t> sampled_;          // pairs slot, token of this step
+
+  std::vector<OutputResult> outputs_;
+  StepTimings timings_;
+  StepFailure failure_{};
+};
+
+}  // namespace shardmesh
