@@ -21,7 +21,7 @@ export interface Credentials {
   secret: string;
   /** Own id; null for other roles. */
   worker: WorkerId | null;
-  /** The placements whose plans the broker lets this worker read. */
+  /** The placements whose plans the broker lets workers read: a coordinator picks one of these, so that permissions need no change. */
   placements: PlacementId[];
 }
 

@@ -9,7 +9,6 @@
  *        └── spawns ─────► nats-server (the shell that started the guard, replaced by exec, so its pid is the child's)
  */
 import { spawn, type ChildProcess } from 'node:child_process';
-import { createUser } from '@nats-io/nkeys';
 import { randomBytes } from 'node:crypto';
 import { chmodSync, mkdtempSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs';
 import { createConnection } from 'node:net';
@@ -22,7 +21,7 @@ import { ShardmeshError } from '../../protocol/errors.ts';
 import { newWorkerId, type MeshId, type PlacementId, type WorkerId } from '../../protocol/ids.ts';
 import { meshSubjects, systemPermissions } from '../../protocol/subjects.ts';
 import { serverAdvice } from '../../protocol/nats-version.ts';
-import { brokerConfigText } from './broker-config.ts';
+import { brokerConfigText, newUser, type User } from './broker-config.ts';
 import type { NatsServer } from './nats-server.ts';
 
 export type BrokerEvent =
@@ -45,11 +44,6 @@ export interface BrokerOptions {
   backoffBaseMs?: number;
   backoffMaxMs?: number;
   startTimeoutMs?: number;
-}
-
-interface User {
-  nkey: string;
-  seed: string;
 }
 
 const pollMs = 15;
@@ -139,7 +133,7 @@ export class Broker {
   }
 
   coordinatorCredentials(): Credentials {
-    return this.#credentials('coordinator', this.#coordinator, null, []);
+    return this.#credentials('coordinator', this.#coordinator, null, this.#placements);
   }
 
   /** For the watch of connects and disconnects. */
@@ -286,7 +280,8 @@ export class Broker {
       if (!isRunning(child))
         throw new ShardmeshError('broker_failed', `nats-server ended while it started: ${lastLines(this.#output)}`);
       const port = this.#portOf(child.pid);
-      if (port !== null && (await greeting(port)) === this.serverName) {
+      // It may have died after its greeting; then the next round says so.
+      if (port !== null && (await greeting(port)) === this.serverName && isRunning(child)) {
         this.#port = port;
         return;
       }
@@ -363,11 +358,6 @@ export class Broker {
       await sleep(pollMs);
     }
   }
-}
-
-function newUser(): User {
-  const pair = createUser();
-  return { nkey: pair.getPublicKey(), seed: new TextDecoder().decode(pair.getSeed()) };
 }
 
 const isRunning = (child: ChildProcess): boolean =>
