@@ -42,20 +42,27 @@ export interface TemplateVariables {
   specialTokens: Readonly<Record<string, string>>;
 }
 
+export interface ChatTemplateOptions {
+  /** Clock of `strftime_now`. */
+  now?: () => Date;
+  timeMaxMs?: number;
+}
+
 export class ChatTemplate {
   readonly #program: Node;
   /** Nodes whose value is printed where they stand. */
   readonly #printed = new WeakSet<object>();
   readonly #now: () => Date;
+  readonly #timeMaxMs: number;
   readonly source: string;
 
   /**
-   * @param now clock of `strftime_now`
    * @throws {ShardmeshError} `template_failed`: too long, or not a template
    */
-  constructor(source: string, now: () => Date = () => new Date()) {
+  constructor(source: string, { now = () => new Date(), timeMaxMs = renderLimits.timeMaxMs }: ChatTemplateOptions = {}) {
     this.source = source;
     this.#now = now;
+    this.#timeMaxMs = timeMaxMs;
     const { sourceCharactersMax, whiteSpaceRunMax } = renderLimits;
     if (source.length > sourceCharactersMax)
       throw failed(`it has ${source.length} characters; the limit is ${sourceCharactersMax}`);
@@ -95,7 +102,7 @@ export class ChatTemplate {
       ...variables.specialTokens,
     };
     for (const [name, value] of Object.entries(globals)) environment.set(name, value);
-    const text = new BudgetedInterpreter(environment, this.#printed).run(this.#program).value as string;
+    const text = new BudgetedInterpreter(environment, this.#printed, this.#timeMaxMs).run(this.#program).value as string;
     const bytes = Buffer.byteLength(text);
     if (bytes > renderLimits.outputBytesMax) {
       throw new TemplateBudgetError(`its output has ${bytes} bytes; the limit is ${renderLimits.outputBytesMax}`);
@@ -167,7 +174,8 @@ class BudgetedInterpreter extends Interpreter {
   #depth = 0;
   #callDepth = 0;
   #clockAt = 0;
-  readonly #endsAt = performance.now() + renderLimits.timeMaxMs;
+  readonly #timeMaxMs: number;
+  readonly #endsAt: number;
   readonly #printed: WeakSet<object>;
   readonly #frames: Frame[] = [];
   readonly #sizes = new WeakMap<object, number>();
@@ -175,9 +183,11 @@ class BudgetedInterpreter extends Interpreter {
   readonly #receivers = new WeakMap<object, number>();
   readonly #nodeCounts = new WeakMap<object, number>();
 
-  constructor(environment: Environment, printed: WeakSet<object>) {
+  constructor(environment: Environment, printed: WeakSet<object>, timeMaxMs: number) {
     super(environment);
     this.#printed = printed;
+    this.#timeMaxMs = timeMaxMs;
+    this.#endsAt = performance.now() + timeMaxMs;
   }
 
   override evaluate(statement: Node | undefined, environment: Environment): RuntimeValue {
@@ -218,7 +228,7 @@ class BudgetedInterpreter extends Interpreter {
     if (this.#steps > renderLimits.stepsMax) throw exceeded('steps', renderLimits.stepsMax);
     if (this.#steps < this.#clockAt) return;
     this.#clockAt = this.#steps + 64;
-    if (performance.now() > this.#endsAt) throw exceeded('milliseconds', renderLimits.timeMaxMs);
+    if (performance.now() > this.#endsAt) throw exceeded('milliseconds', this.#timeMaxMs);
   }
 
   #spend(units: number): void {
@@ -264,7 +274,7 @@ class BudgetedInterpreter extends Interpreter {
       checkProduct(parent.receiver, parent.largest);
     } else if (node.type === 'For' && !this.#printed.has(child.node)) {
       // What is looped over: the interpreter makes a scope for each element before any step of the body.
-      this.#step(lengthOf(value));
+      this.#step(lengthOf(value) * stepsPerElement);
     }
   }
 
@@ -324,6 +334,8 @@ const deepFilters = new Set(['tojson', 'string', 'join', 'sort', 'unique', 'dict
 const quadraticFilters = new Set(['replace', 'join', 'indent', 'selectattr', 'rejectattr', 'map', 'sort', 'dictsort']);
 const indentingFilters = new Set(['indent', 'tojson']);
 const indentMax = 64;
+/** What an iteration costs beside its body: two scopes and the `loop` variable. */
+const stepsPerElement = 4;
 /** Operators that turn a list into text when the other side is text. */
 const stringifying = new Set(['+', '~', '==', '!=']);
 

@@ -48,7 +48,7 @@ export function createTextModel(source: VocabularySource, options: TextModelOpti
     isSpecial: (token) => table.isSpecial(token),
     encodeChat: async (messages, chatOptions) => {
       const { parts, prompt } = chat.render(messages, chatOptions);
-      return { tokens: await tokenizer.encodeParts(parts), prompt };
+      return { tokens: await tokenizer.encodeParts(parts, chatOptions.tokensMax), prompt };
     },
     detokenizer: () => new Detokenizer(table),
   };
@@ -66,7 +66,7 @@ class Chat {
     this.#specialTokens = spelledTokens(vocabulary);
     if (source === null) return;
     try {
-      const template = new ChatTemplate(source, now);
+      const template = new ChatTemplate(source, now === undefined ? {} : { now });
       this.#probe(template);
       this.template = template;
     } catch (error) {

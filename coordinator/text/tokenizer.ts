@@ -1,16 +1,17 @@
 /** Text to tokens. The work is done by the `tokenizers` package on its own threads; this file cuts text so that the event loop stays free. */
 import { setImmediate as nextTurn } from 'node:timers/promises';
 import { Tokenizer as NativeTokenizer } from 'tokenizers';
+import { ShardmeshError } from '../../protocol/errors.ts';
 import { SpecialTokenFinder } from './special-tokens.ts';
 import { toTokenizerJson, tokenTypes } from './vocabulary.ts';
 import type { Vocabulary } from './vocabulary.ts';
 
-/** Most UTF-16 units handed over in one call: taking over its token ids costs the event loop a few milliseconds at worst. */
+/**
+ * Most UTF-16 units handed over in one call: taking over its token ids costs the event loop a few milliseconds at worst. Only a text without any
+ * place to cut is longer: a run of one kind of character, as no prompt that fits a context has it (`tokensMax` refuses it first).
+ */
 const callCharacters = 16 * 1024;
 const callPieces = 256;
-/** Longer results come back in parts; only a single word longer than `callCharacters` gets there. */
-const resultTokensMax = 32 * 1024;
-
 /** A place where every pre-tokenizer cuts, whatever follows and whatever came before (see `preTokenizers` in vocabulary.ts). */
 const safeCut = /[\p{L}\p{N}](?=[^\p{L}\p{N}\p{M}\p{Cs}'’])/gu;
 
@@ -27,7 +28,6 @@ export class Tokenizer {
   constructor(vocabulary: Vocabulary) {
     this.#vocabulary = vocabulary;
     this.#native = NativeTokenizer.fromString(JSON.stringify(toTokenizerJson(vocabulary)));
-    this.#native.setTruncation(resultTokensMax);
     this.#plainFinder = new SpecialTokenFinder(tokensOfTypes(vocabulary, [tokenTypes.userDefined]));
     this.#parseFinder = new SpecialTokenFinder(
       tokensOfTypes(vocabulary, [tokenTypes.userDefined, tokenTypes.control, tokenTypes.unknown]),
@@ -38,18 +38,21 @@ export class Tokenizer {
    * Token ids of a text.
    * @param options.special 'parse': text that spells a special token becomes that token; 'plain': it stays text
    * @param options.addBos put BOS in front where the model file asks for it and the text does not already begin with it
+   * @param options.tokensMax most tokens
+   * @throws {ShardmeshError} `context_length_exceeded`: more than `tokensMax`; the rest of the text is not looked at
    */
-  async encode(text: string, options: { special: 'parse' | 'plain'; addBos: boolean }): Promise<number[]> {
+  async encode(text: string, options: { special: 'parse' | 'plain'; addBos: boolean; tokensMax?: number }): Promise<number[]> {
     const finder = options.special === 'parse' ? this.#parseFinder : this.#plainFinder;
-    const ids = await this.#encodePieces(finder.split(text));
+    const ids = await this.#encodePieces(finder.split(text), options.tokensMax);
     const { bosToken, addBos } = this.#vocabulary;
+    // Where BOS makes it one too many, the engine says so: it knows the context.
     if (options.addBos && addBos && bosToken !== null && ids[0] !== bosToken) ids.unshift(bosToken);
     return ids;
   }
 
   /** Token ids of a text whose special tokens are already found: numbers are taken as they are, strings are plain text. */
-  async encodeParts(parts: Iterable<string | number>): Promise<number[]> {
-    return this.#encodePieces(this.#splitPlain(parts));
+  async encodeParts(parts: Iterable<string | number>, tokensMax?: number): Promise<number[]> {
+    return this.#encodePieces(this.#splitPlain(parts), tokensMax);
   }
 
   *#splitPlain(parts: Iterable<string | number>): Generator<string | number> {
@@ -59,12 +62,12 @@ export class Tokenizer {
     }
   }
 
-  async #encodePieces(pieces: Iterable<string | number>): Promise<number[]> {
+  async #encodePieces(pieces: Iterable<string | number>, tokensMax = Infinity): Promise<number[]> {
     const ids: number[] = [];
     let group: (string | number)[] = [];
     let characters = 0;
     const flush = async (): Promise<void> => {
-      await this.#encodeGroup(group, ids);
+      await this.#encodeGroup(group, ids, tokensMax);
       group = [];
       characters = 0;
     };
@@ -90,7 +93,7 @@ export class Tokenizer {
     return ids;
   }
 
-  async #encodeGroup(group: readonly (string | number)[], ids: number[]): Promise<void> {
+  async #encodeGroup(group: readonly (string | number)[], ids: number[], tokensMax: number): Promise<void> {
     const texts = group.filter((piece) => typeof piece === 'string');
     const encodings =
       texts.length === 1
@@ -98,6 +101,14 @@ export class Tokenizer {
         : texts.length === 0
           ? []
           : await this.#native.encodeBatch(texts, withoutSpecial);
+    // Counted before any id is taken over: that is the part that holds up the event loop.
+    const count = encodings.reduce((sum, encoding) => sum + encoding.getLength(), ids.length + group.length - texts.length);
+    if (count > tokensMax) {
+      throw new ShardmeshError(
+        'context_length_exceeded',
+        `The prompt has at least ${count} tokens; the most that fit are ${tokensMax}. Shorten the prompt.`,
+      );
+    }
     let next = 0;
     for (const piece of group) {
       if (typeof piece === 'number') {
@@ -106,13 +117,7 @@ export class Tokenizer {
       }
       const encoding = encodings[next++];
       if (encoding === undefined) throw new Error(`the tokenizer gave ${encodings.length} results for ${texts.length} texts`);
-      const first = encoding.getIds();
-      append(ids, first);
-      if (first.length < resultTokensMax) continue;
-      for (const rest of encoding.getOverflowing()) {
-        await nextTurn();
-        append(ids, rest.getIds());
-      }
+      for (const id of encoding.getIds()) ids.push(id);
     }
   }
 }
@@ -144,10 +149,6 @@ function lastSafeCut(text: string, start: number, end: number): number | null {
     if (last !== null) return last;
   }
   return null;
-}
-
-function append(ids: number[], more: readonly number[]): void {
-  for (const id of more) ids.push(id);
 }
 
 function* tokensOfTypes(vocabulary: Vocabulary, types: readonly number[]): Generator<[string, number]> {

@@ -207,6 +207,11 @@ const casedPattern = (suffix: string, digits: string): string => {
 };
 
 const singleDigits: PreTokenizerRules = { patterns: [String.raw`\p{N}`, gpt2Pattern] };
+/**
+ * Decimal digits only are set apart: with them the reference figures of SmolLM2 are met, in which `⅓` stays with the space before it. Its vocabulary has no token of
+ * two digits, so nothing but such characters (fractions, superscripts, Roman numerals) can tell this rule from `singleDigits`.
+ */
+const smollm: PreTokenizerRules = { patterns: [String.raw`\p{Nd}`, gpt2Pattern] };
 const gpt2: PreTokenizerRules = { patterns: [gpt2Pattern] };
 const llama3: PreTokenizerRules = { patterns: [contractionsPattern(String.raw`\p{N}{1,3}`)], wholeWords: true };
 const cl100k: PreTokenizerRules = { patterns: [contractionsPattern(String.raw`\p{N}{1,3}`)] };
@@ -220,7 +225,7 @@ const qwen2: PreTokenizerRules = { patterns: [contractionsPattern(String.raw`\p{
 const preTokenizers: Readonly<Record<string, PreTokenizerRules>> = Object.assign(
   Object.create(null) as Record<string, PreTokenizerRules>,
   {
-    smollm: singleDigits,
+    smollm,
     starcoder: singleDigits,
     refact: singleDigits,
     codeshell: singleDigits,

@@ -95,10 +95,10 @@ describe('text model', () => {
     expect(broken.hasChatTemplate).toBe(false);
     expect(broken.templateProblem).toMatch(/^The chat template of the model failed: /);
     await expect(broken.encodeChat([], { addGenerationPrompt: true })).rejects.toMatchObject({ code: 'template_failed' });
-    const hostile = createTextModel(sourceOf(bpeMetadata()), {
-      chatTemplate: '{% for a in range(500) %}{% for b in range(500) %}{{ b }}{% endfor %}{% endfor %}',
-    });
-    expect(hostile.templateProblem).toBe('The chat template of the model failed: it needs more than 200000 steps.');
+    const hostile = createTextModel(sourceOf(bpeMetadata()), { chatTemplate: '{{ range(300000) }}' });
+    expect(hostile.templateProblem).toBe(
+      'The chat template of the model failed: it needs more than 262144 elements in one list.',
+    );
   });
 
   it('text model - keeps a template that refuses one chat', async () => {
@@ -113,6 +113,20 @@ describe('text model', () => {
       message: 'The chat template of the model failed: begin with the system.',
     });
     expect((await picky.encodeChat([{ role: 'system', content: 'a' }], { addGenerationPrompt: true })).tokens).toEqual([97]);
+  });
+
+  it('text model - refuses a prompt of more tokens than it was told to take', async () => {
+    const encode = (text: string): Promise<number[]> => small.encode(text, { special: 'parse', addBos: false, tokensMax: 3 });
+    expect(await encode('abc')).toEqual([97, 98, 99]);
+    await expect(encode('ab<|im_end|>c')).rejects.toMatchObject({
+      code: 'context_length_exceeded',
+      message: 'The prompt has at least 4 tokens; the most that fit are 3. Shorten the prompt.',
+    });
+    await expect(
+      small.encodeChat([{ role: 'user', content: 'hello' }], { addGenerationPrompt: false, tokensMax: 7 }),
+    ).rejects.toMatchObject({
+      code: 'context_length_exceeded',
+    });
   });
 
   it('text model - leaves special tokens out of a text unless asked', () => {
