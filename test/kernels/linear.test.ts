@@ -1,0 +1,65 @@
+/** Runs linear_test.cpp: matrix products of every CPU kernel set against the reference, with memcmp. Each of its cases is a test here. */
+import { execFile } from 'node:child_process';
+import { promisify } from 'node:util';
+import { beforeAll, describe, expect, it } from 'vitest';
+import { buildKernelTarget } from './build-target.ts';
+
+const run = promisify(execFile);
+
+const sets = ['portable', 'avx2', 'avx512'];
+const types = ['F32', 'F16', 'BF16', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'Q8_0', 'Q4_K', 'Q5_K', 'Q6_K'];
+const checks = [
+  'packs without loss and reads rows back',
+  "has the reference's bits for any shape, batch, segments and parts",
+  "has the reference's bits where every product is extreme",
+  'does not depend on tuning',
+  "has the reference's bits where a row is longer than a panel",
+];
+const generalCases = [
+  'kernel sets - are found by name and by what the machine runs',
+  'kv layout - has the sizes that kernel_set.h draws',
+];
+
+describe.skipIf(process.platform !== 'linux')('linear', () => {
+  let lines: string[] = [];
+
+  beforeAll(async () => {
+    const binary = await buildKernelTarget('linear_test');
+    // Exit status 1 means that a case failed; which one is in the output, and is asserted below.
+    const { stdout } = await run(binary, { timeout: 100_000 }).catch((error: unknown) => {
+      if (error instanceof Error && 'code' in error && error.code === 1 && 'stdout' in error)
+        return { stdout: String(error.stdout) };
+      throw error;
+    });
+    lines = stdout.trim().split('\n');
+  }, 600_000);
+
+  /** `ok NAME`, or what the case says instead. */
+  const outcome = (name: string) =>
+    lines.find((line) => line === `ok ${name}` || line.startsWith(`FAIL ${name}:`)) ?? `no line for ${name}`;
+
+  it.each(generalCases)('%s', (name) => {
+    expect(outcome(name)).toBe(`ok ${name}`);
+  });
+
+  for (const set of sets) {
+    for (const check of checks) {
+      it.for(types)(`linear ${set} %s - ${check}`, (type, context) => {
+        const skipped = lines.find((line) => line.startsWith(`skip linear ${set}:`));
+        if (skipped) {
+          expect(set).not.toBe('portable');
+          context.skip(skipped);
+        }
+        const name = `linear ${set} ${type} - ${check}`;
+        expect(outcome(name)).toBe(`ok ${name}`);
+      });
+    }
+  }
+
+  it('linear - reports no case that is not listed here', () => {
+    const ran = sets.filter((set) => !lines.some((line) => line.startsWith(`skip linear ${set}:`)));
+    expect(lines.filter((line) => line.startsWith('ok ') || line.startsWith('FAIL '))).toHaveLength(
+      generalCases.length + ran.length * types.length * checks.length,
+    );
+  });
+});
