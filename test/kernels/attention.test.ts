@@ -2,7 +2,7 @@
 import { execFile, execFileSync } from 'node:child_process';
 import { promisify } from 'node:util';
 import { beforeAll, describe, expect, it } from 'vitest';
-import { buildKernelTest } from './build-kernel-test.ts';
+import { buildKernelTarget } from './build-target.ts';
 
 const run = promisify(execFile);
 
@@ -28,8 +28,8 @@ describe('attention and elementwise kernels', () => {
   let binary: string;
   /** Tests of the kernel sets that this machine runs. */
   let here: string[];
-  beforeAll(() => {
-    binary = buildKernelTest('attention_test');
+  beforeAll(async () => {
+    binary = await buildKernelTarget('attention_test');
     here = execFileSync(binary, ['--list'], { encoding: 'utf8' }).trim().split('\n');
   }, 600_000);
 
