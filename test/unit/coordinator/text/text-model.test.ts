@@ -195,6 +195,7 @@ describe.skipIf(path === null)('text model of SmolLM2-135M-Instruct', () => {
     expect(ids.length).toBeGreaterThan(once.length * copies * 0.99);
     expect(model.decode(ids)).toBe(`${paragraph} `.repeat(copies));
     console.info(`1 MiB tokenised; largest event loop delay ${(delay.max / 1e6).toFixed(1)} ms`);
-    expect(delay.max / 1e6).toBeLessThan(100);
+    // Alone on a machine it is below 20 ms; done on the event loop it would be a second.
+    expect(delay.max / 1e6).toBeLessThan(250);
   });
 });
