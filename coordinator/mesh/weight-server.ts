@@ -61,7 +61,8 @@ export class WeightServer {
     const caller = authenticate(call.metadata, this.#secret)?.caller ?? null;
     const refuse = (code: status, reason: string): void => {
       this.#events.onRefused?.({ caller, reason });
-      call.destroy(Object.assign(new Error(reason), { code, details: reason }));
+      // As the library wants it: `destroy(error)` would end the call without a status.
+      call.emit('error', Object.assign(new Error(reason), { code, details: reason }));
     };
     if (caller === null) return refuse(status.UNAUTHENTICATED, 'the call does not carry the secret of this mesh');
     const request = parseRequest(call.request);

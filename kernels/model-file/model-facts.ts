@@ -6,6 +6,7 @@
  * `programs/`, one file an architecture.
  */
 import type { TensorType } from '../programs/program.ts';
+import { checkArchitecture } from '../programs/index.ts';
 import { ggufLimits, type GgufFile } from './gguf-reader.ts';
 import { ModelFileError, quoted } from './model-file-error.ts';
 import { isTensorType, quantType } from './quant-types.ts';
@@ -71,7 +72,7 @@ const neutralKeys: readonly [string, number][] = [
 /**
  * Facts of a file that has been read. What the architecture makes of them is checked by `checkModel` of `programs/index.ts`.
  * @param sourceSha256 digest of the whole file
- * @throws {ModelFileError} `missing_key`, `bad_value`, `bad_value_type`, `unsupported`, `inconsistent`
+ * @throws {ModelFileError} `unknown_architecture`, `missing_key`, `bad_value`, `bad_value_type`, `unsupported`, `inconsistent`
  */
 export function readModelFacts(file: GgufFile, sourceSha256: string): ModelFacts {
   const architecture = file.getString('general.architecture');
@@ -81,6 +82,7 @@ export function readModelFacts(file: GgufFile, sourceSha256: string): ModelFacts
       key: 'general.architecture',
       value: architecture,
     });
+  checkArchitecture(architecture);
   const splits = file.getNumber('split.count');
   if (splits !== null && splits > 1)
     throw new ModelFileError('unsupported', `the file is one of ${splits} parts; join them first (llama-gguf-split --merge)`, {
@@ -248,7 +250,7 @@ export function parseModelFacts(json: string): ModelFacts {
   } catch (cause) {
     throw new ModelFileError('bad_facts', `the model description is not JSON: ${(cause as Error).message}`, { cause });
   }
-  const facts = asRecord(value, 'model description');
+  const facts = asRecord(value, 'at the top');
   if (facts['version'] !== 1)
     throw badFacts('version', facts['version'], 'it must be 1; coordinator and worker are of different releases');
   const rope = asRecord(facts['rope'], 'rope');
@@ -287,7 +289,7 @@ export function parseModelFacts(json: string): ModelFacts {
 
 function parseTensors(value: unknown, sourceBytes: number): TensorFacts[] {
   if (!Array.isArray(value) || value.length > ggufLimits.tensorsMax)
-    throw badFacts('tensors', typeof value, `it must be a list of at most ${ggufLimits.tensorsMax}`);
+    throw badFacts('tensors', value, `it must be a list of at most ${ggufLimits.tensorsMax}`);
   const names = new Set<string>();
   let end = 0;
   return value.map((item: unknown, index): TensorFacts => {
@@ -298,7 +300,7 @@ function parseTensors(value: unknown, sourceBytes: number): TensorFacts[] {
     names.add(name);
     if (!isTensorType(type)) throw badFacts(`${at}.type`, type, 'it must be a supported tensor type');
     if (!Array.isArray(shape) || shape.length < 1 || shape.length > ggufLimits.dimensionsMax)
-      throw badFacts(`${at}.shape`, typeof shape, 'it must have 1 to 4 dimensions');
+      throw badFacts(`${at}.shape`, shape, 'it must have 1 to 4 dimensions');
     const sizes = shape.map((size: unknown, axis) => factsInteger(`${at}.shape[${axis}]`, size, 1, Number.MAX_SAFE_INTEGER));
     const { blockValues, blockBytes } = quantType(type);
     const exact = (sizes.reduce((product, size) => product * BigInt(size), 1n) / BigInt(blockValues)) * BigInt(blockBytes);
@@ -312,8 +314,7 @@ function parseTensors(value: unknown, sourceBytes: number): TensorFacts[] {
 }
 
 function asRecord(value: unknown, field: string): Record<string, unknown> {
-  if (typeof value !== 'object' || value === null || Array.isArray(value))
-    throw badFacts(field, typeof value, 'it must be an object');
+  if (typeof value !== 'object' || value === null || Array.isArray(value)) throw badFacts(field, value, 'it must be an object');
   return value as Record<string, unknown>;
 }
 
@@ -330,10 +331,15 @@ function factsPositive(field: string, value: unknown, max: number): number {
 }
 
 function badFacts(field: string, value: unknown, why: string): ModelFileError {
-  const shown =
-    typeof value === 'number' || typeof value === 'boolean' ? value : typeof value === 'string' ? quoted(value) : typeof value;
+  const shown = describe(value);
   return new ModelFileError('bad_facts', `field ${field} of the model description is ${shown}: ${why}`, {
     key: field,
     value: shown,
   });
+}
+
+function describe(value: unknown): string {
+  if (typeof value === 'string') return quoted(value);
+  if (typeof value === 'number' || typeof value === 'boolean' || value === null || value === undefined) return String(value);
+  return Array.isArray(value) ? `a list of ${value.length}` : `of type ${typeof value}`;
 }

@@ -12,13 +12,18 @@ const architectures: ReadonlyMap<string, Architecture> = new Map([llama, qwen2].
 
 export const architectureNames: readonly string[] = [...architectures.keys()];
 
-function architectureOf(facts: ModelFacts): Architecture {
-  const found = architectures.get(facts.architecture);
+/** @throws {ModelFileError} `unknown_architecture` */
+export function checkArchitecture(name: string): void {
+  architectureNamed(name);
+}
+
+function architectureNamed(name: string): Architecture {
+  const found = architectures.get(name);
   if (!found)
     throw new ModelFileError(
       'unknown_architecture',
-      `key general.architecture is ${facts.architecture}; supported are ${architectureNames.join(', ')}`,
-      { key: 'general.architecture', value: facts.architecture, limit: architectureNames.join(', ') },
+      `key general.architecture is ${name}; supported are ${architectureNames.join(', ')}`,
+      { key: 'general.architecture', value: name, limit: architectureNames.join(', ') },
     );
   return found;
 }
@@ -28,12 +33,12 @@ function architectureOf(facts: ModelFacts): Architecture {
  * @throws {ModelFileError} `unknown_architecture`, `inconsistent`, `missing_tensor`, `unexpected_tensor`, `unsupported`
  */
 export function checkModel(facts: ModelFacts): void {
-  checkDecoder(facts, architectureOf(facts).traits);
+  checkDecoder(facts, architectureNamed(facts.architecture).traits);
 }
 
 /** Units of a model, for planning a cut. @throws {CutError} `bad_shape`, {ModelFileError} */
 export function unitsOfModel(facts: ModelFacts): ModelUnits {
-  architectureOf(facts);
+  architectureNamed(facts.architecture);
   return modelUnits(decoderShape(facts));
 }
 
@@ -43,7 +48,7 @@ export function unitsOfModel(facts: ModelFacts): ModelUnits {
  * @throws {ModelFileError} as `checkModel`; {CutError} `bad_cut`: the cut does not cover the model
  */
 export function buildProgram(facts: ModelFacts, cut: ModelCut, options: ProgramOptions): Program {
-  const { traits } = architectureOf(facts);
+  const { traits } = architectureNamed(facts.architecture);
   checkDecoder(facts, traits);
   return buildDecoder(facts, traits, cut, options);
 }
