@@ -38,6 +38,8 @@ export interface ExecutorOptions {
   stepTokensMax: number;
   /** Sequence slots; slot ids are below this. */
   sequencesMax: number;
+  /** Ranks of every stage, in order; absent: every stage has as many as the program's own. Links are laid out by it. */
+  ranksPerStage?: number[];
 }
 
 /** Largest number of blocks that fits, before anything is allocated. */
@@ -137,9 +139,9 @@ export type FrameKind = 'reduce' | 'rows' | 'logits' | 'hidden' | 'tokens';
 export interface NativeFrame {
   kind: FrameKind;
   step: number;
-  /** Index of the operation in the program of the *sender*. For `reduce`, `rows`, `logits` all ranks of a stage have the same index. */
+  /** Index of the operation in the program, the same on all ranks of a stage (`reduce`, `rows`, `logits`); 0 for `hidden` and `tokens`. */
   operation: number;
-  /** Index of the subtree among the sender's maximal subtrees (reductions), else 0. */
+  /** Number of the piece: rows of a large step travel in several frames, each holding all of the sender's subtrees for its rows. 0 when there is one. */
   subtree: number;
   source: PeerAddress;
   rows: number;
@@ -153,8 +155,7 @@ export interface PeerAddress {
 
 /** How this worker reaches one peer. `shm`: attach to the peer's segment. `host`: frames leave through `onFrame`, come in through `deliver`. */
 export type PeerLink =
-  | { peer: PeerAddress; driver: 'shm'; pid: number; fd: number; bytes: number }
-  | { peer: PeerAddress; driver: 'host' };
+  { peer: PeerAddress; driver: 'shm'; pid: number; fd: number; bytes: number } | { peer: PeerAddress; driver: 'host' };
 
 /** Own outbound segment: an anonymous memory file that peers on this host open through /proc/<pid>/fd/<fd>. Nothing to unlink, nothing left by SIGKILL. */
 export interface SegmentInfo {
@@ -167,7 +168,12 @@ export interface ExecutorCallbacks {
   onStep(done: StepDone): void;
   onFrame(destination: PeerAddress, frame: NativeFrame): void;
   /** The step failed: deadline of a wait (the peer is named in the message), non-finite value, abort. The executor takes no further step until `connect`. */
-  onStepFailed(step: number, code: 'wait_timeout' | 'non_finite' | 'aborted' | 'internal', message: string, peer: PeerAddress | null): void;
+  onStepFailed(
+    step: number,
+    code: 'wait_timeout' | 'non_finite' | 'aborted' | 'internal',
+    message: string,
+    peer: PeerAddress | null,
+  ): void;
 }
 
 export interface WeightReport {
@@ -179,7 +185,7 @@ export interface WeightReport {
 export interface NativeExecutor {
   readonly isa: string;
   readonly bytes: number;
-  /** Raw blocks of the slice `program.weights[index]`, rows in order. Copies and repacks off the event loop. */
+  /** Raw blocks of the slice `program.weights[index]`, rows in order. Repacks off the event loop; `data` must not change until the promise is settled. */
   loadWeight(index: number, data: Uint8Array): Promise<WeightReport>;
   /** Checksum of the rope tables, compared when a worker joins. */
   tablesChecksum(): string;
@@ -191,9 +197,11 @@ export interface NativeExecutor {
   closeSlots(slots: number[]): void;
   /** Queues a step; steps run in order on the compute threads without returning to JavaScript between them. */
   submit(step: StepInput): void;
-  deliver(frame: NativeFrame): void;
+  /** A frame of the host driver that arrived; the bytes are copied. False: nobody wants it (unknown peer, wrong kind, late, twice, too many waiting). */
+  deliver(frame: NativeFrame): boolean;
   /** Fails the running and queued steps. Resolves when the compute threads are idle. */
   abort(reason: string): Promise<void>;
+  /** Ends the compute threads and frees everything. Idempotent; anything else throws afterwards. */
   dispose(): Promise<void>;
 }
 
@@ -202,4 +210,112 @@ export interface NativeAddon {
   cpuFeatures(): CpuFeatures;
   kvBytesPerBlock(program: Program, blockTokens: number): number;
   createExecutor(options: ExecutorOptions, callbacks: ExecutorCallbacks): NativeExecutor;
+}
+
+/**
+ * Single operations for tests (`kernels/binding/kernel_test.cpp` says what each takes). `set` is a kernel set by name, `auto` for the best; `parts` splits the
+ * work as threads would.
+ */
+export interface KernelTest {
+  readRows(args: KernelTestMatrix): Float32Array;
+  /** [subtrees][tokens][rows] */
+  linear(
+    args: KernelTestMatrix & {
+      x: Float32Array;
+      tokens: number;
+      segments: number[];
+      subtrees: [first: number, count: number][];
+      bias: Float32Array | null;
+    },
+  ): Float32Array;
+  rmsNorm(
+    args: KernelTestCall & { x: Float32Array; w: Float32Array; epsilon: number; width: number; tokens: number },
+  ): Float32Array;
+  rope(
+    args: KernelTestCall & {
+      x: Float32Array;
+      heads: number;
+      headSize: number;
+      dimensions: number;
+      style: 'adjacent' | 'half';
+      base: number;
+      scale: number;
+      positions: number[];
+    },
+  ): Float32Array;
+  gatedActivation(
+    args: KernelTestCall & {
+      gate: Float32Array;
+      up: Float32Array;
+      width: number;
+      tokens: number;
+      activation: 'silu' | 'gelu_tanh';
+    },
+  ): Float32Array;
+  finishTree(
+    args: KernelTestCall & {
+      units: number;
+      nodes: [lo: number, hi: number][];
+      values: Float32Array;
+      bias: Float32Array | null;
+      residual: Float32Array;
+      width: number;
+      tokens: number;
+    },
+  ): Float32Array;
+  /** Stores k and v of positions 0.. of one sequence, then attends from its last `rows` positions. `fill`: byte that the cache holds before. */
+  attention(
+    args: KernelTestCall & {
+      key: 'int8' | 'f16' | 'f32';
+      heads: number;
+      headSize: number;
+      kvHeads: number;
+      kvHead: number[];
+      scale: number;
+      window: number | null;
+      blockTokens: number;
+      blockTable: number[];
+      k: Float32Array;
+      v: Float32Array;
+      q: Float32Array;
+      rows: number;
+      fill: number;
+    },
+  ): Float32Array;
+  /** Our own functions; `gumbel` takes token ids, under a fixed key. */
+  elementary(args: { name: 'exp' | 'log' | 'gumbel' | 'sin' | 'cos'; x: Float32Array }): Float32Array;
+  /** The token sampled at each position of [from, to), from the same logits and state. */
+  sample(args: {
+    logits: Float32Array;
+    positions: [from: number, to: number];
+    temperature: number;
+    topP: number;
+    topK: number;
+    minP: number;
+    seed: bigint;
+    choice: number;
+    repetition: number;
+    presence: number;
+    frequency: number;
+    bias: [token: number, bias: number][];
+    prompt: number[];
+    output: number[];
+    banned: number[];
+  }): Int32Array;
+  /** Log-probability of `token`, then (id, log-probability) pairs of the `top` best. */
+  score(args: { logits: Float32Array; token: number; top: number }): Float32Array;
+}
+
+export interface KernelTestCall {
+  set: string;
+  parts: number;
+}
+
+/** Columns [from, from + columns) of `rows` rows; `data` holds the blocks that cover them. */
+export interface KernelTestMatrix extends KernelTestCall {
+  type: string;
+  rows: number;
+  from: number;
+  columns: number;
+  data: Uint8Array;
 }

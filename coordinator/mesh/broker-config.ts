@@ -2,9 +2,21 @@
  * The configuration file of a private nats-server. Users live in `accounts` only: a top-level `authorization` block beside accounts lets anonymous
  * clients in on servers before 2.9.23 (CVE-2023-47090). Permissions are allow-lists; no monitoring, WebSocket, MQTT, leafnode or cluster listener.
  */
+import { createUser } from '@nats-io/nkeys';
 import { frameHeaderBytes } from '../../protocol/frame-codec.ts';
 import { frameLimits, meshTimers, messageLimits } from '../../protocol/limits.ts';
 import { meshAccount, systemAccount, type Permissions } from '../../protocol/subjects.ts';
+
+/** A user of the broker: public nkey, and the seed that only its owner has. */
+export interface User {
+  nkey: string;
+  seed: string;
+}
+
+export function newUser(): User {
+  const pair = createUser();
+  return { nkey: pair.getPublicKey(), seed: new TextDecoder().decode(pair.getSeed()) };
+}
 
 export interface BrokerUser {
   /** Public nkey. */

@@ -61,7 +61,11 @@ const options = {
     new Option('--model <name|path>', 'name in the catalogue (`shardmesh models list`) or path of a GGUF file').default(
       'smollm2-135m-instruct-q4_1',
     ),
-  servedModelName: () => new Option('--served-model-name <name>', "the model's name in the API (default: the model's own name)"),
+  servedModelName: () =>
+    new Option(
+      '--served-model-name <name>',
+      "the model's name in the API (default: its name in the catalogue, else the one in the file)",
+    ),
   tp: () =>
     new Option('--tp <n|a:b:c>', 'ranks a stage, or their shares of the units')
       .default({ count: 1, parts: null }, '1')

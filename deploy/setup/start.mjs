@@ -9,7 +9,7 @@ import { setUp } from './setup.mjs';
 try {
   await setUp();
   const { main } = await import(pathToFileURL(join(root, 'dist', 'deploy', 'cli', 'main.js')).href);
-  await main(['serve', '--ask', 'What is the capital of France? Answer in one sentence.', ...process.argv.slice(2)]);
+  await main(['serve', '--ask', 'List the planets of the solar system in order.', ...process.argv.slice(2)]);
 } catch (error) {
   line(`npm start failed: ${error instanceof SetupError ? error.message : error.stack}`);
   process.exitCode = 1;

@@ -117,8 +117,7 @@ export async function startServer(
     canary: async () => true,
     metrics: {
       contentType: 'text/plain',
-      text: async () => 'shardmesh_up 1
-',
+      text: async () => 'shardmesh_up 1\n',
       observeRequest: () => undefined,
       observeFirstToken: () => undefined,
       observeTokenGap: () => undefined,

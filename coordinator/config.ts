@@ -1,0 +1,35 @@
+/** What a coordinator is started with: checked by the command line, frozen, and never read from the environment below this point. */
+import type { Credentials } from '../protocol/credentials.ts';
+import type { LinkDriver } from '../protocol/placement.ts';
+import type { CutShares } from '../kernels/programs/units.ts';
+
+export interface CoordinatorConfig {
+  modelPath: string;
+  /** null: the model's own name. */
+  servedModelName: string | null;
+  tensorParallel: CutShares;
+  pipelineParallel: CutShares;
+  executor: 'cpu' | 'reference';
+  /** null: the best each worker has. */
+  isa: 'avx512' | 'avx2' | 'portable' | null;
+  link: LinkDriver | 'auto';
+  http: { host: string; port: number; apiKeys: string[] };
+  /** A running broker and who we are on it; null: a private broker and local workers. */
+  broker: Credentials | null;
+  /** Logical cores that local workers may compute on; null: all this process may use. */
+  cores: number[] | null;
+  stepTokensMax: number;
+  prefillChunkMax: number;
+  blockTokens: number;
+  kvCacheBytes: number;
+  kvType: 'auto' | 'int8' | 'f16';
+  contextTokensMax: number | null;
+  sequencesMax: number;
+  prefixCache: boolean;
+  /** null: 2 for one stage, else stages + 1. */
+  stepsInFlightMax: number | null;
+  cacheDirectory: string;
+  /** Compiled main module of a worker process, and arguments of each. */
+  workerModule: string;
+  logLevel: string;
+}

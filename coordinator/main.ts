@@ -1,0 +1,268 @@
+/** Wires a coordinator together: model, broker, mesh, engine, HTTP, local workers. Decides nothing itself. */
+import { randomBytes } from 'node:crypto';
+import { cpus } from 'node:os';
+import { openModel } from '../kernels/model-file/model-file.ts';
+import { ShardmeshError } from '../protocol/errors.ts';
+import { newMeshId, newPlacementId, newWorkerId, type WorkerId } from '../protocol/ids.ts';
+import { protocolVersionMax, protocolVersionMin } from '../protocol/limits.ts';
+import { connectNats } from '../protocol/nats-transport.ts';
+import type { CoordinatorConfig } from './config.ts';
+import { ShardmeshEngine } from './engine/engine.ts';
+import { createHttpServer, type HttpServer } from './http/server.ts';
+import { watchDisconnects } from './mesh/broker-watch.ts';
+import { startBroker, type Broker } from './mesh/broker.ts';
+import { MeshService } from './mesh/mesh-service.ts';
+import { defaultMeshTimers } from './mesh/mesh.ts';
+import { findNatsServer } from './mesh/nats-server.ts';
+import { WeightServer } from './mesh/weight-server.ts';
+import { WorkerProcesses } from './mesh/worker-processes.ts';
+import { createLog, type Logger } from './observe/log.ts';
+import { Metrics } from './observe/metrics.ts';
+import { meshMetrics } from './observe/mesh-metrics.ts';
+import { planModel } from './planner/model-plan.ts';
+import { createTextModel } from './text/text-model.ts';
+
+export interface Coordinator {
+  readonly url: string;
+  readonly modelName: string;
+  readonly tensorParallel: number;
+  readonly pipelineParallel: number;
+  readonly mesh: MeshService;
+  readonly engine: ShardmeshEngine;
+  /** Process ids of the local workers and the private broker (null without one). */
+  processes(): { workers: Map<string, number>; broker: number | null };
+  /** Resolves when a placement serves and a real decode has passed. `onWait` hears why not yet, whenever that changes. */
+  whenReady(onWait: (reason: string) => void): Promise<void>;
+  /** No new requests, running ones finish within `graceMs` or end with an error; then every process and file is gone. */
+  drain(graceMs: number): Promise<void>;
+}
+
+/** Runs clean-ups in reverse order of what was started, whatever fails. */
+class Cleanup {
+  readonly #steps: (() => Promise<void> | void)[] = [];
+  add(step: () => Promise<void> | void): void {
+    this.#steps.push(step);
+  }
+  async run(): Promise<void> {
+    for (const step of this.#steps.splice(0).reverse()) {
+      try {
+        await step();
+      } catch {
+        // What cannot be cleaned up must not keep the rest from being so.
+      }
+    }
+  }
+}
+
+export async function startCoordinator(config: CoordinatorConfig, onFatal: (error: Error) => void): Promise<Coordinator> {
+  const log = createLog({ level: config.logLevel, name: 'coordinator' });
+  const cleanup = new Cleanup();
+  try {
+    return await start(config, log, cleanup, onFatal);
+  } catch (error) {
+    await cleanup.run();
+    throw error;
+  }
+}
+
+async function start(
+  config: CoordinatorConfig,
+  log: Logger,
+  cleanup: Cleanup,
+  onFatal: (error: Error) => void,
+): Promise<Coordinator> {
+  const event = (name: string, fields: Record<string, unknown>): void => log.info(fields, name);
+
+  const { file, facts } = await openModel(config.modelPath, { cacheDirectory: config.cacheDirectory });
+  const { tensorParallel, pipelineParallel, kvType, contextTokensMax } = config;
+  const plan = await planModel(facts, config.modelPath, config.cacheDirectory, {
+    tensorParallel,
+    pipelineParallel,
+    kvType,
+    contextTokensMax,
+  });
+  const text = createTextModel(file);
+  if (text.templateProblem) log.warn({ problem: text.templateProblem }, 'chat_template_refused');
+  const [firstSeat] = plan.seats;
+  if (!firstSeat) throw new ShardmeshError('placement_impossible', 'the model has no shard');
+  const context = firstSeat.program.contextTokensMax;
+
+  const placementId = config.broker?.placements[0] ?? newPlacementId();
+  const meshId = config.broker?.mesh ?? newMeshId();
+  const localWorkers: WorkerId[] = config.broker ? [] : plan.seats.map(() => newWorkerId());
+  let broker: Broker | null = null;
+  if (!config.broker) {
+    broker = await startBroker({
+      server: await findNatsServer(),
+      mesh: meshId,
+      workers: localWorkers,
+      placements: [placementId],
+      onEvent: ({ type, ...fields }) => event(`broker_${type}`, fields),
+    });
+    cleanup.add(() => broker?.stop());
+  }
+  const credentials = config.broker ?? broker?.coordinatorCredentials();
+  if (!credentials) throw new ShardmeshError('config_invalid', 'no broker');
+  const transport = await connectNats({ credentials, name: 'coordinator', patienceMs: config.broker ? 10_000 : 2_000 });
+  cleanup.add(() => transport.close());
+
+  const weights = new WeightServer(credentials.secret, {
+    onSent: (sent) => event('slice_sent', sent),
+    onRefused: (refused) => event('slice_refused', refused),
+  });
+  for (const seat of plan.seats) weights.offer(seat.slice, config.modelPath);
+  const weightsAddress = await weights.listen();
+  cleanup.add(() => weights.close());
+
+  const cores = config.cores ?? cpus().map((_, core) => core);
+  const spin = plan.seats.length <= cores.length;
+  const seatPlan = ({ stage, rank }: { stage: number; rank: number }) => {
+    const seat = plan.seats.find((one) => one.stage === stage && one.rank === rank);
+    if (!seat) throw new ShardmeshError('internal', `no seat ${stage}.${rank}`);
+    return seat;
+  };
+  const service = await MeshService.start({
+    transport,
+    meshId,
+    onFatal,
+    event,
+    mesh: {
+      model: facts.name,
+      link: config.link,
+      seats: plan.seats.map(({ stage, rank }) => ({ stage, rank })),
+      placementTemplate: {
+        stages: plan.cut.stages.map((stage) => ({ ...stage, ranks: stage.ranks.map((rank) => ({ ...rank, worker: '' })) })),
+      },
+      protocol: { min: protocolVersionMin, max: protocolVersionMax },
+      placementId,
+      sliceSha256For: (seat) => seatPlan(seat).sliceSha256,
+      timers: defaultMeshTimers,
+      assignFor: (seat) => ({
+        model: JSON.stringify(facts),
+        sourceSha256: facts.sourceSha256,
+        sliceSha256: seatPlan(seat).sliceSha256,
+        modelPath: config.modelPath,
+        weightsAddress,
+        executor: config.executor,
+        isa: config.isa,
+        cores: [],
+        spin,
+        blockTokens: config.blockTokens,
+        kvBlocks: 0,
+        kvCacheBytes: config.kvCacheBytes,
+        kvType,
+        contextTokensMax: context,
+        stepTokensMax: config.stepTokensMax,
+        sequencesMax: config.sequencesMax,
+      }),
+    },
+  });
+  cleanup.add(() => service.stop());
+  if (broker) {
+    const stopWatch = await watchDisconnects(
+      broker.systemCredentials(),
+      (nkey) => broker?.workerOf(nkey) ?? null,
+      ({ worker, reason }) => service.connectionEnded(worker, reason),
+    );
+    cleanup.add(stopWatch);
+  }
+
+  const engine = new ShardmeshEngine({
+    text,
+    transport: service,
+    modelSha256: facts.sourceSha256,
+    kvType: firstSeat.program.kv.key,
+    prefixCacheSecret: config.prefixCache ? randomBytes(32) : null,
+    contextTokensMax: context,
+    blockTokens: config.blockTokens,
+    sequencesMax: config.sequencesMax,
+    stepTokensMax: config.stepTokensMax,
+    prefillChunkMax: config.prefillChunkMax,
+    ...(config.stepsInFlightMax === null ? {} : { stepsInFlightMax: config.stepsInFlightMax }),
+  });
+  const metrics = new Metrics(meshMetrics(engine, service, transport));
+  const modelName = config.servedModelName ?? servedName(facts.name);
+  const http: HttpServer = await createHttpServer({
+    engine,
+    text,
+    model: {
+      id: modelName,
+      created: Math.floor(Date.now() / 1000),
+      contextTokensMax: context,
+      vocabularySize: facts.vocabularySize,
+    },
+    host: config.http.host,
+    port: config.http.port,
+    apiKeys: config.http.apiKeys,
+    canary: (freshMs) => engine.canary(freshMs),
+    metrics,
+    log,
+  });
+  cleanup.add(() => http.close());
+
+  let workers: WorkerProcesses | null = null;
+  if (broker) {
+    const files = broker;
+    const share = coreShares(cores, localWorkers.length);
+    workers = new WorkerProcesses({
+      module: config.workerModule,
+      workers: localWorkers.map((worker, index) => ({
+        worker,
+        args: [
+          'worker',
+          '--credentials',
+          files.credentialsFile(worker),
+          '--log-level',
+          config.logLevel,
+          ...(share ? ['--cores', (share[index] ?? []).join(',')] : []),
+        ],
+      })),
+      onExit: (worker, cause) => service.mesh.workerGone(worker, cause, performance.now()),
+      event,
+    });
+    workers.start();
+    cleanup.add(() => workers?.stop(3_000));
+  }
+
+  return {
+    url: http.url,
+    modelName,
+    tensorParallel: plan.cut.stages[0]?.ranks.length ?? 1,
+    pipelineParallel: plan.cut.stages.length,
+    mesh: service,
+    engine,
+    processes: () => ({ workers: workers?.pids() ?? new Map<string, number>(), broker: broker?.pid ?? null }),
+    async whenReady(onWait) {
+      let said = '';
+      while (!(await engine.canary(30_000))) {
+        const reason = service.mesh.reason() ?? 'trying one decode';
+        if (reason !== said) onWait(reason);
+        said = reason;
+        await new Promise((resolve) => setTimeout(resolve, 25));
+      }
+    },
+    async drain(graceMs) {
+      await http.drain(graceMs);
+      await engine.drain(0);
+      await cleanup.run();
+    },
+  };
+}
+
+/** Equal shares of the cores, contiguous; null when there are more workers than cores (then nobody is pinned). */
+function coreShares(cores: readonly number[], workers: number): number[][] | null {
+  if (workers > cores.length) return null;
+  return Array.from({ length: workers }, (_, index) =>
+    cores.slice(Math.floor((index * cores.length) / workers), Math.floor(((index + 1) * cores.length) / workers)),
+  );
+}
+
+/** A model's own name as the API can carry it. */
+function servedName(name: string): string {
+  return (
+    name
+      .replaceAll(/[^A-Za-z0-9._-]+/g, '-')
+      .replaceAll(/^-+|-+$/g, '')
+      .slice(0, 96) || 'model'
+  );
+}

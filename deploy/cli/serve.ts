@@ -1,0 +1,159 @@
+/** `shardmesh serve`: a coordinator, and unless `--nats` names a broker, a private broker and local workers. */
+import { Command } from 'commander';
+import { readFileSync } from 'node:fs';
+import { availableParallelism } from 'node:os';
+import { fileURLToPath } from 'node:url';
+import { startCoordinator, type Coordinator } from '../../coordinator/main.ts';
+import type { CoordinatorConfig } from '../../coordinator/config.ts';
+import { catalogue } from '../../kernels/model-file/catalogue.ts';
+import { defaultCacheDirectory } from '../../kernels/model-file/cache-directory.ts';
+import { readCredentials } from '../../protocol/credentials.ts';
+import { ShardmeshError } from '../../protocol/errors.ts';
+import { ask } from './ask.ts';
+import { findModel } from './find-model.ts';
+import { addOptions, type OptionName, type OptionValues } from './options.ts';
+
+const drainGraceMs = 10_000;
+
+export const serveOptions: OptionName[] = [
+  'model',
+  'servedModelName',
+  'tp',
+  'pp',
+  'executor',
+  'isa',
+  'link',
+  'host',
+  'port',
+  'apiKeys',
+  'nats',
+  'credentials',
+  'cores',
+  'stepTokensMax',
+  'prefillChunkMax',
+  'blockTokens',
+  'kvCacheBytes',
+  'kvType',
+  'contextTokensMax',
+  'sequencesMax',
+  'stepsInFlight',
+  'noPrefixCache',
+  'ask',
+  'logLevel',
+];
+
+export function serveCommand(): Command {
+  const command = new Command('serve').description(
+    'Serves a model over HTTP (OpenAI-compatible). Without --nats everything runs locally.',
+  );
+  return addOptions(command, serveOptions)
+    .addHelpText(
+      'after',
+      `
+Examples:
+  shardmesh serve                                     the default model on one local worker
+  shardmesh serve --tp 2 --pp 2                       four local workers
+  shardmesh serve --tp 3:2:1 --model model.gguf       three unequal shards
+  shardmesh serve --nats nats://127.0.0.1:4222 --credentials coordinator.json --tp 2
+`,
+    )
+    .action(async (values: OptionValues) => serve(values));
+}
+
+/** A model of the catalogue keeps its name there: names inside of files are seldom chosen for people. */
+const isCatalogued = (name: string): boolean => catalogue.some((entry) => entry.name === name);
+
+function apiKeys(file: string | undefined): string[] {
+  const text = file === undefined ? (process.env['SHARDMESH_API_KEYS'] ?? '').replaceAll(',', '\n') : readFile(file);
+  const keys = text
+    .split('\n')
+    .map((line) => line.trim())
+    .filter((line) => line !== '' && !line.startsWith('#'));
+  const short = keys.findIndex((key) => key.length < 16);
+  if (short >= 0) throw new ShardmeshError('config_invalid', `API key ${short + 1} has fewer than 16 characters`);
+  return keys;
+}
+
+function readFile(path: string): string {
+  try {
+    return readFileSync(path, 'utf8');
+  } catch (cause) {
+    throw new ShardmeshError('config_invalid', `--api-keys ${path}: ${(cause as Error).message}`, { cause });
+  }
+}
+
+export async function coordinatorConfig(values: OptionValues): Promise<CoordinatorConfig> {
+  if (!/^(localhost|127\.\d+\.\d+\.\d+|::1)$/.test(values.host))
+    throw new ShardmeshError(
+      'config_invalid',
+      `--host ${values.host}: listening beyond loopback is refused in this version; put a TLS proxy in front`,
+    );
+  if (values.blockTokens % 16 !== 0)
+    throw new ShardmeshError('config_invalid', `--block-tokens ${values.blockTokens}: a multiple of 16 is needed`);
+  if (values.nats !== undefined && values.credentials === undefined)
+    throw new ShardmeshError('config_invalid', '--nats needs --credentials FILE (made by `shardmesh keys`)');
+  const broker =
+    values.credentials === undefined
+      ? null
+      : { ...readCredentials(values.credentials), ...(values.nats ? { url: values.nats } : {}) };
+  if (broker && broker.role !== 'coordinator')
+    throw new ShardmeshError(
+      'config_invalid',
+      `${values.credentials} holds the credentials of a ${broker.role}, not of a coordinator`,
+    );
+  return Object.freeze({
+    modelPath: await findModel(values.model),
+    servedModelName: values.servedModelName ?? (isCatalogued(values.model) ? values.model : null),
+    tensorParallel: values.tp,
+    pipelineParallel: values.pp,
+    executor: values.executor === 'reference' ? 'reference' : 'cpu',
+    isa: values.isa === 'auto' ? null : values.isa,
+    link: values.link,
+    http: { host: values.host, port: values.port, apiKeys: apiKeys(values.apiKeys) },
+    broker,
+    cores: values.cores ?? null,
+    stepTokensMax: values.stepTokensMax,
+    prefillChunkMax: Math.min(values.prefillChunkMax ?? values.stepTokensMax, values.stepTokensMax),
+    blockTokens: values.blockTokens,
+    kvCacheBytes: values.kvCacheBytes,
+    kvType: values.kvType,
+    contextTokensMax: values.contextTokensMax ?? null,
+    sequencesMax: values.sequencesMax,
+    prefixCache: values.prefixCache,
+    stepsInFlightMax: values.stepsInFlight ?? null,
+    cacheDirectory: defaultCacheDirectory(),
+    workerModule: fileURLToPath(new URL('./main.js', import.meta.url)),
+    logLevel: values.logLevel,
+  } satisfies CoordinatorConfig);
+}
+
+async function serve(values: OptionValues): Promise<void> {
+  const config = await coordinatorConfig(values);
+  let coordinator: Coordinator | null = null;
+  let stopping: Promise<void> | null = null;
+  const stop = (why: string, code: number): Promise<void> => {
+    stopping ??= (async () => {
+      process.stderr.write(`shardmesh: ${why}: no new requests, running ones have ${drainGraceMs / 1000} s\n`);
+      await coordinator?.drain(drainGraceMs);
+      process.exit(code);
+    })();
+    return stopping;
+  };
+  // A second signal means now; the workers and the broker notice that their owner is gone.
+  const onSignal = (signal: string): void => void (stopping ? process.exit(1) : stop(signal, 0));
+  process.on('SIGINT', () => onSignal('SIGINT'));
+  process.on('SIGTERM', () => onSignal('SIGTERM'));
+  const started = performance.now();
+  coordinator = await startCoordinator(config, (error) => void stop(error.message, 1));
+  const tooMany = coordinator.tensorParallel * coordinator.pipelineParallel - (values.cores?.length ?? availableParallelism());
+  if (!config.broker && tooMany > 0) process.stderr.write(`shardmesh: ${tooMany} more workers than cores: right, but not fast\n`);
+  await coordinator.whenReady((reason) => process.stderr.write(`shardmesh: ${reason}\n`));
+  const { url, modelName, tensorParallel, pipelineParallel } = coordinator;
+  process.stdout.write(`shardmesh ready ${url} model=${modelName} tp=${tensorParallel} pp=${pipelineParallel}\n`);
+  process.stderr.write(`shardmesh: ready ${((performance.now() - started) / 1000).toFixed(1)} s after start\n`);
+  if (values.ask)
+    await ask(url, modelName, values.ask, config.http.apiKeys[0]).catch((error: unknown) =>
+      process.stderr.write(`shardmesh: ${String(error)}\n`),
+    );
+  await new Promise(() => undefined);
+}
