@@ -40,6 +40,9 @@ struct Avx2 {
   SHARDMESH_AVX2 __m256 load_half(const uint8_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   SHARDMESH_AVX2 __m256 load_u8(const uint8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))); }
 
+  // Keeps a running sum in its register, in the written order: gcc otherwise sums integers as a tree, runs out of registers and spills half of them.
+  SHARDMESH_AVX2 void hold(__m256i& x) { __asm__("" : "+x"(x)); }
+
   // Unsigned weights of k = 4j .. 4j + 3 of rows 8h .. 8h + 7. `nibble` only for 8 bits: 0 the low four bits, 1 the high four.
   template <class W>
   SHARDMESH_AVX2 __m256i weights(const uint8_t* record, int j, int h, int nibble) {
@@ -112,6 +115,8 @@ struct Avx2 {
           const __m256i p0 = _mm256_maddubs_epi16(w0, x), p1 = _mm256_maddubs_epi16(w1, x);
           c[t][0] = i == 0 ? p0 : _mm256_add_epi16(c[t][0], p0);
           c[t][1] = i == 0 ? p1 : _mm256_add_epi16(c[t][1], p1);
+          hold(c[t][0]);
+          hold(c[t][1]);
         }
       }
       SHARDMESH_UNROLL
