@@ -302,24 +302,24 @@ void attention_extremes(const KernelSet& set) {
         }
 }
 
-// Scores so far apart that a later step's weights fall below what can be quantised, and a rescale by 0.
+// Scores so far apart that a later step's weights fall below what can be quantised (such a step leaves o as it is, a negative zero included), or that a
+// rescale flushes o to zero.
 void attention_vanishing_weights(const KernelSet& set) {
-  for (float slope : {-1.0f, 1.0f}) {
+  struct Case {
+    float slope;      // of the scores, per position
+    float odd_scale;  // value scales in every other step; 1e-29 in the rest
+  };
+  for (const Case& c : {Case{-0.1f, 1e-29f}, Case{0.1f, 1e-29f}, Case{1.5f, 1e-31f}, Case{-1.5f, 1e-31f}}) {
     Shape shape;
     shape.kv_head = grouped(1, 3);
     shape.sequences = {{600, 20}};
     Scene scene = make_scene(shape, 11, Fill::Equal);
-    for (int32_t block = 0; block < static_cast<int32_t>(scene.pool.size() / scene.layout.block_bytes); block++) {
-      const auto at = std::find(scene.block_tables.begin(), scene.block_tables.end(), block);
-      if (at == scene.block_tables.end()) continue;
-      const auto index = at - scene.block_tables.begin();
-      float* scales = reinterpret_cast<float*>(&scene.pool[static_cast<size_t>(block) * scene.layout.block_bytes + scene.layout.key_bytes + scene.layout.value_bytes]);
-      for (int i = 0; i < 16; i++) {
-        const float position = static_cast<float>(index * 16 + i);
-        if (index * 16 + i >= 600) continue;
-        scales[i] = slope * position * 1e-4f;       // scores from 0 to several hundred
-        scales[16 + i] = i % 4 ? 1e-29f : 1e-30f;   // a step 6.4 lower falls below 2^-100
-      }
+    // All K are 127 and q is 1, so a score is key scale * 127 * 127 * 64 * (0.125 / 127).
+    for (int position = 0; position < 600; position++) {
+      const size_t block = static_cast<size_t>(scene.block_tables[static_cast<size_t>(position / 16)]), column = static_cast<size_t>(position % 16);
+      float* scales = reinterpret_cast<float*>(&scene.pool[block * scene.layout.block_bytes + scene.layout.key_bytes + scene.layout.value_bytes]);
+      scales[column] = c.slope * static_cast<float>(position) / (127 * 64 * 0.125f);
+      scales[16 + column] = position / 64 % 2 ? c.odd_scale : 1e-29f;
     }
     compare_scene(set, scene);
   }
