@@ -214,7 +214,7 @@ class ExecutorWrap : public Napi::ObjectWrap<ExecutorWrap> {
   }
 
   // Event loop; after the threads have ended.
-  static void release_handles(Napi::Env env, const std::shared_ptr<State>& state) {
+  static void release_handles(const std::shared_ptr<State>& state) {
     state->on_step.Reset();
     state->on_frame.Reset();
     state->on_step_failed.Reset();
@@ -227,7 +227,7 @@ class ExecutorWrap : public Napi::ObjectWrap<ExecutorWrap> {
     napi_remove_env_cleanup_hook(env, &ExecutorWrap::on_teardown, state_.get());
     state_->executor->stop();
     state_->executor.reset();
-    release_handles(env, state_);
+    release_handles(state_);
   }
 
   Executor& executor(Napi::Env env) const {
@@ -419,7 +419,7 @@ class ExecutorWrap : public Napi::ObjectWrap<ExecutorWrap> {
           state->executor.reset();
         },
         [state](Napi::Env e) -> Napi::Value {
-          release_handles(e, state);
+          release_handles(state);
           return e.Undefined();
         });
   }

@@ -69,9 +69,9 @@ void Shard::plan_actions() {
   const Program& p = program();
   std::vector<bool> quantized(p.buffers.size(), false);
   const auto written = [&](int buffer) { if (buffer >= 0) quantized[static_cast<size_t>(buffer)] = false; };
-  const auto quantize = [&](int buffer, int weight) {
+  const auto quantize = [&](int operation, int buffer, int weight) {
     if (!is_quantized(weight) || quantized[static_cast<size_t>(buffer)]) return;
-    actions_.push_back({ActionKind::Quantize, -1, {}, buffer});
+    actions_.push_back({ActionKind::Quantize, operation, {}, buffer});
     quantized[static_cast<size_t>(buffer)] = true;
   };
   const bool last = p.stage + 1 == p.stages;
@@ -92,14 +92,14 @@ void Shard::plan_actions() {
         if (joins) {
           before->products.push_back(index);
         } else {
-          quantize(o.in, o.weight);
+          quantize(index, o.in, o.weight);
           actions_.push_back({ActionKind::Linear, index, {index}});
         }
         written(o.out);
         break;
       }
       case OperationKind::LinearPartial:
-        quantize(o.in, o.weight);
+        quantize(index, o.in, o.weight);
         actions_.push_back({ActionKind::LinearPartial, index});
         break;
       case OperationKind::Embed: actions_.push_back({ActionKind::Embed, index}); written(o.out); break;
@@ -268,6 +268,7 @@ WeightReport Shard::load_weight(int index, const uint8_t* data, size_t length) {
         weight.vector[static_cast<size_t>(i)] = group_value(group, static_cast<int>((source.skip + i) % 32));
       }
     }
+    expect(kernels_->all_finite(weight.vector.data(), source.columns), "weight " + number(index) + " '" + slice.tensor + "' holds a value that is not finite");
     report.bytes = weight.vector.size() * 4;
   } else {
     kernels_->pack(source, &weight.matrix, Part{0, 1});

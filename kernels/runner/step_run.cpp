@@ -63,12 +63,12 @@ StepRun::Status StepRun::run_action(const Action& action) {
     case ActionKind::ReceiveHidden: return receive_hidden(action.operation);
     case ActionKind::SendHidden: return send_hidden(action.operation);
     case ActionKind::RmsNorm: norm(o); return Status::Done;
-    case ActionKind::Quantize: quantize(action.buffer); return Status::Done;
+    case ActionKind::Quantize: return quantize(action.operation, action.buffer);
     case ActionKind::Linear: linear(action); return Status::Done;
     case ActionKind::LinearPartial: linear_partial(action.operation); return Status::Done;
     case ActionKind::AllReduce: return all_reduce(action.operation);
     case ActionKind::Rope: rope(action.operation); return Status::Done;
-    case ActionKind::StoreKv: store_kv(o); return Status::Done;
+    case ActionKind::StoreKv: return store_kv(action.operation);
     case ActionKind::Attention: attention(o); return Status::Done;
     case ActionKind::GatedActivation: gated_activation(o); return Status::Done;
     case ActionKind::SelectRows: return select_rows(o);
@@ -336,10 +336,22 @@ void StepRun::norm(const Operation& o) {
   });
 }
 
-void StepRun::quantize(int buffer) {
+void StepRun::check_finite(int buffer, Part part, std::atomic<bool>* bad) const {
+  const int rows = rows_of(buffer);
+  for (int t = part.index; t < rows; t += part.count)
+    if (!kernels_.all_finite(row(buffer, t), shard_.buffer(buffer).width)) bad->store(true, std::memory_order_relaxed);
+}
+
+StepRun::Status StepRun::quantize(int index, int buffer) {
   const Buffer& b = shard_.buffer(buffer);
   const Activations in{b.data, b.stride, rows_of(buffer), b.width, b.quantized};
-  share(4.0 * in.tokens * static_cast<double>(b.width), [&](Part part) { kernels_.quantize_activations(in, part); });
+  std::atomic<bool> bad{false};
+  share(4.0 * in.tokens * static_cast<double>(b.width), [&](Part part) {
+    check_finite(buffer, part, &bad);
+    kernels_.quantize_activations(in, part);
+  });
+  if (bad) return fail(FailureCode::NonFinite, where(index) + ": its input '" + program_.buffers[static_cast<size_t>(buffer)].name + "' is not finite");
+  return Status::Done;
 }
 
 void StepRun::linear(const Action& action) {
@@ -441,11 +453,18 @@ void StepRun::rope(int index) {
         [&](Part part) { kernels_.rope(b.data, b.stride, o.heads, o.head_size, table, rows_, part); });
 }
 
-void StepRun::store_kv(const Operation& o) {
+StepRun::Status StepRun::store_kv(int index) {
+  const Operation& o = program_.operations[static_cast<size_t>(index)];
   const Buffer& k = shard_.buffer(o.in);
   const Buffer& v = shard_.buffer(o.in2);
-  share(8.0 * rows_.tokens * static_cast<double>(k.width),
-        [&](Part part) { kernels_.store_kv(k.data, k.stride, v.data, v.stride, shard_.kv_layout(), shard_.kv_layer(o.layer), rows_, part); });
+  std::atomic<bool> bad{false};
+  share(8.0 * rows_.tokens * static_cast<double>(k.width), [&](Part part) {
+    check_finite(o.in, part, &bad);
+    check_finite(o.in2, part, &bad);
+    kernels_.store_kv(k.data, k.stride, v.data, v.stride, shard_.kv_layout(), shard_.kv_layer(o.layer), rows_, part);
+  });
+  if (bad) return fail(FailureCode::NonFinite, where(index) + ": k or v is not finite");
+  return Status::Done;
 }
 
 void StepRun::attention(const Operation& o) {

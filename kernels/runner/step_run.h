@@ -60,13 +60,13 @@ class StepRun {
   Status receive_hidden(int index);
   Status send_hidden(int index);
   void norm(const Operation& o);
-  void quantize(int buffer);
+  Status quantize(int index, int buffer);
   void linear(const Action& action);
   void linear_partial(int index);
   Status all_reduce(int index);
   void finish_reduction(const Operation& o, int first_row, int rows, const Payloads& payloads);
   void rope(int index);
-  void store_kv(const Operation& o);
+  Status store_kv(int index);
   void attention(const Operation& o);
   void gated_activation(const Operation& o);
   Status select_rows(const Operation& o);
@@ -86,6 +86,9 @@ class StepRun {
   // Runs work on the team, or on this thread alone when it is too small to share (about `cost` floating-point operations).
   template <typename Work>
   void share(double cost, const Work& work);
+
+  // Quantising would turn a NaN into a zero, so what is quantised is looked at first. Sets *bad.
+  void check_finite(int buffer, Part part, std::atomic<bool>* bad) const;
 
   Status fail(FailureCode code, std::string message);
   std::string where(int index) const;

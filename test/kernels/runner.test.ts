@@ -1,0 +1,355 @@
+import { afterEach, describe, expect, test } from 'vitest';
+import { loadAddon, type SlotSampling } from '../../kernels/index.ts';
+import {
+  greedy,
+  plainForward,
+  plainLogprob,
+  randomTokens,
+  threeRankTwoStageCut,
+  tiny,
+  TinyMesh,
+  tinyProgram,
+  tinyWeights,
+  twoRankCut,
+  wholeCut,
+  type StepFailedError,
+  type TinyMeshOptions,
+  type TinyRows,
+} from './tiny-model.ts';
+
+const weights = tinyWeights();
+const meshes: TinyMesh[] = [];
+
+async function start(options: TinyMeshOptions = {}): Promise<TinyMesh> {
+  const mesh = await TinyMesh.start({ weights, ...options });
+  meshes.push(mesh);
+  return mesh;
+}
+
+async function scoreOn(
+  options: TinyMeshOptions,
+  tokens: number[],
+  how: Parameters<TinyMesh['score']>[1] = {},
+): Promise<number[]> {
+  const mesh = await start(options);
+  mesh.open(how.slot ?? 0);
+  const scores = await mesh.score(tokens, how);
+  await mesh.stop();
+  return scores;
+}
+
+afterEach(async () => {
+  await Promise.all(meshes.splice(0).map((mesh) => mesh.stop()));
+});
+
+const prompt = randomTokens(100);
+
+describe('step runner, against double precision', () => {
+  const tokens = prompt.slice(0, 60);
+  const expected = plainForward(weights, tokens)
+    .slice(0, -1)
+    .map((logits, i) => plainLogprob(logits, tokens[i + 1]!));
+
+  const differences = async (kind: 'reference' | 'reference-f32', key: 'int8' | 'f16') => {
+    const mesh = await start({ kind, key });
+    mesh.open(0, { logprobs: 0 });
+    const scores = (await mesh.score(tokens)).slice(0, tokens.length - 1);
+    return scores.map((score, i) => Math.abs(score - expected[i]!));
+  };
+
+  test('step runner - fp32 reference agrees with a plain forward pass to 1e-4', async () => {
+    expect(Math.max(...(await differences('reference-f32', 'int8')))).toBeLessThan(1e-4);
+  });
+
+  test('step runner - int8 reference stays near a plain forward pass, and is not the fp32 one', async () => {
+    const all = await differences('reference', 'int8');
+    const mean = all.reduce((a, b) => a + b, 0) / all.length;
+    expect(mean).toBeLessThan(0.12);
+    expect(mean).toBeGreaterThan(1e-3);
+  });
+
+  test('step runner - f16 keys stay near a plain forward pass', async () => {
+    const all = await differences('reference', 'f16');
+    expect(all.reduce((a, b) => a + b, 0) / all.length).toBeLessThan(0.12);
+  });
+});
+
+describe('step runner, the same bits', () => {
+  const cpu = loadAddon().cpuFeatures().isas;
+
+  test.each([1, 7, 16, 33, 64])('step runner - chunks of %i tokens equal one chunk', async (chunk) => {
+    const mesh = await start();
+    mesh.open(0);
+    const whole = await mesh.score(prompt);
+    expect(whole).toHaveLength(100 * (1 + 6) + 1);
+    expect(await mesh.score(prompt, { chunk, blocks: [20, 21, 22, 23, 24, 25, 26] })).toEqual(whole);
+  });
+
+  test('step runner - a permuted block table equals the identity', async () => {
+    expect(await scoreOn({}, prompt, { blocks: [9, 3, 0, 14, 6, 2, 11] })).toEqual(await scoreOn({}, prompt));
+  });
+
+  test('step runner - blocks of 64 tokens equal blocks of 16', async () => {
+    expect(await scoreOn({ blockTokens: 64 }, prompt, { blocks: [5, 1] })).toEqual(await scoreOn({}, prompt));
+  });
+
+  test.each([2, 3])('step runner - %i threads equal one', async (threads) => {
+    expect(await scoreOn({ threads }, prompt)).toEqual(await scoreOn({}, prompt));
+  });
+
+  test.each(cpu)('step runner - kernel set %s equals the reference', async (isa) => {
+    expect(await scoreOn({ kind: 'cpu', isa, threads: 2 }, prompt)).toEqual(await scoreOn({}, prompt));
+    expect(await scoreOn({ kind: 'cpu', isa, key: 'f16' }, prompt, { chunk: 9 })).toEqual(await scoreOn({ key: 'f16' }, prompt));
+  });
+
+  test.each([
+    ['two ranks over shared memory', twoRankCut, false],
+    ['two ranks over the host driver', twoRankCut, true],
+    ['three uneven ranks, two stages, shared memory', threeRankTwoStageCut, false],
+    ['three uneven ranks, two stages, host driver', threeRankTwoStageCut, true],
+  ] as const)('step runner - %s equal one worker', async (_, cut, host) => {
+    expect(await scoreOn({ cut, host }, prompt, { chunk: 41 })).toEqual(await scoreOn({}, prompt));
+  });
+
+  test('step runner - a sequence among others equals the sequence alone', async () => {
+    const alone = await scoreOn({}, prompt.slice(0, 40));
+    const mesh = await start();
+    const sequences = [0, 1, 2, 3].map((slot): TinyRows => {
+      const tokens = slot === 2 ? prompt.slice(0, 40) : randomTokens(11 + 17 * slot, slot);
+      const outputs = tokens.map((_t, row) => ({ row, score: tokens[row + 1] ?? null }));
+      const blocks = Array.from({ length: 5 }, (_b, i) => slot * 5 + i);
+      return { slot, position: 0, tokens, blocks, outputs };
+    });
+    for (const { slot } of sequences) mesh.open(slot);
+    const results = (await mesh.run(sequences)).filter((r) => r.slot === 2);
+    const together = results.flatMap((r) => [r.logprob!, ...r.top.flatMap((t) => [t.token, t.logprob])]);
+    expect([...together, results.at(-1)!.token]).toEqual(alone);
+  });
+
+  test('step runner - more output rows than one pass of the head holds keep their order', async () => {
+    const scores = await scoreOn({}, prompt); // 100 rows, 64 a pass
+    expect(scores.slice(0, 7 * 30)).toEqual((await scoreOn({}, prompt.slice(0, 31))).slice(0, 7 * 30));
+  });
+});
+
+describe('step runner, decoding', () => {
+  const generate = async (options: TinyMeshOptions, sampling: Partial<SlotSampling>, count = 24) => {
+    const mesh = await start(options);
+    mesh.open(0, sampling, prompt.slice(0, 30));
+    const blocks = [4, 8, 1, 6];
+    const last = [{ row: 29, score: null }];
+    let previous = mesh.submit([{ slot: 0, position: 0, tokens: prompt.slice(0, 30), blocks, outputs: last }]);
+    const all = [previous];
+    for (let i = 1; i < count; i++) {
+      // Submitted before the step before has come back.
+      const rows = { slot: 0, position: 29 + i, tokens: null, after: previous.step, blocks, outputs: [{ row: 0, score: null }] };
+      previous = mesh.submit([rows]);
+      all.push(previous);
+    }
+    const outputs = await Promise.all(all.map((s) => s.done));
+    await mesh.stop();
+    return outputs.map(([output]) => [output!.token, output!.logprob]);
+  };
+
+  const sampled = { temperature: 0.9, topP: 0.95, seed: 1234567890123456789n };
+
+  test('step runner - queued steps read the token that the step before sampled', async () => {
+    const outputs = await generate({}, {});
+    const tokens = [...prompt.slice(0, 30), ...outputs.map(([token]) => token!)];
+    // Greedy decoding in one step each equals one prefill of the same text.
+    const scores = await scoreOn({}, tokens);
+    const scoredAt = (row: number) => scores[row * 7];
+    expect(outputs.map(([, logprob]) => logprob)).toEqual(outputs.map((_, i) => scoredAt(29 + i)));
+  });
+
+  test.each([
+    ['two ranks', { cut: twoRankCut }],
+    ['two ranks, host driver', { cut: twoRankCut, host: true }],
+    ['two stages of three ranks', { cut: threeRankTwoStageCut }],
+    ['two stages of three ranks, host driver', { cut: threeRankTwoStageCut, host: true }],
+    ['the best kernel set, two threads', { kind: 'cpu', threads: 2 }],
+  ] as const)('step runner - the same seed gives the same text on %s', async (_, options) => {
+    expect(await generate(options, sampled)).toEqual(await generate({}, sampled));
+  });
+
+  test('step runner - another seed or choice gives another text', async () => {
+    const [one, seed, choice] = await Promise.all([
+      generate({}, sampled),
+      generate({}, { ...sampled, seed: 5n }),
+      generate({}, { ...sampled, choice: 1 }),
+    ]);
+    expect(seed).not.toEqual(one);
+    expect(choice).not.toEqual(one);
+    expect(choice).not.toEqual(seed);
+  });
+
+  test('step runner - a banned token is not sampled', async () => {
+    const mesh = await start();
+    mesh.open(0);
+    const rows = (banned: number[]): TinyRows[] => [
+      { slot: 0, position: 0, tokens: prompt.slice(0, 8), blocks: [0], outputs: [{ row: 7, score: null, banned }] },
+    ];
+    const [free] = await mesh.run(rows([]));
+    const [second] = await mesh.run(rows([free!.token]));
+    expect(second!.token).toBe(free!.top[1]!.token);
+  });
+
+  test('step runner - log-probabilities come only when asked for', async () => {
+    const mesh = await start();
+    mesh.open(0, { logprobs: null });
+    const [output] = await mesh.run([{ slot: 0, position: 0, tokens: [1, 2], blocks: [0], outputs: [{ row: 1, score: null }] }]);
+    expect(output).toMatchObject({ slot: 0, logprob: null, top: [] });
+  });
+});
+
+describe('step runner, failures', () => {
+  const rows: TinyRows[] = [{ slot: 0, position: 0, tokens: [1, 2, 3], blocks: [0], outputs: [{ row: 2, score: null }] }];
+
+  test('step runner - a peer that does not answer fails the step at its deadline and is named', async () => {
+    const mesh = await start({ cut: twoRankCut });
+    mesh.open(0);
+    const began = performance.now();
+    const { done } = mesh.submit(rows, 300, [mesh.members[0]!]);
+    const error = await done.then(
+      () => expect.unreachable(),
+      (e: StepFailedError) => e,
+    );
+    expect(error).toMatchObject({ code: 'wait_timeout', peer: { stage: 0, rank: 1 } });
+    expect(error.message).toMatch(/step 1, operation 1 \(gather_rows\): waited 300 ms for the block of stage 0 rank 1/);
+    expect(performance.now() - began).toBeLessThan(2_000);
+    // It takes no further step until a new epoch.
+    const after = mesh.submit(rows, 300, [mesh.members[0]!]);
+    await expect(after.done).rejects.toMatchObject({
+      code: 'aborted',
+      message: expect.stringContaining('step 1 failed before it') as string,
+    });
+    mesh.connect(false);
+    mesh.open(0);
+    expect(await mesh.run(rows)).toHaveLength(1);
+  });
+
+  test('step runner - abort ends a wait at once and fails what is queued', async () => {
+    const mesh = await start({ cut: twoRankCut });
+    mesh.open(0);
+    const only = [mesh.members[1]!];
+    const first = mesh.submit(rows, 60_000, only);
+    const second = mesh.submit(rows, 60_000, only);
+    await new Promise((resolve) => setTimeout(resolve, 50));
+    const began = performance.now();
+    await mesh.members[1]!.executor.abort('epoch 2 begins');
+    expect(performance.now() - began).toBeLessThan(500);
+    await expect(first.done).rejects.toMatchObject({
+      code: 'aborted',
+      message: expect.stringContaining('epoch 2 begins') as string,
+    });
+    await expect(second.done).rejects.toMatchObject({
+      code: 'aborted',
+      message: expect.stringContaining('epoch 2 begins') as string,
+    });
+  });
+
+  test('executor - refuses a norm weight that is not finite', async () => {
+    const broken = tinyWeights();
+    new Float32Array(broken.get('1.ffn_norm')!.blocks.buffer)[5] = Number.NaN;
+    await expect(start({ weights: broken })).rejects.toThrow("'1.ffn_norm' holds a value that is not finite");
+  });
+
+  test('step runner - a value that overflows on the way fails the step as non_finite', async () => {
+    const broken = tinyWeights();
+    new Float32Array(broken.get('1.ffn_norm')!.blocks.buffer).fill(3e38);
+    const mesh = await start({ weights: broken });
+    mesh.open(0);
+    await expect(mesh.run(rows)).rejects.toMatchObject({
+      code: 'non_finite',
+      message: expect.stringContaining('not finite') as string,
+    });
+  });
+
+  test('step runner - wrong steps are refused before they run', async () => {
+    const mesh = await start();
+    mesh.open(0);
+    const submit = (change: Partial<TinyRows>) => () => mesh.submit([{ ...rows[0]!, ...change }]).done;
+    await expect(submit({ slot: 3 })()).rejects.toThrow('slot 3 is not open');
+    await expect(submit({ slot: 16 })()).rejects.toThrow('slot 16 is not in 0..15');
+    await expect(submit({ tokens: [1, 600, 2] })()).rejects.toThrow('token id 600 is not in 0..599');
+    await expect(submit({ position: 1199, blocks: Array.from({ length: 76 }, () => 0) })()).rejects.toThrow(
+      'position 1200 is not in 0..1199',
+    );
+    await expect(submit({ position: 16 })()).rejects.toThrow('needs block 1 of a table of 1');
+    await expect(submit({ blocks: [96] })()).rejects.toThrow('block 96 is not in 0..95');
+    await expect(submit({ outputs: [{ row: 3, score: null }] })()).rejects.toThrow('output row 3 is not in 0..2');
+    await expect(submit({ tokens: null, outputs: [{ row: 0, score: null }] })()).rejects.toThrow('is not a step before');
+    expect(await mesh.run(rows)).toHaveLength(1);
+  });
+
+  test('step runner - a token that no step sampled fails the step', async () => {
+    const mesh = await start();
+    mesh.open(0);
+    const scored: TinyRows = { ...rows[0]!, outputs: [{ row: 2, score: 4 }] };
+    const { step } = mesh.submit([scored]);
+    const next = { slot: 0, position: 3, tokens: null, after: step, blocks: [0], outputs: [{ row: 0, score: null }] };
+    await expect(mesh.run([next])).rejects.toMatchObject({
+      code: 'internal',
+      message: expect.stringContaining('sampled none') as string,
+    });
+  });
+
+  test('step runner - a program that does not fit together is refused by name', () => {
+    const create = (change: (program: ReturnType<typeof tinyProgram>) => void) => () => {
+      const program = tinyProgram(weights, wholeCut, 0, 0);
+      change(program);
+      loadAddon().kvBytesPerBlock(program, 16);
+    };
+    expect(create(() => undefined)).not.toThrow();
+    expect(create((p) => p.operations.splice(10, 1))).toThrow('a partial product must be followed by its all_reduce');
+    expect(create((p) => (p.buffers[1]!.width = 96))).toThrow("buffer 'n' is 96 wide");
+    expect(create((p) => (p.weights[0]!.type = 'Q2_K' as never))).toThrow("unknown type 'Q2_K'");
+    expect(create((p) => Object.assign(p.operations[1]!, { weight: 99 }))).toThrow(
+      'program.operations[1].weight: 99 is not an integer in 0..',
+    );
+    expect(create((p) => Object.assign(p.operations[0]!, { op: 'dream' }))).toThrow("unknown operation 'dream'");
+  });
+
+  test('executor - says what is missing, and nothing works after dispose', async () => {
+    const program = tinyProgram(weights, wholeCut, 0, 0);
+    const callbacks = { onStep: () => undefined, onFrame: () => undefined, onStepFailed: () => undefined };
+    const options = {
+      kind: 'reference' as const,
+      isa: null,
+      program,
+      cores: [],
+      threads: 1,
+      spin: false,
+      blockTokens: 16,
+      kvBlocks: 4,
+      stepTokensMax: 16,
+      sequencesMax: 2,
+    };
+    const executor = loadAddon().createExecutor(options, callbacks);
+    expect(() => executor.connect([])).toThrow("weight 'token_embd' is not loaded yet");
+    expect(() => executor.openSlots([])).toThrow('call connect first');
+    await expect(executor.loadWeight(0, new Uint8Array(10))).rejects.toThrow('has 10 bytes, its slice 183600');
+    await expect(executor.loadWeight(99, new Uint8Array(10))).rejects.toThrow('weight 99 is not in 0..');
+    expect(executor.isa).toBe('reference');
+    await executor.dispose();
+    await executor.dispose();
+    expect(() => executor.connect([])).toThrow('disposed');
+    expect(() => loadAddon().createExecutor({ ...options, blockTokens: 24 }, callbacks)).toThrow('blockTokens 24');
+    expect(() => loadAddon().createExecutor({ ...options, kvBlocks: 1 << 24, blockTokens: 4096 }, callbacks)).toThrow(
+      'the KV cache (kvBlocks) needs',
+    );
+    expect(() => loadAddon().createExecutor({ ...options, threads: 'two' as never }, callbacks)).toThrow(
+      'options.threads must be a number, got a string',
+    );
+    expect(loadAddon().kvBytesPerBlock(program, 16)).toBe(2 * 3 * (16 * 32 * 2 + 128));
+  });
+
+  test('executor - rope tables have the same checksum on every rank', async () => {
+    const mesh = await start({ cut: twoRankCut });
+    const [a, b] = mesh.members.map((m) => m.executor.tablesChecksum());
+    expect(a).toMatch(/^[0-9a-f]{16}$/);
+    expect(b).toBe(a);
+    expect(tiny.context).toBe(1_200);
+    expect(greedy.temperature).toBe(0);
+  });
+});
