@@ -43,6 +43,12 @@ struct Avx2 {
   // Keeps a running sum in its register, in the written order: gcc otherwise sums integers as a tree, runs out of registers and spills half of them.
   SHARDMESH_AVX2 void hold(__m256i& x) { __asm__("" : "+x"(x)); }
 
+  SHARDMESH_AVX2 void add_products(__m256i* sum, __m256i w, __m256i x, bool first) {
+    const __m256i products = _mm256_maddubs_epi16(w, x);
+    *sum = first ? products : _mm256_add_epi16(*sum, products);
+    hold(*sum);
+  }
+
   // Unsigned weights of k = 4j .. 4j + 3 of rows 8h .. 8h + 7. `nibble` only for 8 bits: 0 the low four bits, 1 the high four.
   template <class W>
   SHARDMESH_AVX2 __m256i weights(const uint8_t* record, int j, int h, int nibble) {
@@ -112,11 +118,8 @@ struct Avx2 {
         SHARDMESH_UNROLL
         for (int t = 0; t < M; t++) {
           const __m256i x = broadcast4(in[t].q + 4 * j);
-          const __m256i p0 = _mm256_maddubs_epi16(w0, x), p1 = _mm256_maddubs_epi16(w1, x);
-          c[t][0] = i == 0 ? p0 : _mm256_add_epi16(c[t][0], p0);
-          c[t][1] = i == 0 ? p1 : _mm256_add_epi16(c[t][1], p1);
-          hold(c[t][0]);
-          hold(c[t][1]);
+          add_products(&c[t][0], w0, x, i == 0);
+          add_products(&c[t][1], w1, x, i == 0);
         }
       }
       SHARDMESH_UNROLL
