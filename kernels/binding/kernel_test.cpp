@@ -265,7 +265,7 @@ Napi::Value sample(const Arguments& a) {
   SamplingParameters p;
   p.temperature = static_cast<float>(number_of(a.at("temperature"), "temperature"));
   const double top_p = number_of(a.at("topP"), "topP");
-  p.top_p = top_p >= 1 ? 1ull << 32 : static_cast<uint64_t>(std::nearbyint(std::max(0.0, top_p) * 4294967296.0));
+  p.top_p = top_p >= 1 ? 1ull << 32 : static_cast<uint64_t>(std::max(0.0, top_p) * 4294967296.0);
   p.top_k = static_cast<int32_t>(a.integer("topK", 0, 1 << 24));
   p.min_p = static_cast<float>(number_of(a.at("minP"), "minP"));
   p.seed = unsigned64_of(a.at("seed"), "seed");

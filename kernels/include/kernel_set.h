@@ -1,4 +1,4 @@
-// One implementation of every operation of a program: reference, portable, avx2, avx512. The step runner (kernels/cpu/step_runner.*) walks a program
+// One implementation of every operation of a program: reference, portable, avx2, avx512. The step runner (kernels/runner) walks a program
 // and calls these; it alone knows buffers, threads and links.
 //
 // Every operation is SPMD: all compute threads call it with the same arguments and their own `part` of `parts`; it computes its share and

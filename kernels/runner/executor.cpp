@@ -26,7 +26,7 @@ void expect(bool condition, const std::string& message) {
 SamplingParameters sampling_of(const SlotSampling& s) {
   SamplingParameters p;
   p.temperature = static_cast<float>(s.temperature);
-  p.top_p = s.top_p >= 1 ? 1ull << 32 : static_cast<uint64_t>(std::nearbyint(s.top_p * 4294967296.0));
+  p.top_p = s.top_p >= 1 ? 1ull << 32 : static_cast<uint64_t>(s.top_p * 4294967296.0);
   p.top_k = s.top_k;
   p.min_p = static_cast<float>(s.min_p);
   p.seed = s.seed;

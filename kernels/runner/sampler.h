@@ -13,7 +13,7 @@ namespace shardmesh {
 
 struct SamplingParameters {
   float temperature = 0;      // below kTemperatureMin: the best token
-  uint64_t top_p = 1ull << 32;  // in units of 2^-32; 2^32: off
+  uint64_t top_p = 1ull << 32;  // in units of 2^-32, rounded down; 2^32: off
   int32_t top_k = 0;          // 0: off
   float min_p = 0;            // 0: off
   uint64_t seed = 0;
