@@ -3,6 +3,7 @@ import { Command, CommanderError } from 'commander';
 import { ShardmeshError } from '../../protocol/errors.ts';
 import { keysCommand } from './keys.ts';
 import { modelsCommand } from './models.ts';
+import { planCommand } from './plan.ts';
 import { serveCommand } from './serve.ts';
 import { workerCommand } from './worker.ts';
 
@@ -12,7 +13,7 @@ export async function main(args: string[]): Promise<void> {
     .description('Distributed LLM serving over a mesh of shard workers: any number of unequal shards, the same bits.')
     .exitOverride()
     .showHelpAfterError('(add --help for the options)');
-  for (const command of [serveCommand, workerCommand, modelsCommand, keysCommand]) program.addCommand(command());
+  for (const command of [serveCommand, workerCommand, planCommand, modelsCommand, keysCommand]) program.addCommand(command());
   try {
     await program.parseAsync(args, { from: 'user' });
   } catch (error) {

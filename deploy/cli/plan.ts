@@ -1,0 +1,266 @@
+/** `shardmesh plan`: how a model would be cut, what each worker would hold, and how fast that would be, before anything is loaded. */
+import { Command, Option } from 'commander';
+import { availableParallelism } from 'node:os';
+import { measureKernels, measureReduction, type MeasuredKernels } from '../../coordinator/planner/measure-speed.ts';
+import {
+  kvBytesPerBlock,
+  planPlacements,
+  type PlacementPlan,
+  type PlanReport,
+} from '../../coordinator/planner/placement-planner.ts';
+import type { LinkSpeed, MachineSpeed } from '../../coordinator/planner/speed-model.ts';
+import { findNatsServer } from '../../coordinator/mesh/nats-server.ts';
+import { startBroker } from '../../coordinator/mesh/broker.ts';
+import { loadAddon, type Addon } from '../../kernels/index.ts';
+import { defaultCacheDirectory } from '../../kernels/model-file/cache-directory.ts';
+import type { ModelFacts } from '../../kernels/model-file/model-facts.ts';
+import { openModel } from '../../kernels/model-file/model-file.ts';
+import type { Range } from '../../kernels/programs/program.ts';
+import { newMeshId, newPlacementId, newWorkerId } from '../../protocol/ids.ts';
+import { findModel } from './find-model.ts';
+import { measureGrpc, measureNats, type LinkMeasurement } from './measure-links.ts';
+import { addOptions, type OptionValues } from './options.ts';
+import { serveOptions } from './serve.ts';
+import { table } from './table.ts';
+
+/** Tokens in the context of each sequence in a prediction. */
+const contextTokens = 256;
+
+/** What is taken where it cannot be measured, or is not worth the time: 4-bit weights on one core of a server, shared memory, a wake-up by the scheduler. */
+const assumed = {
+  bytesPerSecondOfCore: 10e9,
+  shm: { seconds: 2e-6, bytesPerSecond: 4e9 },
+  stepSeconds: 200e-6,
+  wakeSeconds: 50e-6,
+} as const;
+
+/** A number of the prediction: where it comes from. */
+interface Basis {
+  what: string;
+  value: string;
+  source: 'measured' | 'assumed';
+}
+
+export function planCommand(): Command {
+  const command = new Command('plan').description(
+    'Says how a model would be cut, what each worker would hold and how fast it would be, before anything is loaded.',
+  );
+  // Every option of `serve` is taken, so that a command line can be tried by changing one word.
+  return addOptions(command, serveOptions)
+    .addOption(new Option('--json', 'print one JSON object'))
+    .addHelpText(
+      'after',
+      `
+Examples:
+  shardmesh plan                                      the default model on this machine
+  shardmesh plan --tp 3:2:1 --model model.gguf        three unequal shards
+  shardmesh plan --tp 2 --pp 2 --link grpc --json
+`,
+    )
+    .action(async (values: PlanValues) => plan(values));
+}
+
+type PlanValues = OptionValues & { json?: boolean };
+
+async function plan(values: PlanValues): Promise<void> {
+  const { facts } = await openModel(await findModel(values.model), { cacheDirectory: defaultCacheDirectory() });
+  const addon = addonOrNull();
+  const { machine, basis } = await measureMachine(values, facts, addon);
+  const report = planPlacements({
+    facts,
+    tensorParallel: values.tp,
+    pipelineParallel: values.pp,
+    kvType: values.kvType,
+    contextTokensMax: values.contextTokensMax ?? null,
+    blockTokens: values.blockTokens,
+    kvCacheBytes: values.kvCacheBytes,
+    machine,
+    memoryBytes: process.availableMemory(),
+    contextTokens,
+    kvBytesPerBlock: (program, blockTokens) =>
+      addon ? addon.kvBytesPerBlock(program, blockTokens) : kvBytesPerBlock(program.kv, blockTokens),
+  });
+  if (wasBusy(machine))
+    report.advice.push(
+      'all cores together were slower than one: other programs were at work while this was measured, ask again when the machine is idle',
+    );
+  const text = values.json
+    ? JSON.stringify({ ...report, basis }, null, 2)
+    : planText(report, basis, values.blockTokens).join('\n');
+  process.stdout.write(`${text}\n`);
+}
+
+function addonOrNull(): Addon | null {
+  try {
+    return loadAddon();
+  } catch {
+    return null;
+  }
+}
+
+/** Measures what can be measured in about a second. */
+async function measureMachine(
+  values: PlanValues,
+  facts: ModelFacts,
+  addon: Addon | null,
+): Promise<{ machine: MachineSpeed; basis: Basis[] }> {
+  const basis: Basis[] = [];
+  const cores = values.cores ?? addon?.cpuFeatures().cores ?? Array.from({ length: availableParallelism() }, (_, core) => core);
+  let kernels: MeasuredKernels | null = null;
+  let shm: LinkSpeed | null = null;
+  if (addon) {
+    const options = {
+      addon,
+      facts,
+      kind: values.executor === 'reference' ? ('reference' as const) : ('cpu' as const),
+      isa: values.isa === 'auto' ? null : values.isa,
+      kvType: values.kvType,
+      cores,
+      // The reference is some hundred times slower.
+      ...(values.executor === 'reference' ? { sampleBytesMax: 1024 ** 2 } : {}),
+    };
+    kernels = await measureKernels(options);
+    if (values.link === 'auto' || values.link === 'shm') shm = await measureReduction(options);
+  }
+  for (const { threads, tokens, bytesPerSecond } of kernels?.points ?? [])
+    basis.push({
+      what: `weights, ${threads} ${threads === 1 ? 'core' : 'cores'}, ${tokens} ${tokens === 1 ? 'token' : 'tokens'} a step`,
+      value: `${(bytesPerSecond / 1e9).toFixed(2)} GB/s (${kernels?.isa})`,
+      source: 'measured',
+    });
+  if (!kernels)
+    basis.push({
+      what: 'weights, each core',
+      value: `${assumed.bytesPerSecondOfCore / 1e9} GB/s (the native addon is not built: npm run build)`,
+      source: 'assumed',
+    });
+  const link = await linkSpeed(values, shm, basis);
+  basis.push({
+    what: 'sampling and hand-over, a step',
+    value: microseconds(kernels?.stepSeconds ?? assumed.stepSeconds),
+    source: kernels ? 'measured' : 'assumed',
+  });
+  basis.push({
+    what: 'waiting for the scheduler, more workers than cores',
+    value: microseconds(assumed.wakeSeconds),
+    source: 'assumed',
+  });
+  basis.push({ what: 'context of each sequence', value: `${contextTokens} tokens`, source: 'assumed' });
+  return {
+    basis,
+    machine: {
+      cores: cores.length,
+      kernels: kernels?.points ?? [
+        { threads: 1, tokens: 1, bytesPerSecond: assumed.bytesPerSecondOfCore },
+        { threads: cores.length, tokens: 1, bytesPerSecond: assumed.bytesPerSecondOfCore * cores.length },
+      ],
+      link,
+      stepSeconds: kernels?.stepSeconds ?? assumed.stepSeconds,
+      wakeSeconds: assumed.wakeSeconds,
+    },
+  };
+}
+
+/** Whether the measured points say that something else took the cores. */
+function wasBusy({ cores, kernels }: MachineSpeed): boolean {
+  const speed = (threads: number): number =>
+    kernels.find((point) => point.threads === threads && point.tokens === 1)?.bytesPerSecond ?? 0;
+  return cores > 1 && speed(cores) < speed(1);
+}
+
+async function linkSpeed(values: PlanValues, shm: LinkSpeed | null, basis: Basis[]): Promise<LinkSpeed> {
+  const say = (name: string, link: LinkSpeed, source: Basis['source']): LinkSpeed => {
+    basis.push({
+      what: `one exchange over ${name}`,
+      value: `${microseconds(link.seconds)} and ${(link.bytesPerSecond / 1e9).toFixed(1)} GB/s`,
+      source,
+    });
+    return link;
+  };
+  const oneWay = ({ roundTripUs, bytesPerSecond }: LinkMeasurement): LinkSpeed => ({
+    seconds: roundTripUs / 2e6,
+    bytesPerSecond,
+  });
+  if (values.link === 'grpc') return say('gRPC, loopback', oneWay(await measureGrpc()), 'measured');
+  if (values.link === 'nats') return say('NATS, loopback', oneWay(await measurePrivateNats()), 'measured');
+  return shm ? say('shared memory', shm, 'measured') : say('shared memory', assumed.shm, 'assumed');
+}
+
+/** Over a broker of its own, as `serve` would start. */
+async function measurePrivateNats(): Promise<LinkMeasurement> {
+  const workers = [newWorkerId(), newWorkerId()] as const;
+  const broker = await startBroker({
+    server: await findNatsServer(),
+    mesh: newMeshId(),
+    workers: [...workers],
+    placements: [newPlacementId()],
+    onEvent: () => undefined,
+  });
+  try {
+    return await measureNats([broker.credentialsOf(workers[0]), broker.credentialsOf(workers[1])]);
+  } finally {
+    await broker.stop();
+  }
+}
+
+/** What `plan` prints. */
+export function planText(report: PlanReport, basis: readonly Basis[], blockTokens: number): string[] {
+  const { model, units, asked } = report;
+  const lines = [
+    `${model.name} (${model.architecture}): ${model.layers} layers, ${mebibytes(model.weightBytes)} of weights`,
+    `units: ${units.attention} attention, ${units.feedForward} feed-forward, ${units.vocabulary} vocabulary; K ${report.kvType}, V int8; longest context ${report.contextTokensMax} tokens`,
+    '',
+    `${asked.name}: ${asked.workers} ${asked.workers === 1 ? 'worker' : 'workers'}, ${bitsText(asked)}`,
+    ...table(
+      ['worker', 'layers', 'attention', 'feed-forward', 'vocabulary', 'KV heads', 'weights', 'KV room'],
+      asked.shards.map((shard) => [
+        `stage ${shard.stage} rank ${shard.rank}`,
+        rangeText(shard.layers),
+        rangeText(shard.units.attentionUnits),
+        rangeText(shard.units.feedForwardUnits),
+        rangeText(shard.units.vocabularyUnits),
+        String(shard.kvHeads),
+        mebibytes(shard.weightBytes),
+        `${shard.kvTokens} tokens`,
+      ]),
+    ).map(indented),
+    `  KV room of the mesh: ${asked.kvTokens} tokens in blocks of ${blockTokens}, the least any worker holds`,
+    '',
+    'predicted output tokens/s:',
+    ...table(
+      ['placement', 'workers', 'weights each', 'KV room', 'bits', '1 stream', '8 streams', 'waiting for links', ''],
+      report.placements.map((one) => [
+        one.name,
+        String(one.workers),
+        mebibytes(one.weightBytesMax),
+        `${one.kvTokens * one.replicas} tokens`,
+        one.bits,
+        one.oneStream.tokensPerSecond.toPrecision(3),
+        one.eightStreams.tokensPerSecond.toPrecision(3),
+        `${Math.round(100 * one.oneStream.linkShare)} %`,
+        [one === asked ? '<- asked for' : '', one.fits ? '' : `needs ${mebibytes(one.memoryBytes)}: does not fit`]
+          .filter(Boolean)
+          .join(', '),
+      ]),
+    ).map(indented),
+    '',
+    'from:',
+    ...table(
+      ['', '', ''],
+      basis.map(({ what, value, source }) => [what, value, source]),
+    )
+      .slice(1)
+      .map(indented),
+  ];
+  return report.advice.length === 0 ? lines : [...lines, '', ...report.advice.map((line) => `note: ${line}`)];
+}
+
+const bitsText = ({ bits }: PlacementPlan): string =>
+  bits === 'exact'
+    ? 'exact bits: any split, any executor, the same answer'
+    : 'bits per kind: the same answer on any split, as long as all workers have the same kind of executor';
+
+const indented = (line: string): string => `  ${line}`;
+const rangeText = ({ from, to }: Range): string => `${from}..${to - 1}`;
+const mebibytes = (bytes: number): string => `${(bytes / 1024 ** 2).toFixed(1)} MiB`;
+const microseconds = (seconds: number): string => `${(seconds * 1e6).toFixed(1)} us`;
