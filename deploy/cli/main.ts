@@ -1,6 +1,7 @@
 /** The `shardmesh` command. Each subcommand is a file of its own; options are named once, in `options.ts`. */
 import { Command, CommanderError } from 'commander';
 import { ShardmeshError } from '../../protocol/errors.ts';
+import { doctorCommand } from './doctor.ts';
 import { keysCommand } from './keys.ts';
 import { modelsCommand } from './models.ts';
 import { planCommand } from './plan.ts';
@@ -13,7 +14,8 @@ export async function main(args: string[]): Promise<void> {
     .description('Distributed LLM serving over a mesh of shard workers: any number of unequal shards, the same bits.')
     .exitOverride()
     .showHelpAfterError('(add --help for the options)');
-  for (const command of [serveCommand, workerCommand, planCommand, modelsCommand, keysCommand]) program.addCommand(command());
+  for (const command of [serveCommand, workerCommand, planCommand, modelsCommand, doctorCommand, keysCommand])
+    program.addCommand(command());
   try {
     await program.parseAsync(args, { from: 'user' });
   } catch (error) {
