@@ -1,19 +1,18 @@
 /** `shardmesh doctor`: looks at everything the mesh stands on, one line each, with the remedy. */
-import { Command, Option } from 'commander';
+import { Command } from 'commander';
 import { readCredentials } from '../../protocol/credentials.ts';
 import { ShardmeshError } from '../../protocol/errors.ts';
 import { localChecks, type Check, type Finding } from './doctor-checks.ts';
 import { meshChecks } from './doctor-mesh.ts';
 import { addOptions, type OptionValues } from './options.ts';
 
-type DoctorValues = Pick<OptionValues, 'model' | 'port' | 'nats' | 'credentials'> & { json?: boolean };
+type DoctorValues = Pick<OptionValues, 'model' | 'port' | 'nats' | 'credentials' | 'json'>;
 
 export function doctorCommand(): Command {
   const command = new Command('doctor').description(
     'Checks what the mesh stands on: one line each, with the remedy. Exit code 1 when something fails.',
   );
-  return addOptions(command, ['model', 'port', 'nats', 'credentials'])
-    .addOption(new Option('--json', 'print one JSON object'))
+  return addOptions(command, ['model', 'port', 'nats', 'credentials', 'json'])
     .addHelpText(
       'after',
       `

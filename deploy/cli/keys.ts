@@ -10,7 +10,7 @@ import { meshSubjects, systemPermissions } from '../../protocol/subjects.ts';
 
 interface Values {
   workers: number;
-  port: number;
+  natsPort: number;
   out: string;
 }
 
@@ -31,7 +31,7 @@ export function keysCommand(): Command {
       'Makes the credentials of a mesh: a NATS configuration, one file for the coordinator, one for each worker (all 0600).',
     )
     .addOption(new Option('--workers <n>', 'workers that get credentials').makeOptionMandatory().argParser(count))
-    .addOption(new Option('--port <n>', 'port of the NATS server, on loopback').default(4222).argParser(port))
+    .addOption(new Option('--nats-port <n>', 'port of the NATS server, on loopback').default(4222).argParser(port))
     .addOption(new Option('--out <folder>', 'folder to write into').default('mesh'))
     .addHelpText(
       'after',
@@ -47,7 +47,7 @@ Example:
     .action((values: Values) => makeKeys(values));
 }
 
-export function makeKeys({ workers, port: natsPort, out }: Values): void {
+export function makeKeys({ workers, natsPort, out }: Values): void {
   const folder = resolve(out);
   mkdirSync(folder, { recursive: true, mode: 0o700 });
   const mesh = newMeshId();

@@ -8,14 +8,20 @@ import { planCommand } from './plan.ts';
 import { serveCommand } from './serve.ts';
 import { workerCommand } from './worker.ts';
 
-/** @param args  without the program's name. Sets the exit code: 1 for failures, 2 for a wrong command line or configuration. */
-export async function main(args: string[]): Promise<void> {
+/** Every command with its options, before anything is parsed. */
+export function shardmeshProgram(): Command {
   const program = new Command('shardmesh')
     .description('Distributed LLM serving over a mesh of shard workers: any number of unequal shards, the same bits.')
     .exitOverride()
     .showHelpAfterError('(add --help for the options)');
   for (const command of [serveCommand, workerCommand, planCommand, modelsCommand, doctorCommand, keysCommand])
     program.addCommand(command());
+  return program;
+}
+
+/** @param args  without the program's name. Sets the exit code: 1 for failures, 2 for a wrong command line or configuration. */
+export async function main(args: string[]): Promise<void> {
+  const program = shardmeshProgram();
   try {
     await program.parseAsync(args, { from: 'user' });
   } catch (error) {

@@ -109,6 +109,7 @@ const options = {
     new Option('--steps-in-flight <n>', 'steps planned ahead (default: 2 for one stage, stages + 1 else)').argParser(
       integer(1, 16),
     ),
+  json: () => new Option('--json', 'print one JSON object instead of text'),
   ask: () => new Option('--ask <question>', 'ask the model one question when it is ready'),
   logLevel: () =>
     new Option('--log-level <level>', 'least level that is logged')
@@ -148,6 +149,7 @@ export interface OptionValues {
   sequencesMax: number;
   prefixCache: boolean;
   stepsInFlight?: number;
+  json?: boolean;
   ask?: string;
   logLevel: string;
 }

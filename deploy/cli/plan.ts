@@ -1,5 +1,5 @@
 /** `shardmesh plan`: how a model would be cut, what each worker would hold, and how fast that would be, before anything is loaded. */
-import { Command, Option } from 'commander';
+import { Command } from 'commander';
 import { availableParallelism } from 'node:os';
 import { measureKernels, measureReduction, type MeasuredKernels } from '../../coordinator/planner/measure-speed.ts';
 import {
@@ -46,8 +46,7 @@ export function planCommand(): Command {
     'Says how a model would be cut, what each worker would hold and how fast it would be, before anything is loaded.',
   );
   // Every option of `serve` is taken, so that a command line can be tried by changing one word.
-  return addOptions(command, serveOptions)
-    .addOption(new Option('--json', 'print one JSON object'))
+  return addOptions(command, [...serveOptions, 'json'])
     .addHelpText(
       'after',
       `
@@ -57,12 +56,10 @@ Examples:
   shardmesh plan --tp 2 --pp 2 --link grpc --json
 `,
     )
-    .action(async (values: PlanValues) => plan(values));
+    .action(async (values: OptionValues) => plan(values));
 }
 
-type PlanValues = OptionValues & { json?: boolean };
-
-async function plan(values: PlanValues): Promise<void> {
+async function plan(values: OptionValues): Promise<void> {
   const { facts } = await openModel(await findModel(values.model), { cacheDirectory: defaultCacheDirectory() });
   const addon = addonOrNull();
   const { machine, basis } = await measureMachine(values, facts, addon);
@@ -100,7 +97,7 @@ function addonOrNull(): Addon | null {
 
 /** Measures what can be measured in about a second. */
 async function measureMachine(
-  values: PlanValues,
+  values: OptionValues,
   facts: ModelFacts,
   addon: Addon | null,
 ): Promise<{ machine: MachineSpeed; basis: Basis[] }> {
@@ -168,7 +165,7 @@ function wasBusy({ cores, kernels }: MachineSpeed): boolean {
   return cores > 1 && speed(cores) < speed(1);
 }
 
-async function linkSpeed(values: PlanValues, shm: LinkSpeed | null, basis: Basis[]): Promise<LinkSpeed> {
+async function linkSpeed(values: OptionValues, shm: LinkSpeed | null, basis: Basis[]): Promise<LinkSpeed> {
   const say = (name: string, link: LinkSpeed, source: Basis['source']): LinkSpeed => {
     basis.push({
       what: `one exchange over ${name}`,
