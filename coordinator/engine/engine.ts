@@ -487,8 +487,10 @@ export class ShardmeshEngine implements Engine {
   #giveUp(error: unknown): void {
     const { code, message } = toShardmeshError(error);
     const cause = error instanceof ShardmeshError || !(error instanceof Error) ? '' : ` ${error.name}: ${error.message}`;
-    this.#lose({ code, message });
-    this.#options.transport.reportFault({ code, message: message + cause });
+    const { transport } = this.#options;
+    const fault = transport.explain?.({ code, message }) ?? { code, message };
+    this.#lose(fault);
+    transport.reportFault({ code: fault.code, message: fault.message + cause });
   }
 
   // ------------------------------------------------------------------------------------------------------------------ time

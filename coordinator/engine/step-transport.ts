@@ -27,6 +27,8 @@ export interface StepTransport {
   onEpoch(listener: (epoch: MeshEpoch) => void): void;
   /** The epoch is over. More than once, or without an epoch, is harmless. */
   onLost(listener: (fault: MeshFault) => void): void;
+  /** What a fault that the engine has seen is, as the mesh knows it (a broker that does not answer, silent workers by name). Called before `reportFault`. */
+  explain?(fault: MeshFault): MeshFault;
   /**
    * The engine gave the epoch up: a step is overdue, or a result does not fit its plan. All its requests have ended already; the mesh must begin a new epoch.
    */

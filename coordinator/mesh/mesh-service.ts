@@ -20,6 +20,7 @@ export interface MeshServiceOptions {
 }
 
 const tickMs = 50;
+const pingEveryMs = 500;
 /** A worker whose connection ended is lost when it does not show itself for this long (it has two connections, and may be back). */
 const goodbyeMs = 700;
 
@@ -31,6 +32,9 @@ export class MeshService implements StepTransport {
   readonly #onEpoch: ((epoch: MeshEpoch) => void)[] = [];
   readonly #onLost: ((fault: MeshFault) => void)[] = [];
   #timer: NodeJS.Timeout | null = null;
+  /** When the ping that is under way was sent, and the next may be. */
+  #pingSentAt: number | null = null;
+  #pingNotBefore = 0;
   refusedMessages = 0;
 
   private constructor(options: MeshServiceOptions) {
@@ -67,7 +71,11 @@ export class MeshService implements StepTransport {
     });
     for (const subject of [subjects.heartbeats(), subjects.registers(), subjects.results(), subjects.events()])
       await transport.subscribe(subject, (bytes, from) => service.#receive(bytes, from));
-    service.#timer = setInterval(() => service.mesh.tick(performance.now()), tickMs);
+    service.#timer = setInterval(() => {
+      const now = performance.now();
+      service.#ping(now);
+      service.mesh.tick(now);
+    }, tickMs);
     return service;
   }
 
@@ -95,6 +103,11 @@ export class MeshService implements StepTransport {
     this.#onLost.push(listener);
   }
 
+  explain(fault: MeshFault): MeshFault {
+    const now = performance.now();
+    return this.mesh.explain(fault, this.#pingSentAt === null ? 0 : now - this.#pingSentAt, now);
+  }
+
   reportFault(fault: MeshFault): void {
     this.mesh.stepFailed(fault, performance.now());
   }
@@ -111,6 +124,18 @@ export class MeshService implements StepTransport {
 
   stop(): void {
     if (this.#timer) clearInterval(this.#timer);
+  }
+
+  /** Asks the broker for a sign of life, one at a time: tells a frozen broker from a step that is late for another reason. */
+  #ping(now: number): void {
+    const { transport } = this.#options;
+    if (this.#pingSentAt !== null || now < this.#pingNotBefore || !transport.connected) return;
+    this.#pingSentAt = now;
+    this.#pingNotBefore = now + pingEveryMs;
+    void transport
+      .flush()
+      .catch(() => undefined)
+      .then(() => (this.#pingSentAt = null));
   }
 
   #receive(bytes: Uint8Array, subject: string): void {

@@ -88,6 +88,9 @@ export interface MeshOutputs {
 /** A heartbeat that shows a lost message counts only this long after the message was sent. */
 const repeatAfterMs = 1_500;
 
+/** A worker or a broker that says nothing for this long is worth naming when a step is overdue; heartbeats come twice as often. */
+const silentMs = 1_000;
+
 interface Member {
   facts: WorkerFacts;
   epochSeen: number;
@@ -284,12 +287,31 @@ export class Mesh {
     this.#lose(worker, why);
   }
 
-  /** The engine gave the epoch up (a step is overdue, a result that does not fit). Workers that have been silent are named. */
+  /**
+   * A fault that the engine saw, as it looks from here: a step that is overdue while the broker answers no ping is the broker's fault; workers that have been
+   * silent are named.
+   * @param brokerSilentMs  for how long a ping of the broker has been without an answer
+   */
+  explain<F extends { code: string; message: string }>(
+    fault: F,
+    brokerSilentMs: number,
+    now: number,
+  ): { code: string; message: string } {
+    if (fault.code !== 'step_timeout') return fault;
+    if (brokerSilentMs > silentMs)
+      return {
+        code: 'broker_lost',
+        message: `${fault.message} The NATS server has not answered a ping for ${Math.round(brokerSilentMs)} ms.`,
+      };
+    const silent = this.#workers().filter((worker) => now - (this.#members.get(worker)?.seenAt ?? 0) > silentMs);
+    return silent.length ? { ...fault, message: `${fault.message} Silent: ${silent.join(', ')}.` } : fault;
+  }
+
+  /** The engine gave the epoch up (a step is overdue, a result that does not fit). */
   stepFailed(fault: { code: string; message: string }, now: number): void {
     this.#now = Math.max(this.#now, now);
-    const silent = this.#workers().filter((worker) => this.#now - (this.#members.get(worker)?.seenAt ?? 0) > 1_000);
-    const who = silent.length ? `; silent: ${silent.join(', ')}` : '';
-    this.#endEpoch({ code: fault.code === 'step_timeout' ? 'step_timeout' : 'worker_failed', message: `${fault.message}${who}` });
+    const code = fault.code === 'step_timeout' || fault.code === 'broker_lost' ? fault.code : 'worker_failed';
+    this.#endEpoch({ code, message: fault.message });
   }
 
   brokerLost(): void {
