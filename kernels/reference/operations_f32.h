@@ -39,15 +39,23 @@ void f32_read_row(const PackedMatrix& matrix, int64_t row, float* out) {
 size_t f32_activation_bytes(int, int64_t) { return 0; }
 void f32_quantize_activations(const Activations&, Part) {}
 
-// Products in 16 fp32 lanes, added up in double every 256 values.
+// Products in 32 fp32 lanes, added up in double every 256 values; `count` is a multiple of 32.
 double dot_f32(const float* w, const float* x, int64_t count) {
+  typedef float Lanes __attribute__((vector_size(32)));
   double sum = 0;
   for (int64_t from = 0; from < count; from += 256) {
     const int64_t to = smaller(count, from + 256);
-    float lane[16] = {};
-    for (int64_t k = from; k < to; k += 16)
-      for (int i = 0; i < 16; i++) lane[i] = fmaf(w[k + i], x[k + i], lane[i]);
-    for (int i = 0; i < 16; i++) sum += static_cast<double>(lane[i]);
+    Lanes lanes[4] = {};
+    for (int64_t k = from; k < to; k += 32) {
+      for (int i = 0; i < 4; i++) {
+        Lanes a, b;
+        std::memcpy(&a, w + k + i * 8, 32);
+        std::memcpy(&b, x + k + i * 8, 32);
+        lanes[i] += a * b;
+      }
+    }
+    const Lanes four = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+    for (int i = 0; i < 8; i++) sum += static_cast<double>(four[i]);
   }
   return sum;
 }

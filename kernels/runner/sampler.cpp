@@ -28,6 +28,9 @@ int bin_of(float z, float zmax) {
   return scaled < static_cast<float>(kBins - 1) ? static_cast<int>(scaled) : kBins - 1;
 }
 
+// mass * 2^32 >= p * total
+bool reaches(uint64_t mass, uint64_t p, uint64_t total) { return static_cast<unsigned __int128>(mass) << 32 >= static_cast<unsigned __int128>(p) * total; }
+
 }  // namespace
 
 const SamplerLoops& sampler_loops() {
@@ -83,8 +86,12 @@ int32_t Sampler::choose(const float* logits, const SlotState& state, uint32_t po
   const int32_t best = argmax(z_.data());
   const float zmax = z_[static_cast<size_t>(best)];
   Cut cut{-INFINITY, INT32_MAX};
-  if (p.top_k > 0 && p.top_k < vocabulary_) keep_top_k(p.top_k, &cut);
-  if (p.top_p < 1ull << 32) keep_top_p(p.top_p, zmax, &cut);
+  const bool some = p.top_k > 0 && p.top_k < vocabulary_;
+  if (some) keep_top_k(p.top_k, &cut);
+  if (p.top_p < 1ull << 32) {
+    if (some) keep_top_p_of_keys(p.top_p, zmax, &cut);
+    else keep_top_p(p.top_p, zmax, &cut);
+  }
   return gumbel_argmax(p, position, zmax, best, cut);
 }
 
@@ -125,42 +132,58 @@ void Sampler::keep_top_k(int32_t k, Cut* cut) {
     keys_.push_back(key);
     if (keys_.size() == room) shrink();
   }
-  if (keys_.size() >= keep) shrink();
+  shrink();
   const int32_t last = token_of(floor);
   *cut = {z_[static_cast<size_t>(last)], last};
 }
 
-// The fewest best tokens, of those inside `cut`, whose masses reach p times their total.
-void Sampler::keep_top_p(uint64_t p, float zmax, Cut* cut) {
-  mass_.resize(static_cast<size_t>(vocabulary_));
-  loops_.masses(z_.data(), zmax, vocabulary_, mass_.data());
-  uint64_t bins[kBins] = {};
-  uint64_t total = 0;
-  for (int64_t i = 0; i < vocabulary_; i++) {
-    const float z = z_[static_cast<size_t>(i)];
-    if (mass_[static_cast<size_t>(i)] == 0 || z < cut->z || (z == cut->z && i > cut->token)) continue;
-    const uint64_t mass = static_cast<uint64_t>(mass_[static_cast<size_t>(i)]);
-    bins[bin_of(z, zmax)] += mass;
-    total += mass;
-  }
-  // reached: mass * 2^32 >= p * total
-  const auto reached = [&](uint64_t mass) { return static_cast<unsigned __int128>(mass) << 32 >= static_cast<unsigned __int128>(p) * total; };
-  uint64_t sum = 0;
-  int bin = 0;
-  while (bin + 1 < kBins && !reached(sum + bins[bin])) sum += bins[bin++];
-  keys_.clear();
-  for (int64_t i = 0; i < vocabulary_; i++) {
-    const float z = z_[static_cast<size_t>(i)];
-    if (mass_[static_cast<size_t>(i)] == 0 || z < cut->z || (z == cut->z && i > cut->token) || bin_of(z, zmax) != bin) continue;
-    keys_.push_back(order_key(z, static_cast<int32_t>(i)));
-  }
+// The fewest best of the tokens in keys_ whose masses reach p times their total.
+void Sampler::keep_top_p_of_keys(uint64_t p, float zmax, Cut* cut) {
   std::sort(keys_.begin(), keys_.end(), std::greater<>());
+  const auto mass = [&](uint64_t key) { return mass_of(z_[static_cast<size_t>(token_of(key))] - zmax); };
+  uint64_t total = 0, sum = 0;
+  for (const uint64_t key : keys_) total += mass(key);
   for (const uint64_t key : keys_) {
-    const int32_t token = token_of(key);
-    sum += static_cast<uint64_t>(mass_[static_cast<size_t>(token)]);
-    if (!reached(sum)) continue;
-    *cut = {z_[static_cast<size_t>(token)], token};
+    sum += mass(key);
+    if (!reaches(sum, p, total)) continue;
+    *cut = {z_[static_cast<size_t>(token_of(key))], token_of(key)};
     return;
+  }
+}
+
+// The fewest best tokens whose masses reach p times the total. Masses of the tokens near the maximum are added up in bins; the bin in which p is reached
+// is sorted. When that needs tokens further away than `near`, all are taken.
+void Sampler::keep_top_p(uint64_t p, float zmax, Cut* cut) {
+  const uint64_t total = loops_.total_mass(z_.data(), zmax, vocabulary_);
+  for (const int near : {8 * kBinsPerUnit, kBins}) {
+    uint64_t bins[kBins] = {};
+    const float lowest = zmax - static_cast<float>(near) / static_cast<float>(kBinsPerUnit);
+    const auto each_near = [&](auto use) {
+      for (int64_t from = 0; from < vocabulary_; from += kNoiseBlock) {
+        const int64_t to = std::min<int64_t>(from + kNoiseBlock, vocabulary_);
+        if (loops_.maximum(z_.data() + from, to - from) < lowest) continue;
+        for (int64_t i = from; i < to; i++) {
+          const float z = z_[static_cast<size_t>(i)];
+          const int bin = z < lowest ? kBins : bin_of(z, zmax);
+          if (bin < near) use(static_cast<int32_t>(i), z, bin);
+        }
+      }
+    };
+    each_near([&](int32_t, float z, int bin) { bins[bin] += mass_of(z - zmax); });
+    uint64_t sum = 0;
+    int reached = 0;
+    while (reached < near && !reaches(sum + bins[reached], p, total)) sum += bins[reached++];
+    if (reached == near) continue;
+    keys_.clear();
+    each_near([&](int32_t token, float z, int bin) { if (bin == reached) keys_.push_back(order_key(z, token)); });
+    std::sort(keys_.begin(), keys_.end(), std::greater<>());
+    for (const uint64_t key : keys_) {
+      const int32_t token = token_of(key);
+      sum += mass_of(z_[static_cast<size_t>(token)] - zmax);
+      if (!reaches(sum, p, total)) continue;
+      *cut = {z_[static_cast<size_t>(token)], token};
+      return;
+    }
   }
 }
 

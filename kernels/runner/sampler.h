@@ -79,7 +79,9 @@ class Sampler {
 
   int32_t choose(const float* logits, const SlotState& state, uint32_t position, const int32_t* banned, size_t banned_count);
   void adjust(const float* logits, const SlotState& state, const int32_t* banned, size_t banned_count, float divisor);
+  // Leaves the kept tokens' keys in keys_, best first.
   void keep_top_k(int32_t k, Cut* cut);
+  void keep_top_p_of_keys(uint64_t p, float zmax, Cut* cut);
   void keep_top_p(uint64_t p, float zmax, Cut* cut);
   int32_t argmax(const float* x) const;
   int32_t gumbel_argmax(const SamplingParameters& parameters, uint32_t position, float zmax, int32_t best, const Cut& cut) const;
@@ -88,7 +90,6 @@ class Sampler {
   const int64_t vocabulary_;
   const SamplerLoops& loops_;
   std::vector<float> z_, slices_;
-  std::vector<int64_t> mass_;
   std::vector<uint64_t> keys_;
 };
 

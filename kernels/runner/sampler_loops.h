@@ -18,8 +18,8 @@ struct SamplerLoops {
   // sum over i of exp(x[i] - maximum): slices of 1,024, in each 128 interleaved partial sums, halved; slices joined by the tree. `slices` has room for
   // one value a slice.
   float (*sum_exp)(const float* x, float maximum, int64_t count, float* slices);
-  // mass[i] = round(exp(z[i] - zmax) * 2^40), round to nearest even. An exact integer.
-  void (*masses)(const float* z, float zmax, int64_t count, int64_t* mass);
+  // Sum over i of mass_of(z[i] - zmax): an exact integer.
+  uint64_t (*total_mass)(const float* z, float zmax, int64_t count);
   // bound[i] >= z[i] + noise(first + i), for i < count <= 128; returns the largest bound.
   float (*noise_bounds)(const float* z, NoiseKey key, uint32_t first, int count, float* bound);
 };

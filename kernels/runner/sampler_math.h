@@ -44,6 +44,14 @@ namespace {
   return log_core(m - 1.0f, static_cast<float>(exponent));
 }
 
+// Mass of a token at distance d = z - zmax <= 0: round(exp(d) * 2^40), an integer of at most 2^40.
+[[maybe_unused]] inline uint64_t mass_of(float d) {
+  const double shifted = static_cast<double>(nearbyintf(exp_fixed(d) * 0x1p40f)) + 0x1p52;  // the integer is now in the low bits
+  uint64_t bits;
+  std::memcpy(&bits, &shifted, 8);
+  return bits & 0xfffffffffffffull;
+}
+
 [[maybe_unused]] inline uint64_t mix64(uint64_t x) {  // the finaliser of splitmix64      Steele, Lea, Flood 2014
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
   x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;

@@ -45,18 +45,10 @@ float pass_sum_exp(const float* x, float maximum, int64_t count, float* slices) 
   return pass_tree(slices, slice_count);
 }
 
-void pass_masses(const float* z, float zmax, int64_t count, int64_t* mass) {
-  constexpr int kBlock = 64;
-  float scaled[kBlock];
-  for (int64_t from = 0; from < count; from += kBlock) {
-    const int block = count - from < kBlock ? static_cast<int>(count - from) : kBlock;
-    for (int i = 0; i < block; i++) {
-      const float m = exp_fixed(z[from + i] - zmax) * 0x1p40f;
-      const float rounded = (m + 0x1p23f) - 0x1p23f;  // to nearest even below 2^23; above, m is an integer already
-      scaled[i] = m < 0x1p22f ? rounded : nearbyintf(m);
-    }
-    for (int i = 0; i < block; i++) mass[from + i] = static_cast<int64_t>(scaled[i]);
-  }
+uint64_t pass_total_mass(const float* z, float zmax, int64_t count) {
+  uint64_t total = 0;
+  for (int64_t i = 0; i < count; i++) total += mass_of(z[i] - zmax);
+  return total;
 }
 
 float pass_noise_bounds(const float* z, NoiseKey key, uint32_t first, int count, float* bound) {
@@ -79,7 +71,7 @@ float pass_noise_bounds(const float* z, NoiseKey key, uint32_t first, int count,
 }
 
 constexpr SamplerLoops kPasses = {
-    .maximum = pass_maximum, .divide = pass_divide, .sum_exp = pass_sum_exp, .masses = pass_masses, .noise_bounds = pass_noise_bounds};
+    .maximum = pass_maximum, .divide = pass_divide, .sum_exp = pass_sum_exp, .total_mass = pass_total_mass, .noise_bounds = pass_noise_bounds};
 
 }  // namespace
 }  // namespace shardmesh
