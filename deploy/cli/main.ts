@@ -1,27 +1,31 @@
 /** The `shardmesh` command. Each subcommand is a file of its own; options are named once, in `options.ts`. */
 import { Command, CommanderError } from 'commander';
 import { ShardmeshError } from '../../protocol/errors.ts';
-import { doctorCommand } from './doctor.ts';
-import { keysCommand } from './keys.ts';
-import { modelsCommand } from './models.ts';
-import { planCommand } from './plan.ts';
-import { serveCommand } from './serve.ts';
-import { workerCommand } from './worker.ts';
 
-/** Every command with its options, before anything is parsed. */
-export function shardmeshProgram(): Command {
+/** Loaded one at a time: a worker process must not carry the HTTP server and the tokenizer. */
+const commands: Record<string, () => Promise<Command>> = {
+  serve: async () => (await import('./serve.ts')).serveCommand(),
+  worker: async () => (await import('./worker.ts')).workerCommand(),
+  plan: async () => (await import('./plan.ts')).planCommand(),
+  models: async () => (await import('./models.ts')).modelsCommand(),
+  keys: async () => (await import('./keys.ts')).keysCommand(),
+  doctor: async () => (await import('./doctor.ts')).doctorCommand(),
+};
+
+/** The program with the named command, or with every command, before anything is parsed. */
+export async function shardmeshProgram(name = ''): Promise<Command> {
   const program = new Command('shardmesh')
     .description('Distributed LLM serving over a mesh of shard workers: any number of unequal shards, the same bits.')
     .exitOverride()
     .showHelpAfterError('(add --help for the options)');
-  for (const command of [serveCommand, workerCommand, planCommand, modelsCommand, doctorCommand, keysCommand])
-    program.addCommand(command());
+  const named = Object.hasOwn(commands, name) ? commands[name] : undefined;
+  for (const load of named ? [named] : Object.values(commands)) program.addCommand(await load());
   return program;
 }
 
 /** @param args  without the program's name. Sets the exit code: 1 for failures, 2 for a wrong command line or configuration. */
 export async function main(args: string[]): Promise<void> {
-  const program = shardmeshProgram();
+  const program = await shardmeshProgram(args[0]);
   try {
     await program.parseAsync(args, { from: 'user' });
   } catch (error) {
