@@ -1,16 +1,18 @@
 /** Wires a coordinator together: model, broker, mesh, engine, HTTP, local workers. Decides nothing itself. */
 import { randomBytes } from 'node:crypto';
-import { cpus } from 'node:os';
+import { availableParallelism } from 'node:os';
 import { openModel } from '../kernels/model-file/model-file.ts';
 import { ShardmeshError } from '../protocol/errors.ts';
-import { newMeshId, newPlacementId, newWorkerId, type WorkerId } from '../protocol/ids.ts';
+import { newMeshId, newPlacementId, newWorkerId, type MeshId, type PlacementId, type WorkerId } from '../protocol/ids.ts';
 import { protocolVersionMax, protocolVersionMin } from '../protocol/limits.ts';
 import { connectNats } from '../protocol/nats-transport.ts';
+import { meshSubjects } from '../protocol/subjects.ts';
 import type { CoordinatorConfig } from './config.ts';
 import { ShardmeshEngine } from './engine/engine.ts';
 import { createHttpServer, type HttpServer } from './http/server.ts';
 import { watchDisconnects } from './mesh/broker-watch.ts';
 import { startBroker, type Broker } from './mesh/broker.ts';
+import { claimMesh } from './mesh/claim.ts';
 import { MeshService } from './mesh/mesh-service.ts';
 import { defaultMeshTimers } from './mesh/mesh.ts';
 import { findNatsServer } from './mesh/nats-server.ts';
@@ -21,6 +23,9 @@ import { Metrics } from './observe/metrics.ts';
 import { meshMetrics } from './observe/mesh-metrics.ts';
 import { planModel } from './planner/model-plan.ts';
 import { createTextModel } from './text/text-model.ts';
+
+/** For the last events of streams that were cut short by a drain. */
+const writeGraceMs = 1_000;
 
 export interface Coordinator {
   readonly url: string;
@@ -73,8 +78,30 @@ async function start(
 ): Promise<Coordinator> {
   const event = (name: string, fields: Record<string, unknown>): void => log.info(fields, name);
 
-  const { file, facts } = await openModel(config.modelPath, { cacheDirectory: config.cacheDirectory });
   const { tensorParallel, pipelineParallel, kvType, contextTokensMax } = config;
+  // The broker and the worker processes start while the model is read; workers that join before the mesh listens are asked again.
+  const placementId = config.broker?.placements[0] ?? newPlacementId();
+  const meshId = config.broker?.mesh ?? newMeshId();
+  const seatCount = tensorParallel.count * pipelineParallel.count;
+  const cores = config.cores ?? availableCores();
+  const spin = seatCount <= cores.length;
+  let mesh: MeshService | null = null;
+  const local = config.broker
+    ? null
+    : await startLocal({
+        config,
+        meshId,
+        placementId,
+        seatCount,
+        cores,
+        event,
+        cleanup,
+        onWorkerExit: (worker, cause) => mesh?.mesh.workerGone(worker, cause, performance.now()),
+      });
+  const credentials = config.broker ?? local?.broker.coordinatorCredentials();
+  if (!credentials) throw new ShardmeshError('config_invalid', 'no broker');
+
+  const { file, facts } = await openModel(config.modelPath, { cacheDirectory: config.cacheDirectory });
   const plan = await planModel(facts, config.modelPath, config.cacheDirectory, {
     tensorParallel,
     pipelineParallel,
@@ -87,24 +114,13 @@ async function start(
   if (!firstSeat) throw new ShardmeshError('placement_impossible', 'the model has no shard');
   const context = firstSeat.program.contextTokensMax;
 
-  const placementId = config.broker?.placements[0] ?? newPlacementId();
-  const meshId = config.broker?.mesh ?? newMeshId();
-  const localWorkers: WorkerId[] = config.broker ? [] : plan.seats.map(() => newWorkerId());
-  let broker: Broker | null = null;
-  if (!config.broker) {
-    broker = await startBroker({
-      server: await findNatsServer(),
-      mesh: meshId,
-      workers: localWorkers,
-      placements: [placementId],
-      onEvent: ({ type, ...fields }) => event(`broker_${type}`, fields),
-    });
-    cleanup.add(() => broker?.stop());
-  }
-  const credentials = config.broker ?? broker?.coordinatorCredentials();
-  if (!credentials) throw new ShardmeshError('config_invalid', 'no broker');
   const transport = await connectNats({ credentials, name: 'coordinator', patienceMs: config.broker ? 10_000 : 2_000 });
   cleanup.add(() => transport.close());
+  if (config.broker) {
+    // A private broker is nobody else's.
+    const subject = meshSubjects(meshId).lead();
+    cleanup.add(await claimMesh({ transport, subject, id: randomBytes(8).toString('hex'), onLost: onFatal }));
+  }
 
   const weights = new WeightServer(credentials.secret, {
     onSent: (sent) => event('slice_sent', sent),
@@ -114,8 +130,6 @@ async function start(
   const weightsAddress = await weights.listen();
   cleanup.add(() => weights.close());
 
-  const cores = config.cores ?? cpus().map((_, core) => core);
-  const spin = plan.seats.length <= cores.length;
   const seatPlan = ({ stage, rank }: { stage: number; rank: number }) => {
     const seat = plan.seats.find((one) => one.stage === stage && one.rank === rank);
     if (!seat) throw new ShardmeshError('internal', `no seat ${stage}.${rank}`);
@@ -157,11 +171,13 @@ async function start(
       }),
     },
   });
+  mesh = service;
   cleanup.add(() => service.stop());
-  if (broker) {
+  if (local) {
+    const { broker } = local;
     const stopWatch = await watchDisconnects(
       broker.systemCredentials(),
-      (nkey) => broker?.workerOf(nkey) ?? null,
+      (nkey) => broker.workerOf(nkey),
       ({ worker, reason }) => service.connectionEnded(worker, reason),
     );
     cleanup.add(stopWatch);
@@ -200,30 +216,6 @@ async function start(
   });
   cleanup.add(() => http.close());
 
-  let workers: WorkerProcesses | null = null;
-  if (broker) {
-    const files = broker;
-    const share = coreShares(cores, localWorkers.length);
-    workers = new WorkerProcesses({
-      module: config.workerModule,
-      workers: localWorkers.map((worker, index) => ({
-        worker,
-        args: [
-          'worker',
-          '--credentials',
-          files.credentialsFile(worker),
-          '--log-level',
-          config.logLevel,
-          ...(share ? ['--cores', (share[index] ?? []).join(',')] : []),
-        ],
-      })),
-      onExit: (worker, cause) => service.mesh.workerGone(worker, cause, performance.now()),
-      event,
-    });
-    workers.start();
-    cleanup.add(() => workers?.stop(3_000));
-  }
-
   return {
     url: http.url,
     modelName,
@@ -231,7 +223,7 @@ async function start(
     pipelineParallel: plan.cut.stages.length,
     mesh: service,
     engine,
-    processes: () => ({ workers: workers?.pids() ?? new Map<string, number>(), broker: broker?.pid ?? null }),
+    processes: () => ({ workers: local?.workers.pids() ?? new Map<string, number>(), broker: local?.broker.pid ?? null }),
     async whenReady(onWait) {
       let said = '';
       while (!(await engine.canary(30_000))) {
@@ -242,12 +234,58 @@ async function start(
       }
     },
     async drain(graceMs) {
-      await http.drain(graceMs);
-      await engine.drain(0);
+      // The engine ends what is left with a typed error; the server closes when the last answer has been written.
+      const answered = http.drain(graceMs + writeGraceMs);
+      await engine.drain(graceMs);
+      await answered;
       await cleanup.run();
     },
   };
 }
+
+interface LocalOptions {
+  config: CoordinatorConfig;
+  meshId: MeshId;
+  placementId: PlacementId;
+  seatCount: number;
+  cores: readonly number[];
+  event: (name: string, fields: Record<string, unknown>) => void;
+  cleanup: Cleanup;
+  onWorkerExit: (worker: WorkerId, cause: string) => void;
+}
+
+/** A private broker, and one worker process a seat. */
+async function startLocal(options: LocalOptions): Promise<{ broker: Broker; workers: WorkerProcesses }> {
+  const { config, meshId, placementId, seatCount, cores, event, cleanup, onWorkerExit } = options;
+  const ids = Array.from({ length: seatCount }, () => newWorkerId());
+  const broker = await startBroker({
+    server: await findNatsServer(),
+    mesh: meshId,
+    workers: ids,
+    placements: [placementId],
+    onEvent: ({ type, ...fields }) => event(`broker_${type}`, fields),
+  });
+  cleanup.add(() => broker.stop());
+  const shares = coreShares(cores, seatCount);
+  const workers = new WorkerProcesses({
+    module: config.workerModule,
+    workers: ids.map((worker, index) => ({
+      worker,
+      args: [
+        ...['worker', '--credentials', broker.credentialsFile(worker), '--log-level', config.logLevel],
+        ...(shares ? ['--cores', (shares[index] ?? []).join(',')] : []),
+      ],
+    })),
+    onExit: (worker, cause) => onWorkerExit(worker as WorkerId, cause),
+    event,
+  });
+  workers.start();
+  cleanup.add(() => workers.stop(3_000));
+  return { broker, workers };
+}
+
+/** Cores that this process may run on. */
+const availableCores = (): number[] => Array.from({ length: availableParallelism() }, (_, core) => core);
 
 /** Equal shares of the cores, contiguous; null when there are more workers than cores (then nobody is pinned). */
 function coreShares(cores: readonly number[], workers: number): number[][] | null {
