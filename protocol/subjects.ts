@@ -34,6 +34,8 @@ export interface MeshSubjects {
   control(worker: WorkerId): string;
   plan(placement: PlacementId): string;
   epoch(): string;
+  /** Who leads the mesh; coordinators only. */
+  lead(): string;
   activation(destination: WorkerId, source: WorkerId): string;
 
   /** What the coordinator subscribes to. */
@@ -62,6 +64,7 @@ export function meshSubjects(mesh: MeshId): MeshSubjects {
     control: (id) => `${root}.in.${worker(id)}.control`,
     plan: (id) => `${root}.plan.${placement(id)}`,
     epoch: () => `${root}.epoch`,
+    lead: () => `${root}.lead`,
     activation: (destination, source) => `${root}.act.${worker(destination)}.${worker(source)}`,
 
     heartbeats: () => `${root}.hb.*`,
@@ -72,8 +75,8 @@ export function meshSubjects(mesh: MeshId): MeshSubjects {
     activationsTo: (id) => `${root}.act.${worker(id)}.*`,
 
     coordinatorPermissions: () => ({
-      publish: [`${root}.in.>`, `${root}.plan.>`, `${root}.epoch`],
-      subscribe: [`${root}.hb.*`, `${root}.out.>`, `${root}.reg.*`, `${inboxPrefix('coordinator')}.>`],
+      publish: [`${root}.in.>`, `${root}.plan.>`, `${root}.epoch`, `${root}.lead`],
+      subscribe: [`${root}.hb.*`, `${root}.out.>`, `${root}.reg.*`, `${root}.lead`, `${inboxPrefix('coordinator')}.>`],
     }),
     workerPermissions: (id, placements) => ({
       publish: [

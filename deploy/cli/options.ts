@@ -109,6 +109,8 @@ const options = {
     new Option('--steps-in-flight <n>', 'steps planned ahead (default: 2 for one stage, stages + 1 else)').argParser(
       integer(1, 16),
     ),
+  noLocalModel: () =>
+    new Option('--no-local-model', 'fetch the weight slice from the coordinator even where the model file is on this host'),
   json: () => new Option('--json', 'print one JSON object instead of text'),
   ask: () => new Option('--ask <question>', 'ask the model one question when it is ready'),
   logLevel: () =>
@@ -149,6 +151,7 @@ export interface OptionValues {
   sequencesMax: number;
   prefixCache: boolean;
   stepsInFlight?: number;
+  localModel: boolean;
   json?: boolean;
   ask?: string;
   logLevel: string;

@@ -12,24 +12,21 @@ import { openSlice } from '../../shard-worker/weights/slice-source.ts';
 import { ShardWorker } from '../../shard-worker/worker.ts';
 import { addOptions, type OptionValues } from './options.ts';
 
+type WorkerValues = Pick<OptionValues, 'nats' | 'credentials' | 'cores' | 'localModel' | 'logLevel'>;
+
 const exitLostParent = 70;
 
 export function workerCommand(): Command {
   const command = new Command('worker').description(
     'Runs one shard worker. It joins the mesh of its credentials and does what the coordinator assigns.',
   );
-  addOptions(command, ['nats', 'credentials', 'cores', 'logLevel']);
+  addOptions(command, ['nats', 'credentials', 'cores', 'noLocalModel', 'logLevel']);
   return command
     .addHelpText('after', '\nExample:\n  shardmesh worker --nats nats://127.0.0.1:4222 --credentials worker-1.json --cores 0-3\n')
-    .action(async (values: Pick<OptionValues, 'nats' | 'credentials' | 'cores' | 'logLevel'>) => runWorker(values));
+    .action(async (values: WorkerValues) => runWorker(values));
 }
 
-async function runWorker({
-  nats,
-  credentials: file,
-  cores,
-  logLevel,
-}: Pick<OptionValues, 'nats' | 'credentials' | 'cores' | 'logLevel'>): Promise<void> {
+async function runWorker({ nats, credentials: file, cores, localModel, logLevel }: WorkerValues): Promise<void> {
   if (!file)
     throw new ShardmeshError(
       'config_invalid',
@@ -78,7 +75,7 @@ async function runWorker({
         facts,
         program,
         sliceSha256: assign.sliceSha256,
-        modelPath: assign.modelPath,
+        modelPath: localModel ? assign.modelPath : '',
         cacheDirectory: defaultCacheDirectory(),
         fetch: { server: assign.weightsAddress, secret: credentials.secret, caller: credentials.worker ?? '' },
         onProgress,

@@ -69,7 +69,7 @@ describe('a worker killed in mid-stream', () => {
     expect(refused).toMatchObject({ status: 503, code: 'mesh_unavailable' });
     expect(Number(refused.retryAfter)).toBeGreaterThanOrEqual(1);
     expect((await fetch(`${served.url}/livez`)).status).toBe(200);
-    await waitFor('ready again', servingWithinMs, isReady, served.log);
+    await waitFor('ready again', servingWithinMs, isReady, () => served.log());
     expect(performance.now() - killedAt).toBeLessThan(servingWithinMs + 500);
     expect(await metric(served, 'shardmesh_mesh_epoch')).toBeGreaterThan(epoch);
     await sameAnswerAsBefore();
@@ -102,7 +102,7 @@ describe('a worker frozen in mid-stream', () => {
     );
     signal(pid, 'SIGCONT');
     const thawedAt = performance.now();
-    await waitFor('ready again', servingWithinMs, isReady, served.log);
+    await waitFor('ready again', servingWithinMs, isReady, () => served.log());
     expect(performance.now() - thawedAt).toBeLessThan(servingWithinMs + 500);
     expect(workerPids()[0]).toEqual({ worker, pid });
     expect(await metric(served, 'shardmesh_mesh_epoch')).toBeGreaterThan(epoch);
@@ -121,7 +121,7 @@ describe('the nats-server', () => {
     const { code, ms } = await errorOf(stream);
     expect(code).toBe('broker_lost');
     expect(ms).toBeLessThan(errorWithinMs);
-    await waitFor('ready again', servingWithinMs, isReady, served.log);
+    await waitFor('ready again', servingWithinMs, isReady, () => served.log());
     await sameAnswerAsBefore();
   });
 
@@ -135,7 +135,7 @@ describe('the nats-server', () => {
     expect(ms).toBeLessThan(errorWithinMs);
     expect(await tryComplete(served)).toMatchObject({ status: 503, code: 'mesh_unavailable' });
     signal(pid, 'SIGCONT');
-    await waitFor('ready again', servingWithinMs, isReady, served.log);
+    await waitFor('ready again', servingWithinMs, isReady, () => served.log());
     await sameAnswerAsBefore();
     expect((await readMetrics(served)).get('shardmesh_mesh_ready')).toBe(1);
   });

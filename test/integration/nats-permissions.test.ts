@@ -101,6 +101,7 @@ const subjectsOf = (): Record<string, string> => {
     'act other from *': subjects.activationsTo(other),
     'act > all': `mesh.${nats.mesh}.act.>`,
     epoch: subjects.epoch(),
+    lead: subjects.lead(),
     'inbox own': `${inboxPrefix(own)}.1`,
     'inbox other': `${inboxPrefix(other)}.1`,
     'inbox coordinator': `${inboxPrefix('coordinator')}.1`,
@@ -122,7 +123,7 @@ const granted: Record<Role, Record<Operation, string[]>> = {
     subscribe: ['in own', 'plan placement', 'act own from other', 'act own from *', 'epoch', 'inbox own'],
   },
   coordinator: {
-    publish: ['in own', 'in other', 'plan placement', 'plan other placement', 'epoch'],
+    publish: ['in own', 'in other', 'plan placement', 'plan other placement', 'epoch', 'lead'],
     subscribe: [
       'hb own',
       'hb other',
@@ -133,6 +134,7 @@ const granted: Record<Role, Record<Operation, string[]>> = {
       'reg own',
       'reg other',
       'reg *',
+      'lead',
       'inbox coordinator',
     ],
   },

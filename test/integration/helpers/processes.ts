@@ -9,6 +9,8 @@ export interface Marked {
   env: Record<string, string>;
   /** Command lines of the processes that are left, by pid. */
   processes(): Map<number, string>;
+  /** Its temporary folder. */
+  folder: string;
   /** Files in its temporary folder. */
   files(): string[];
   /** Kills what is left, removes the folder. */
@@ -35,6 +37,7 @@ export function mark(): Marked {
   };
   return {
     env: { [tag.split('=')[0] ?? '']: tag.split('=')[1] ?? '', TMPDIR: folder },
+    folder,
     processes,
     files: () => readdirSync(folder),
     dispose: () => {

@@ -15,16 +15,15 @@ export interface Served {
   events(name: string): Record<string, unknown>[];
   /** Ends it by SIGTERM. @returns exit code */
   stop(): Promise<number | null>;
+  /** Exit code, when it has ended by itself. */
+  exited: Promise<number | null>;
 }
 
 const running = new Set<ChildProcess>();
 process.once('exit', () => running.forEach((child) => child.kill('SIGKILL')));
 
 /** Resolves when it says that it is ready. @throws with its log when it ends or takes longer than `timeoutMs` */
-export async function startServe(
-  args: string[],
-  { timeoutMs = 60_000, env = {} } = {},
-): Promise<Served> {
+export async function startServe(args: string[], { timeoutMs = 60_000, env = {} } = {}): Promise<Served> {
   if (!existsSync(cli)) throw new Error('dist is not built: npm run build');
   const child = spawn(process.execPath, ['--enable-source-maps', cli, 'serve', '--port', '0', ...args], {
     stdio: ['ignore', 'pipe', 'pipe'],
@@ -63,6 +62,7 @@ export async function startServe(
         .filter((line) => line.startsWith('{'))
         .map((line) => JSON.parse(line) as Record<string, unknown>)
         .filter((event) => event['msg'] === name),
+    exited: ended,
     stop: () => {
       child.kill('SIGTERM');
       return ended;
