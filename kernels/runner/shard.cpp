@@ -26,6 +26,7 @@ Shard::Shard(ExecutorConfig config) : config_(std::move(config)) {
   check_config();
   choose_kernels();
   plan_actions();
+  plan_exchanges();
   plan_memory();
   plan_rope();
   if (weights_.empty()) finish_loading();
@@ -59,11 +60,6 @@ void Shard::choose_kernels() {
 }
 
 bool Shard::is_quantized(int weight) const { return !is_float(program().weights[static_cast<size_t>(weight)].type); }
-
-std::vector<Subtree> Shard::subtrees_of(const UnitCut& cut, int rank) {
-  const Range& own = cut.ranks[static_cast<size_t>(rank)];
-  return maximal_subtrees(cut.units, static_cast<int>(own.from), static_cast<int>(own.to));
-}
 
 void Shard::plan_actions() {
   const Program& p = program();
@@ -128,22 +124,22 @@ MatrixSource Shard::source_of(int index, const uint8_t* data) const {
   return {slice.type, shape.rows, shape.columns, shape.skip, shape.row_bytes, data};
 }
 
-int Shard::piece_rows(int index) const {
+void Shard::plan_exchanges() {
   const Program& p = program();
-  const Operation& o = p.operations[static_cast<size_t>(index)];
-  size_t row_bytes = 4;
-  if (o.kind == OperationKind::AllReduce) {
-    size_t subtrees = 1;
-    for (int r = 0; r < p.ranks; r++) subtrees = std::max(subtrees, subtrees_of(o.cut, r).size());
-    row_bytes = subtrees * static_cast<size_t>(buffer(o.out).width) * 4;
-  } else if (o.kind == OperationKind::GatherRows) {
-    row_bytes = static_cast<size_t>(buffer(o.out).width) * 4;
-  } else {
-    int64_t widest = 1;
-    for (const Range& range : o.vocabulary) widest = std::max(widest, range.size());
-    row_bytes = static_cast<size_t>(widest) * 4;
+  for (const Operation& o : p.operations) {
+    std::vector<std::vector<Subtree>> subtrees;
+    for (const Range& own : o.cut.ranks) subtrees.push_back(maximal_subtrees(o.cut.units, static_cast<int>(own.from), static_cast<int>(own.to)));
+    size_t row_bytes = 4;
+    if (o.kind == OperationKind::AllReduce) {
+      for (const auto& of_rank : subtrees) row_bytes = std::max(row_bytes, of_rank.size() * static_cast<size_t>(p.buffers[static_cast<size_t>(o.out)].width) * 4);
+    } else if (o.kind == OperationKind::GatherRows) {
+      row_bytes = static_cast<size_t>(p.buffers[static_cast<size_t>(o.out)].width) * 4;
+    } else {
+      for (const Range& range : o.vocabulary) row_bytes = std::max(row_bytes, static_cast<size_t>(range.size()) * 4);
+    }
+    piece_rows_.push_back(static_cast<int>(std::max<size_t>(1, kExchangePieceBytes / row_bytes)));
+    subtrees_.push_back(std::move(subtrees));
   }
-  return static_cast<int>(std::max<size_t>(1, kExchangePieceBytes / row_bytes));
 }
 
 void Shard::plan_memory() {
@@ -197,7 +193,7 @@ void Shard::plan_memory() {
     const Operation& o = p.operations[i];
     const auto piece = [&](size_t row_bytes) { return std::min<size_t>(static_cast<size_t>(piece_rows(static_cast<int>(i))), T) * row_bytes; };
     if (o.kind == OperationKind::AllReduce) {
-      const size_t row_bytes = subtrees_of(o.cut, p.rank).size() * static_cast<size_t>(buffer(o.out).width) * 4;
+      const size_t row_bytes = subtrees(static_cast<int>(i))[static_cast<size_t>(p.rank)].size() * static_cast<size_t>(buffer(o.out).width) * 4;
       partial_bytes = std::max(partial_bytes, T * row_bytes);
       exchange_bytes_ = std::max(exchange_bytes_, piece(row_bytes));
     } else if (o.kind == OperationKind::GatherRows) {

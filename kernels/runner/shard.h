@@ -82,15 +82,16 @@ class Shard {
   // Subtree sums of this rank between a partial product and its reduction: [subtree][token][width], when they are not written into the exchange.
   float* partial() const { return partial_; }
   // Rows of one exchange piece of operation `index` (all_reduce, gather_rows, gather_logits): the same on all ranks.
-  int piece_rows(int index) const;
+  int piece_rows(int index) const { return piece_rows_[static_cast<size_t>(index)]; }
+  // Maximal subtrees of each rank in the cut of operation `index` (linear_partial, all_reduce), `first` counted over all units.
+  const std::vector<std::vector<Subtree>>& subtrees(int index) const { return subtrees_[static_cast<size_t>(index)]; }
   size_t exchange_bytes() const { return exchange_bytes_; }
-  // Subtrees of rank `rank` in a cut, `first` counted over all units.
-  static std::vector<Subtree> subtrees_of(const UnitCut& cut, int rank);
 
  private:
   void check_config() const;
   void choose_kernels();
   void plan_actions();
+  void plan_exchanges();
   void plan_memory();
   void plan_rope();
   MatrixSource source_of(int index, const uint8_t* data) const;
@@ -111,6 +112,8 @@ class Shard {
   size_t scratch_stride_ = 0, scratch_bytes_ = 0;
   float* partial_ = nullptr;
   size_t exchange_bytes_ = 64;
+  std::vector<int> piece_rows_;                             // per operation
+  std::vector<std::vector<std::vector<Subtree>>> subtrees_;  // per operation, per rank
   std::vector<int> table_of_;  // per operation: index into tables_, -1
   std::vector<RopeParameters> table_parameters_;
   std::vector<int> table_factors_;  // weight index of the factors, -1

@@ -377,12 +377,14 @@ void StepRun::linear(const Action& action) {
 void StepRun::linear_partial(int index) {
   const Operation& o = program_.operations[static_cast<size_t>(index)];
   const Buffer& in = shard_.buffer(o.in);
-  std::vector<Subtree> subtrees = Shard::subtrees_of(o.cut, program_.rank);
-  for (Subtree& s : subtrees) s.first -= static_cast<int>(o.cut.ranks[static_cast<size_t>(program_.rank)].from);
+  Subtree subtrees[kSegmentsMax];
+  size_t count = 0;
+  for (const Subtree& s : shard_.subtrees(index)[static_cast<size_t>(program_.rank)])
+    subtrees[count++] = {s.first - static_cast<int>(o.cut.ranks[static_cast<size_t>(program_.rank)].from), s.count};
   partial_ = shard_.partial();
   if (program_.ranks > 1 && rows_.tokens <= shard_.piece_rows(index + 1)) {
     const FrameKey key{FrameKind::Reduce, input_.step, static_cast<uint16_t>(index + 1), 0};
-    own_block_ = context_.links->exchange()->begin(key, subtrees.size() * static_cast<size_t>(rows_.tokens) * static_cast<size_t>(o.width) * 4);
+    own_block_ = context_.links->exchange()->begin(key, count * static_cast<size_t>(rows_.tokens) * static_cast<size_t>(o.width) * 4);
     if (own_block_) {
       partial_ = reinterpret_cast<float*>(own_block_);
       begun_ = true;
@@ -390,7 +392,7 @@ void StepRun::linear_partial(int index) {
   }
   partial_subtree_stride_ = rows_.tokens * o.width;
   const LinearArguments arguments{&shard_.matrix(o.weight), {in.data, in.stride, rows_.tokens, in.width, in.quantized}, static_cast<int>(o.segments.size()),
-                                  o.segments.data(), static_cast<int>(subtrees.size()), subtrees.data(), nullptr, partial_, o.width, partial_subtree_stride_};
+                                  o.segments.data(), static_cast<int>(count), subtrees, nullptr, partial_, o.width, partial_subtree_stride_};
   share(static_cast<double>(o.width) * static_cast<double>(in.width), [&](Part part) { kernels_.linear(arguments, part); });
 }
 
@@ -400,15 +402,15 @@ StepRun::Status StepRun::all_reduce(int index) {
   if (program_.ranks == 1) {
     Payloads payloads{};
     payloads[0] = reinterpret_cast<const uint8_t*>(partial_);
-    finish_reduction(o, 0, rows_.tokens, payloads);
+    finish_reduction(index, 0, rows_.tokens, payloads);
     return Status::Done;
   }
   const int piece_rows = shard_.piece_rows(index);
-  const size_t own_subtrees = Shard::subtrees_of(o.cut, program_.rank).size();
+  const size_t own_subtrees = shard_.subtrees(index)[static_cast<size_t>(program_.rank)].size();
   for (; piece_ * piece_rows < rows_.tokens; piece_++) {
     const int from = piece_ * piece_rows, count = std::min(piece_rows, rows_.tokens - from);
     const size_t piece_bytes = static_cast<size_t>(count) * static_cast<size_t>(width) * 4;
-    const auto bytes_of = [&](int r) { return r == program_.rank ? own_subtrees * piece_bytes : Shard::subtrees_of(o.cut, r).size() * piece_bytes; };
+    const auto bytes_of = [&](int r) { return shard_.subtrees(index)[static_cast<size_t>(r)].size() * piece_bytes; };
     const auto fill = [&](uint8_t* block) {
       for (size_t s = 0; s < own_subtrees; s++)
         std::memcpy(block + s * piece_bytes, partial_ + static_cast<int64_t>(s) * partial_subtree_stride_ + from * width, piece_bytes);
@@ -416,21 +418,22 @@ StepRun::Status StepRun::all_reduce(int index) {
     Payloads payloads;
     const Status status = exchange(FrameKind::Reduce, index, piece_, count, fill, bytes_of, &payloads);
     if (status != Status::Done) return status;
-    finish_reduction(o, from, count, payloads);
+    finish_reduction(index, from, count, payloads);
   }
   piece_ = 0;
   return Status::Done;
 }
 
 // Finishes the tree for rows [first_row, first_row + rows); payloads[r] holds the subtrees of rank r, [subtree][rows][width].
-void StepRun::finish_reduction(const Operation& o, int first_row, int rows, const Payloads& payloads) {
+void StepRun::finish_reduction(int index, int first_row, int rows, const Payloads& payloads) {
+  const Operation& o = program_.operations[static_cast<size_t>(index)];
   const Buffer& residual = shard_.buffer(o.out);
   int lo[kSegmentsMax], hi[kSegmentsMax], count = 0;
   const float* nodes[kSegmentsMax];
   int64_t strides[kSegmentsMax];
   for (int r = 0; r < program_.ranks; r++) {
     const float* values = reinterpret_cast<const float*>(payloads[static_cast<size_t>(r)]);
-    for (const Subtree& s : Shard::subtrees_of(o.cut, r)) {
+    for (const Subtree& s : shard_.subtrees(index)[static_cast<size_t>(r)]) {
       lo[count] = s.first;
       hi[count] = s.first + s.count;
       nodes[count] = values;

@@ -64,7 +64,7 @@ class StepRun {
   void linear(const Action& action);
   void linear_partial(int index);
   Status all_reduce(int index);
-  void finish_reduction(const Operation& o, int first_row, int rows, const Payloads& payloads);
+  void finish_reduction(int index, int first_row, int rows, const Payloads& payloads);
   void rope(int index);
   Status store_kv(int index);
   void attention(const Operation& o);
