@@ -35,15 +35,16 @@ export class Auth {
 
   /**
    * The tenant of a request: an id of its key, `local` where no key is needed.
+   * @param route the route that the router found, so that no second reading of the path can differ from the first; undefined: none
    * @throws {ShardmeshError} `forbidden` (Host, Origin), `unauthorized`
    */
-  check(path: string, headers: Record<string, string | string[] | undefined>): string {
+  check(route: string | undefined, headers: Record<string, string | string[] | undefined>): string {
     const host = String(headers['host'] ?? '').toLowerCase();
     if (!this.#hosts.has(host.replace(/:\d+$/, ''))) throw new ShardmeshError('forbidden', 'This Host is not served here.');
     const origin = headers['origin'];
     if (origin !== undefined && !this.#origins.has(String(origin)))
       throw new ShardmeshError('forbidden', 'Requests from this Origin are not allowed.');
-    if (openRoutes.has(path) || this.#keys.length === 0) return 'local';
+    if ((route !== undefined && openRoutes.has(route)) || this.#keys.length === 0) return 'local';
     const [scheme, key] = String(headers['authorization'] ?? '').split(' ', 2);
     const offered = digest(scheme?.toLowerCase() === 'bearer' && key ? key : '');
     let tenant: string | null = null;

@@ -6,9 +6,9 @@ import type { ChatMessage } from '../text/text-types.ts';
 import { checkBody } from './errors.ts';
 import { chatLogprob } from './logprobs.ts';
 import { engineRequest } from './request-parameters.ts';
-import { runRequests, usage, type UsageCount } from './run-request.ts';
+import { runRequests, usage } from './run-request.ts';
 import { chatSchema, type MessageBody } from './schemas.ts';
-import { checkModel, requestContext, type HttpServerOptions } from './server.ts';
+import { checkModel, requestContext, timeLimits, type HttpServerOptions } from './server.ts';
 import { streamReply } from './stream-reply.ts';
 
 export function chatMessages(messages: readonly MessageBody[]): ChatMessage[] {
@@ -38,19 +38,23 @@ interface Choice {
 
 export function chatCompletions(app: FastifyInstance, options: HttpServerOptions): void {
   const { text, model } = options;
+  const limits = timeLimits(options);
   app.post('/v1/chat/completions', async (request, reply) => {
     const body = checkBody(chatSchema, request.body);
     checkModel(model, body.model);
     if (body.top_logprobs !== undefined && body.top_logprobs > 0 && !body.logprobs)
       throw new ShardmeshError('invalid_value', 'top_logprobs needs logprobs to be true.', { param: 'top_logprobs' });
-    const { tokens } = await text.encodeChat(chatMessages(body.messages), { addGenerationPrompt: true });
+    const { tokens } = await text.encodeChat(chatMessages(body.messages), {
+      addGenerationPrompt: true,
+      tokensMax: model.contextTokensMax,
+    });
     const engineInput = engineRequest(body, model, requestContext(request), {
       promptTokens: tokens,
+      promptParam: 'messages',
       outputTokensMax: body.max_completion_tokens ?? body.max_tokens,
       logprobs: body.logprobs ? (body.top_logprobs ?? 0) : null,
       promptLogprobs: null,
     });
-    const count: UsageCount = { promptTokens: tokens.length, cachedTokens: 0, outputTokens: 0 };
     const head = { id: `chatcmpl-${engineInput.id}`, created: Math.floor(Date.now() / 1000), model: model.id };
 
     if (body.stream) {
@@ -60,20 +64,18 @@ export function chatCompletions(app: FastifyInstance, options: HttpServerOptions
         choices: [{ index, delta, logprobs, finish_reason: reason }],
         ...(body.stream_options?.include_usage ? { usage: null } : {}),
       });
-      return streamReply(request, reply, async (sse) => {
+      return streamReply(request, reply, limits, async (sse) => {
         const begun = new Set<number>();
         const begin = async (choice: number): Promise<void> => {
           if (begun.has(choice)) return;
           begun.add(choice);
           await sse.send(chunk(choice, { role: 'assistant', content: '' }, null, null));
         };
-        await runRequests(options, [engineInput], reply.raw, async (_, event) => {
+        await runRequests(options, [engineInput], request, async (_, event) => {
           switch (event.type) {
             case 'prompt':
-              count.cachedTokens = event.cachedTokens;
               return;
             case 'token': {
-              count.outputTokens++;
               await begin(event.choice);
               const logprobs = event.logprob ? { content: [chatLogprob(text, event.logprob)], refusal: null } : null;
               if (event.text !== '' || logprobs) await sse.send(chunk(event.choice, { content: event.text }, null, logprobs));
@@ -89,21 +91,17 @@ export function chatCompletions(app: FastifyInstance, options: HttpServerOptions
           }
         });
         if (body.stream_options?.include_usage)
-          await sse.send({ ...head, object: 'chat.completion.chunk', choices: [], usage: usage(count) });
+          await sse.send({ ...head, object: 'chat.completion.chunk', choices: [], usage: usage(request.summary) });
       });
     }
 
     const choices = Array.from({ length: engineInput.n }, (): Choice => ({ text: '', logprobs: [], reason: null }));
-    await runRequests(options, [engineInput], reply.raw, (_, event) => {
-      if (event.type === 'prompt') {
-        count.cachedTokens = event.cachedTokens;
-        return;
-      }
+    await runRequests(options, [engineInput], request, (_, event) => {
+      if (event.type === 'prompt') return;
       const choice = choices[event.choice];
       if (!choice) return;
       choice.text += event.text;
       if (event.type === 'token') {
-        count.outputTokens++;
         if (event.logprob) choice.logprobs.push(chatLogprob(text, event.logprob));
       } else choice.reason = event.reason;
     });
@@ -116,7 +114,7 @@ export function chatCompletions(app: FastifyInstance, options: HttpServerOptions
         logprobs: body.logprobs ? { content: choice.logprobs, refusal: null } : null,
         finish_reason: choice.reason,
       })),
-      usage: usage(count),
+      usage: usage(request.summary),
     };
   });
 }

@@ -6,20 +6,23 @@ import type { TextModel } from '../text/text-types.ts';
 import { checkBody } from './errors.ts';
 import { CompletionLogprobs } from './logprobs.ts';
 import { engineRequest } from './request-parameters.ts';
-import { runRequests, usage, type UsageCount } from './run-request.ts';
-import { completionSchema, type CompletionBody } from './schemas.ts';
-import { checkModel, requestContext, type HttpServerOptions } from './server.ts';
+import { runRequests, usage } from './run-request.ts';
+import { completionSchema, type Prompt } from './schemas.ts';
+import { checkModel, requestContext, timeLimits, type HttpServerOptions } from './server.ts';
 import { streamReply } from './stream-reply.ts';
 
 /** Each prompt as token ids. */
-async function promptTokens(prompt: CompletionBody['prompt'], text: TextModel): Promise<number[][]> {
-  const encode = (one: string) => text.encode(one, { special: 'parse', addBos: true });
+async function promptTokens(prompt: Prompt, text: TextModel, tokensMax: number): Promise<number[][]> {
+  const encode = (one: string) => text.encode(one, { special: 'parse', addBos: true, tokensMax });
   if (typeof prompt === 'string') return [await encode(prompt)];
   const [first] = prompt;
   if (typeof first === 'number') return [prompt as number[]];
   if (typeof first === 'string') return Promise.all((prompt as string[]).map(encode));
   return prompt as number[][];
 }
+
+/** Log-probabilities of a long echoed prompt are streamed in several events, so that none is much larger than the buffer of a stream. */
+const echoTokensPerChunk = 64;
 
 interface Choice {
   text: string;
@@ -29,10 +32,11 @@ interface Choice {
 
 export function completions(app: FastifyInstance, options: HttpServerOptions): void {
   const { text, model } = options;
+  const limits = timeLimits(options);
   app.post('/v1/completions', async (request, reply) => {
     const body = checkBody(completionSchema, request.body);
     checkModel(model, body.model);
-    const prompts = await promptTokens(body.prompt, text);
+    const prompts = await promptTokens(body.prompt, text, model.contextTokensMax);
     if (prompts.length * (body.n ?? 1) > 64)
       throw new ShardmeshError('invalid_value', `${prompts.length} prompts with n = ${body.n ?? 1} make more than 64 choices.`, {
         param: 'n',
@@ -43,17 +47,14 @@ export function completions(app: FastifyInstance, options: HttpServerOptions): v
     const requests = prompts.map((tokens, index) =>
       engineRequest(body, model, prompts.length === 1 ? context : { ...context, requestId: `${context.requestId}-${index}` }, {
         promptTokens: tokens,
-        outputTokensMax: body.max_tokens ?? 16,
+        promptParam: 'prompt',
+        // Without max_tokens: OpenAI's 16, or what fits.
+        outputTokensMax: body.max_tokens ?? Math.max(1, Math.min(16, model.contextTokensMax - tokens.length)),
         logprobs: body.logprobs ?? null,
         promptLogprobs: echo && wantsLogprobs ? (body.logprobs ?? 0) : null,
       }),
     );
     const n = body.n ?? 1;
-    const count: UsageCount = {
-      promptTokens: prompts.reduce((sum, tokens) => sum + tokens.length, 0),
-      cachedTokens: 0,
-      outputTokens: 0,
-    };
     const head = {
       id: `cmpl-${context.requestId}`,
       object: 'text_completion',
@@ -73,40 +74,33 @@ export function completions(app: FastifyInstance, options: HttpServerOptions): v
         choices: [{ index, text: piece, logprobs, finish_reason: reason }],
         ...(body.stream_options?.include_usage ? { usage: null } : {}),
       });
-      return streamReply(request, reply, async (sse) => {
+      return streamReply(request, reply, limits, async (sse) => {
         const offsets = new Map<number, number>();
-        await runRequests(options, requests, reply.raw, async (promptIndex, event) => {
+        await runRequests(options, requests, request, async (promptIndex, event) => {
           if (event.type === 'prompt') {
-            count.cachedTokens += event.cachedTokens;
-            if (echo)
-              for (let choice = 0; choice < n; choice++) {
-                const whole = echoText(promptIndex);
-                offsets.set(promptIndex * n + choice, whole.length);
-                await sse.send(
-                  chunk(
-                    promptIndex * n + choice,
-                    whole,
-                    null,
-                    wantsLogprobs ? echoLogprobs(promptIndex, event.promptLogprobs) : null,
-                  ),
-                );
-              }
+            if (!echo) return;
+            const whole = echoText(promptIndex);
+            const parts = wantsLogprobs ? echoLogprobs(promptIndex, event.promptLogprobs).slices(echoTokensPerChunk) : [null];
+            for (let choice = 0; choice < n; choice++) {
+              const index = promptIndex * n + choice;
+              offsets.set(index, parts.at(-1)?.end ?? whole.length);
+              for (const [at, logprobs] of parts.entries()) await sse.send(chunk(index, at === 0 ? whole : '', null, logprobs));
+            }
             return;
           }
           const index = promptIndex * n + event.choice;
           if (event.type === 'token') {
-            count.outputTokens++;
             let logprobs: CompletionLogprobs | null = null;
             if (event.logprob) {
               const offset = offsets.get(index) ?? 0;
               logprobs = new CompletionLogprobs(text, offset);
               logprobs.push(event.token, event.logprob);
-              offsets.set(index, offset + (logprobs.tokens[0]?.length ?? 0));
+              offsets.set(index, logprobs.end);
             }
             if (event.text !== '' || logprobs) await sse.send(chunk(index, event.text, null, logprobs));
           } else await sse.send(chunk(index, event.text, event.reason, null));
         });
-        if (body.stream_options?.include_usage) await sse.send({ ...head, choices: [], usage: usage(count) });
+        if (body.stream_options?.include_usage) await sse.send({ ...head, choices: [], usage: usage(request.summary) });
       });
     }
 
@@ -114,9 +108,8 @@ export function completions(app: FastifyInstance, options: HttpServerOptions): v
       const promptIndex = Math.floor(index / n);
       return { text: echoText(promptIndex), logprobs: new CompletionLogprobs(text), reason: null };
     });
-    await runRequests(options, requests, reply.raw, (promptIndex, event) => {
+    await runRequests(options, requests, request, (promptIndex, event) => {
       if (event.type === 'prompt') {
-        count.cachedTokens += event.cachedTokens;
         if (echo && wantsLogprobs)
           for (let choice = 0; choice < n; choice++) {
             const one = choices[promptIndex * n + choice];
@@ -128,7 +121,6 @@ export function completions(app: FastifyInstance, options: HttpServerOptions): v
       if (!choice) return;
       choice.text += event.text;
       if (event.type === 'token') {
-        count.outputTokens++;
         if (event.logprob) choice.logprobs.push(event.token, event.logprob);
       } else choice.reason = event.reason;
     });
@@ -140,7 +132,7 @@ export function completions(app: FastifyInstance, options: HttpServerOptions): v
         logprobs: wantsLogprobs ? choice.logprobs : null,
         finish_reason: choice.reason,
       })),
-      usage: usage(count),
+      usage: usage(request.summary),
     };
   });
 }

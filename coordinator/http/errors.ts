@@ -23,6 +23,8 @@ export function httpError(error: unknown): ShardmeshError {
     case 'FST_ERR_CTP_INVALID_CONTENT_LENGTH':
     case 'FST_ERR_CTP_EMPTY_JSON_BODY':
       return new ShardmeshError('invalid_json', 'The request body is empty or does not have the length that its header says.');
+    case 'FST_ERR_MAX_PARAM_LENGTH':
+      return new ShardmeshError('not_found');
     default:
       if (statusCode === 400) return new ShardmeshError('invalid_value', 'The request is malformed.');
       return toShardmeshError(error);

@@ -46,6 +46,25 @@ export class CompletionLogprobs {
     this.#offset += text.length;
   }
 
+  /** Where the text of the next token begins. */
+  get end(): number {
+    return this.#offset;
+  }
+
+  /** The same entries in pieces of at most `size` tokens; at least one piece. */
+  slices(size: number): CompletionLogprobs[] {
+    const pieces: CompletionLogprobs[] = [];
+    for (let from = 0; from === 0 || from < this.tokens.length; from += size) {
+      const piece = new CompletionLogprobs(this.#text, this.text_offset[from + size] ?? this.#offset);
+      piece.tokens.push(...this.tokens.slice(from, from + size));
+      piece.token_logprobs.push(...this.token_logprobs.slice(from, from + size));
+      piece.top_logprobs.push(...this.top_logprobs.slice(from, from + size));
+      piece.text_offset.push(...this.text_offset.slice(from, from + size));
+      pieces.push(piece);
+    }
+    return pieces;
+  }
+
   toJSON() {
     const { tokens, token_logprobs, top_logprobs, text_offset } = this;
     return { tokens, token_logprobs, top_logprobs, text_offset };

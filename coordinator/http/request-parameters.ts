@@ -15,6 +15,8 @@ export interface RequestContext {
 /** `max_tokens` and log-probabilities differ between the two routes, the rest is the same. */
 export interface RouteParameters {
   promptTokens: number[];
+  /** Field that the prompt came in. */
+  promptParam: 'prompt' | 'messages';
   outputTokensMax: number | undefined;
   logprobs: number | null;
   promptLogprobs: number | null;
@@ -37,16 +39,16 @@ export function engineRequest(
   context: RequestContext,
   route: RouteParameters,
 ): EngineRequest {
-  const { promptTokens } = route;
+  const { promptTokens, promptParam } = route;
   const { contextTokensMax, vocabularySize } = model;
-  if (promptTokens.length === 0) throw new ShardmeshError('invalid_value', 'The prompt has no tokens.', { param: 'prompt' });
+  if (promptTokens.length === 0) throw new ShardmeshError('invalid_value', 'The prompt has no tokens.', { param: promptParam });
   const room = contextTokensMax - promptTokens.length;
   const outputTokensMax = route.outputTokensMax ?? room;
   if (room < 0 || (room === 0 && outputTokensMax > 0) || outputTokensMax > room)
     throw new ShardmeshError(
       'context_length_exceeded',
       `The prompt has ${promptTokens.length} tokens${route.outputTokensMax === undefined ? '' : ` and ${outputTokensMax} output tokens are asked for`}; the context holds ${contextTokensMax}. Shorten the prompt or lower max_tokens.`,
-      { param: 'max_tokens' },
+      { param: room <= 0 ? promptParam : 'max_tokens' },
     );
   const outputTokensMin = body.min_tokens ?? 0;
   if (outputTokensMin > outputTokensMax)
@@ -60,7 +62,7 @@ export function engineRequest(
     vocabularySize,
   );
   checkTokens('stop_token_ids', body.stop_token_ids ?? [], vocabularySize);
-  checkTokens('prompt', promptTokens, vocabularySize);
+  checkTokens(promptParam, promptTokens, vocabularySize);
   const stops = body.stop === undefined ? [] : typeof body.stop === 'string' ? [body.stop] : body.stop;
   return {
     id: context.requestId,
@@ -93,7 +95,7 @@ export function engineRequest(
 export function requestDeadline(header: string | string[] | undefined, now: number): number {
   if (header === undefined) return now + httpLimits.requestTimeoutMs;
   const value = Number(header);
-  if (!Number.isInteger(value) || value < 1)
+  if (typeof header !== 'string' || !/^\d{1,15}$/.test(header) || value < 1)
     throw new ShardmeshError('invalid_value', 'x-request-timeout-ms must be a whole number of milliseconds, at least 1.', {
       param: 'x-request-timeout-ms',
     });

@@ -1,5 +1,12 @@
 /** The HTTP side: one fastify instance, every route behind the same checks, every failure in OpenAI's error shape. */
-import fastify, { type FastifyBaseLogger, type FastifyInstance, type FastifyRequest } from 'fastify';
+import fastify, {
+  LogController,
+  type FastifyBaseLogger,
+  type FastifyInstance,
+  type FastifyReply,
+  type FastifyRequest,
+} from 'fastify';
+import type { ServerResponse } from 'node:http';
 import type { AddressInfo } from 'node:net';
 import { ShardmeshError } from '../../protocol/errors.ts';
 import { newRequestId } from '../../protocol/ids.ts';
@@ -7,13 +14,16 @@ import { httpLimits } from '../../protocol/limits.ts';
 import type { Engine } from '../engine/engine-types.ts';
 import type { TextModel } from '../text/text-types.ts';
 import { Auth } from './auth.ts';
+import { answerClientError, OpenResponses } from './client-error.ts';
 import { chatCompletions } from './chat-completions.ts';
 import { completions } from './completions.ts';
+import { onDisconnect } from './disconnect.ts';
 import { errorBody, httpError } from './errors.ts';
 import { health } from './health.ts';
 import { parseJsonBody } from './json-guard.ts';
 import { models } from './models.ts';
 import { requestDeadline, type RequestContext } from './request-parameters.ts';
+import { emptySummary, type RequestSummary } from './run-request.ts';
 import { tokenize } from './tokenize.ts';
 
 export interface ServedModel {
@@ -45,7 +55,13 @@ export interface HttpServerOptions {
     observeTokenGap(milliseconds: number): void;
   };
   log: FastifyBaseLogger;
+  /** Shorter waits than those of `httpLimits`, for tests. */
+  limits?: Partial<HttpTimeLimits>;
 }
+
+export type HttpTimeLimits = Record<'headersTimeoutMs' | 'bodyTimeoutMs' | 'slowReaderTimeoutMs' | 'keepAliveCommentMs', number>;
+
+export const timeLimits = ({ limits }: Pick<HttpServerOptions, 'limits'>): HttpTimeLimits => ({ ...httpLimits, ...limits });
 
 export interface HttpServer {
   /** `http://127.0.0.1:8080` */
@@ -58,6 +74,9 @@ export interface HttpServer {
 declare module 'fastify' {
   interface FastifyRequest {
     tenant: string;
+    /** `performance.now()` when its headers were read. */
+    receivedAt: number;
+    summary: RequestSummary;
   }
 }
 
@@ -65,7 +84,7 @@ export function requestContext(request: FastifyRequest): RequestContext {
   return {
     requestId: request.id,
     tenant: request.tenant,
-    deadlineAt: requestDeadline(request.headers['x-request-timeout-ms'], performance.now()),
+    deadlineAt: requestDeadline(request.headers['x-request-timeout-ms'], request.receivedAt),
   };
 }
 
@@ -81,19 +100,85 @@ const isLoopback = (host: string): boolean => host === 'localhost' || host === '
 
 function buildApp(options: HttpServerOptions, isDraining: () => boolean): FastifyInstance {
   const auth = new Auth({ apiKeys: options.apiKeys, hosts: options.allowedHosts ?? [], origins: options.allowedOrigins ?? [] });
+  const limits = timeLimits(options);
+  const responses = new OpenResponses();
+  const observe = (request: FastifyRequest, status: number): void => {
+    const { summary, tenant, receivedAt } = request;
+    const route = request.routeOptions.url ?? 'unknown';
+    const milliseconds = performance.now() - receivedAt;
+    options.metrics.observeRequest(route, status, milliseconds);
+    request.log.info(
+      {
+        tenant,
+        route,
+        status,
+        milliseconds: Math.round(milliseconds),
+        ...(summary.promptTokens === 0
+          ? {}
+          : { promptTokens: summary.promptTokens, cachedTokens: summary.cachedTokens, outputTokens: summary.outputTokens }),
+        ...(summary.firstTokenMs === null ? {} : { firstTokenMs: Math.round(summary.firstTokenMs) }),
+        ...(summary.error === null ? {} : { error: summary.error }),
+      },
+      'request',
+    );
+  };
+  /** First thing of every request. Its one log line is written when the answer is out, or the client gone. */
+  const begin = (request: FastifyRequest, reply: FastifyReply): void => {
+    request.receivedAt = performance.now();
+    request.summary = emptySummary();
+    reply.header('x-request-id', request.id);
+    responses.add(reply.raw);
+    let observed = false;
+    const once = (status: () => number): void => {
+      if (observed) return;
+      observed = true;
+      unwatch();
+      observe(request, status());
+    };
+    let unwatch = (): void => undefined;
+    unwatch = onDisconnect(request.raw.socket, () => once(() => (reply.raw.writableFinished ? reply.statusCode : 499)));
+    reply.raw.once('finish', () => once(() => reply.raw.statusCode));
+  };
+  const fail = (thrown: unknown, request: FastifyRequest, reply: FastifyReply): FastifyReply => {
+    const error = httpError(thrown);
+    request.summary.error = error.code;
+    if (error.code === 'internal') request.log.error({ err: thrown }, 'internal error');
+    if (error.retryAfterSeconds !== undefined)
+      reply.header('retry-after', String(Math.max(1, Math.ceil(error.retryAfterSeconds))));
+    if (error.code === 'draining' || error.code === 'payload_too_large') reply.header('connection', 'close');
+    return reply.status(error.httpStatus).send(errorBody(error));
+  };
   const app = fastify({
     loggerInstance: options.log,
-    disableRequestLogging: true,
+    logController: new LogController({ disableRequestLogging: true, requestIdLogLabel: 'requestId' }),
     genReqId: () => newRequestId(),
     bodyLimit: httpLimits.bodyBytesMax,
-    requestTimeout: httpLimits.bodyTimeoutMs,
+    requestTimeout: limits.bodyTimeoutMs,
     http: {
       maxHeaderSize: httpLimits.headerBytesMax,
-      headersTimeout: httpLimits.headersTimeoutMs,
-      requestTimeout: httpLimits.bodyTimeoutMs,
+      headersTimeout: limits.headersTimeoutMs,
+      requestTimeout: limits.bodyTimeoutMs,
+      connectionsCheckingInterval: Math.max(50, Math.min(1_000, limits.headersTimeoutMs / 4)),
+    },
+    clientErrorHandler: (error, socket) => {
+      const status = answerClientError(error, socket, responses);
+      if (status === null) return;
+      options.metrics.observeRequest('malformed', status, 0);
+      options.log.info({ status, cause: (error as NodeJS.ErrnoException).code }, 'malformed request');
+    },
+    // Paths that the router cannot read do not come by the hooks: the same checks here.
+    frameworkErrors: (error, request, reply) => {
+      begin(request, reply);
+      try {
+        request.tenant = auth.check(undefined, request.headers);
+      } catch (refused) {
+        fail(refused, request, reply);
+        return;
+      }
+      fail(error, request, reply);
     },
     forceCloseConnections: true,
-    routerOptions: { ignoreDuplicateSlashes: false, caseSensitive: true },
+    routerOptions: { ignoreDuplicateSlashes: false, caseSensitive: true, maxParamLength: 256 },
   });
   app.decorateRequest('tenant', '');
   app.removeAllContentTypeParsers();
@@ -107,9 +192,10 @@ function buildApp(options: HttpServerOptions, isDraining: () => boolean): Fastif
 
   // The first hook of every request, routes that do not exist included: default deny.
   app.addHook('onRequest', async (request, reply) => {
-    reply.header('x-request-id', request.id);
-    const path = request.url.split('?', 1)[0] ?? '';
-    request.tenant = auth.check(path, request.headers);
+    begin(request, reply);
+    request.tenant = auth.check(request.is404 ? undefined : request.routeOptions.url, request.headers);
+    if (!request.raw.url?.startsWith('/'))
+      throw new ShardmeshError('invalid_value', 'The request target must be a path that begins with "/".');
     const encoding = request.headers['content-encoding'];
     if (encoding !== undefined && encoding !== 'identity')
       throw new ShardmeshError(
@@ -118,30 +204,24 @@ function buildApp(options: HttpServerOptions, isDraining: () => boolean): Fastif
       );
     if (isDraining() && request.method === 'POST') throw new ShardmeshError('draining');
   });
-  app.addHook('onResponse', async (request, reply) => {
-    const route = request.routeOptions.url ?? 'unknown';
-    options.metrics.observeRequest(route, reply.statusCode, reply.elapsedTime);
-    request.log.info(
-      {
-        requestId: request.id,
-        tenant: request.tenant,
-        route,
-        status: reply.statusCode,
-        milliseconds: Math.round(reply.elapsedTime),
-      },
-      'request',
-    );
+  // A client that takes nothing of an answer that is ready is cut off: its bytes would stay here for good. Streams watch themselves.
+  app.addHook('onSend', async (_, reply) => {
+    reply.raw.setTimeout(limits.slowReaderTimeoutMs, () => reply.raw.destroy());
   });
-  app.setErrorHandler(async (thrown, request, reply) => {
-    const error = httpError(thrown);
-    if (error.code === 'internal') request.log.error({ requestId: request.id, err: thrown }, 'internal error');
-    if (error.retryAfterSeconds !== undefined)
-      reply.header('retry-after', String(Math.max(1, Math.ceil(error.retryAfterSeconds))));
-    if (error.code === 'draining' || error.code === 'payload_too_large') reply.header('connection', 'close');
-    return reply.status(error.httpStatus).send(errorBody(error));
+  app.setErrorHandler(async (thrown, request, reply) => fail(thrown, request, reply));
+
+  const methods = new Map<string, Set<string>>();
+  app.addHook('onRoute', ({ url, method }) => {
+    const known = methods.get(url) ?? new Set();
+    for (const one of [method].flat()) known.add(one);
+    methods.set(url, known);
   });
-  app.setNotFoundHandler(async () => {
-    throw new ShardmeshError('not_found');
+  app.setNotFoundHandler(async (request, reply) => {
+    const path = request.url.split('?', 1)[0] ?? '';
+    const known = methods.get(path) ?? (/^\/v1\/models\/[^/]+$/.test(path) ? methods.get('/v1/models/:id') : undefined);
+    if (!known) throw new ShardmeshError('not_found');
+    reply.header('allow', [...known].join(', '));
+    throw new ShardmeshError('method_not_allowed');
   });
 
   chatCompletions(app, options);
@@ -162,7 +242,7 @@ export async function createHttpServer(options: HttpServerOptions): Promise<Http
   let draining = false;
   const app = buildApp(options, () => draining);
   try {
-    await app.listen({ host: options.host, port: options.port });
+    await app.listen({ host: options.host, port: options.port, listenTextResolver: () => '' });
   } catch (cause) {
     await app.close();
     const { code } = cause as { code?: string };
@@ -174,6 +254,11 @@ export async function createHttpServer(options: HttpServerOptions): Promise<Http
       );
     throw cause;
   }
+  let unanswered = 0;
+  app.server.on('request', (_, response: ServerResponse) => {
+    unanswered++;
+    response.once('close', () => unanswered--);
+  });
   const { address, port } = app.server.address() as AddressInfo;
   const close = (): Promise<void> => app.close().then(() => undefined);
   return {
@@ -183,7 +268,7 @@ export async function createHttpServer(options: HttpServerOptions): Promise<Http
       const until = performance.now() + graceMs;
       const busy = (): boolean => {
         const { running, waiting } = options.engine.status();
-        return running + waiting > 0;
+        return running + waiting + unanswered > 0;
       };
       while (busy() && performance.now() < until) await new Promise((resolve) => setTimeout(resolve, 25));
       await close();

@@ -5,13 +5,22 @@
 import type { ServerResponse } from 'node:http';
 import { httpLimits } from '../../protocol/limits.ts';
 import { ShardmeshError } from '../../protocol/errors.ts';
+import { onDisconnect } from './disconnect.ts';
+
+export interface SseLimits {
+  slowReaderTimeoutMs: number;
+  keepAliveCommentMs: number;
+}
 
 export class SseWriter {
   readonly #response: ServerResponse;
+  readonly #limits: SseLimits;
   readonly #comment: NodeJS.Timeout;
+  #ended = false;
 
-  constructor(response: ServerResponse, headers: Record<string, string>) {
+  constructor(response: ServerResponse, headers: Record<string, string>, limits: SseLimits = httpLimits) {
     this.#response = response;
+    this.#limits = limits;
     response.writeHead(200, {
       'content-type': 'text/event-stream; charset=utf-8',
       'cache-control': 'no-cache',
@@ -21,7 +30,7 @@ export class SseWriter {
     });
     this.#comment = setInterval(() => {
       if (!response.writableNeedDrain) response.write(': still working\n\n');
-    }, httpLimits.keepAliveCommentMs);
+    }, limits.keepAliveCommentMs);
     this.#comment.unref();
   }
 
@@ -35,28 +44,44 @@ export class SseWriter {
   }
 
   end(): void {
+    if (this.#ended) return;
+    this.#ended = true;
     clearInterval(this.#comment);
     this.#response.end();
   }
 
+  /** Ends without waiting for the client to take what is left. */
+  destroy(): void {
+    this.#ended = true;
+    clearInterval(this.#comment);
+    this.#response.req.socket.destroy();
+  }
+
   async #write(text: string): Promise<void> {
     const response = this.#response;
-    if (response.destroyed || response.closed) throw new ShardmeshError('request_cancelled');
+    // A single event may be larger than the bound (it is not cut), but nothing is added behind one that has not left.
+    while (response.writableLength + text.length > httpLimits.streamBufferBytesMax && response.writableNeedDrain)
+      await this.#drained();
+    if (this.#ended || response.destroyed || response.req.socket.destroyed) throw new ShardmeshError('request_cancelled');
     this.#comment.refresh();
-    if (response.write(text)) return;
-    await new Promise<void>((resolve, reject) => {
+    if (!response.write(text)) await this.#drained();
+  }
+
+  #drained(): Promise<void> {
+    const response = this.#response;
+    return new Promise<void>((resolve, reject) => {
       const settle = (error?: ShardmeshError): void => {
         clearTimeout(timer);
         response.off('drain', onDrain);
-        response.off('close', onClose);
+        unwatch();
         if (error) reject(error);
         else resolve();
       };
       const onDrain = (): void => settle();
-      const onClose = (): void => settle(new ShardmeshError('request_cancelled'));
-      const timer = setTimeout(() => settle(new ShardmeshError('slow_reader')), httpLimits.slowReaderTimeoutMs);
+      const timer = setTimeout(() => settle(new ShardmeshError('slow_reader')), this.#limits.slowReaderTimeoutMs);
       response.once('drain', onDrain);
-      response.once('close', onClose);
+      let unwatch = (): void => undefined;
+      unwatch = onDisconnect(response.req.socket, () => settle(new ShardmeshError('request_cancelled')));
     });
   }
 }

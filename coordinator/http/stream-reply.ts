@@ -1,21 +1,23 @@
 import type { FastifyReply, FastifyRequest } from 'fastify';
 import { httpError, errorBody } from './errors.ts';
+import type { HttpTimeLimits } from './server.ts';
 import { SseWriter } from './sse-writer.ts';
 
 /**
  * Answers with server-sent events. What fails before the first event is answered with a status code; what fails later is an error event, and the stream
- * ends without `[DONE]`.
+ * ends without `[DONE]`. A client that stopped reading is cut off.
  */
 export async function streamReply(
   request: FastifyRequest,
   reply: FastifyReply,
+  limits: HttpTimeLimits,
   write: (sse: Pick<SseWriter, 'send'>) => Promise<void>,
 ): Promise<FastifyReply> {
   let writer: SseWriter | null = null;
   const open = (): SseWriter => {
     if (!writer) {
       reply.hijack();
-      writer = new SseWriter(reply.raw, { 'x-request-id': request.id });
+      writer = new SseWriter(reply.raw, { 'x-request-id': request.id }, limits);
     }
     return writer;
   };
@@ -24,9 +26,12 @@ export async function streamReply(
     await open().done();
   } catch (error) {
     const failure = httpError(error);
-    if (!writer) throw failure;
-    request.log.warn({ requestId: request.id, code: failure.code }, 'stream ended with an error');
-    await (writer as SseWriter).send(errorBody(failure)).catch(() => undefined);
+    const opened = writer as SseWriter | null;
+    if (!opened) throw failure;
+    request.summary.error = failure.code;
+    if (failure.code === 'internal') request.log.error({ err: error }, 'internal error');
+    if (failure.code === 'slow_reader' || failure.code === 'request_cancelled') opened.destroy();
+    else await opened.send(errorBody(failure)).catch(() => opened.destroy());
   } finally {
     (writer as SseWriter | null)?.end();
   }

@@ -7,14 +7,20 @@ import { detokenizeSchema, tokenizeSchema } from './schemas.ts';
 import { checkModel, type HttpServerOptions } from './server.ts';
 
 export function tokenize(app: FastifyInstance, { text, model }: HttpServerOptions): void {
+  const tokensMax = model.contextTokensMax;
   app.post('/tokenize', async (request) => {
     const body = checkBody(tokenizeSchema, request.body);
     if (body.model !== undefined) checkModel(model, body.model);
     if ((body.prompt === undefined) === (body.messages === undefined))
       throw new ShardmeshError('invalid_value', 'Exactly one of prompt and messages is needed.', { param: 'prompt' });
     const tokens = body.messages
-      ? (await text.encodeChat(chatMessages(body.messages), { addGenerationPrompt: body.add_generation_prompt ?? true })).tokens
-      : await text.encode(body.prompt ?? '', { special: 'parse', addBos: body.add_special_tokens ?? true });
+      ? (
+          await text.encodeChat(chatMessages(body.messages), {
+            addGenerationPrompt: body.add_generation_prompt ?? true,
+            tokensMax,
+          })
+        ).tokens
+      : await text.encode(body.prompt ?? '', { special: 'parse', addBos: body.add_special_tokens ?? true, tokensMax });
     return { count: tokens.length, max_model_len: model.contextTokensMax, tokens };
   });
 

@@ -56,15 +56,17 @@ export function meshMetrics(engine: ShardmeshEngine, service: MeshService, trans
             worker,
             stage: seat.stage,
             rank: seat.rank,
-            values: {
+            gauges: {
               rss_bytes: rssBytes,
               plans_queued: plansQueued,
-              steps_done: stats.steps,
+              bubble_ratio: busy ? stats.idleUs / busy : 0,
+            },
+            counters: {
+              steps: stats.steps,
               busy_seconds: stats.busyUs / 1e6,
               idle_seconds: stats.idleUs / 1e6,
               collective_seconds: stats.collectiveUs / 1e6,
               link_wait_seconds: stats.receiveUs / 1e6,
-              bubble_ratio: busy ? stats.idleUs / busy : 0,
               frames_out: stats.framesOut,
               bytes_out: stats.bytesOut,
               stale_frames: stats.staleFrames,

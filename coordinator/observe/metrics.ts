@@ -9,10 +9,19 @@ export interface MetricsSources {
   gauges(): Record<string, number>;
   /** Sums that only grow. */
   counters(): Record<string, number>;
-  /** One set of labelled numbers a worker. */
-  workers(): { worker: string; stage: number; rank: number; values: Record<string, number> }[];
+  /** Labelled numbers of each worker that is here now. `counters` begin at zero again when a worker starts anew. */
+  workers(): WorkerNumbers[];
 }
 
+export interface WorkerNumbers {
+  worker: string;
+  stage: number;
+  rank: number;
+  gauges: Record<string, number>;
+  counters: Record<string, number>;
+}
+
+const workerLabels = ['worker', 'stage', 'rank'];
 const secondsBuckets = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30];
 const tokenGapBuckets = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1];
 
@@ -24,6 +33,7 @@ export class Metrics {
   readonly #ttft: Histogram;
   readonly #itl: Histogram;
   readonly #gauges = new Map<string, Gauge>();
+  readonly #counters = new Map<string, Counter>();
   readonly contentType: string;
 
   constructor(sources: MetricsSources) {
@@ -70,15 +80,19 @@ export class Metrics {
     this.#itl.observe(milliseconds / 1000);
   }
 
+  /** Everything that `/metrics` says. Without an `await` between reading the sources and setting the metrics, two readers at once see whole sets. */
   async text(): Promise<string> {
-    for (const [name, value] of Object.entries(this.#sources.gauges())) this.#gauge(name, []).set(value);
-    for (const [name, value] of Object.entries(this.#sources.counters())) this.#gauge(`${name}_total`, []).set(value);
-    for (const { worker, stage, rank, values } of this.#sources.workers())
-      for (const [name, value] of Object.entries(values))
-        this.#gauge(`worker_${name}`, ['worker', 'stage', 'rank']).set(
-          { worker, stage: String(stage), rank: String(rank) },
-          value,
-        );
+    const sources = this.#sources;
+    // Workers that have left are forgotten, so the page does not grow with each that ever was.
+    for (const metric of [...this.#gauges.values(), ...this.#counters.values()]) metric.reset();
+    for (const [name, value] of Object.entries(sources.gauges())) this.#gauge(name, []).set(value);
+    for (const [name, value] of Object.entries(sources.counters())) this.#counter(name, []).inc(positive(value));
+    for (const { worker, stage, rank, ...numbers } of sources.workers()) {
+      const labels = { worker, stage: String(stage), rank: String(rank) };
+      for (const [name, value] of Object.entries(numbers.gauges)) this.#gauge(`worker_${name}`, workerLabels).set(labels, value);
+      for (const [name, value] of Object.entries(numbers.counters))
+        this.#counter(`worker_${name}`, workerLabels).inc(labels, positive(value));
+    }
     return this.#registry.metrics();
   }
 
@@ -90,4 +104,22 @@ export class Metrics {
     }
     return gauge;
   }
+
+  /** A sum that its owner keeps: reset and set to the owner's value at each reading. */
+  #counter(name: string, labelNames: string[]): Counter {
+    let counter = this.#counters.get(name);
+    if (!counter) {
+      counter = new Counter({
+        name: `shardmesh_${name}_total`,
+        help: name.replaceAll('_', ' '),
+        labelNames,
+        registers: [this.#registry],
+      });
+      this.#counters.set(name, counter);
+    }
+    return counter;
+  }
 }
+
+/** prom-client throws at a negative sum, and one odd number of a worker must not take the whole page down. */
+const positive = (value: number): number => (value > 0 && Number.isFinite(value) ? value : 0);

@@ -166,7 +166,7 @@ const rows: [string, string, unknown, number, string, string | null][] = [
     '/v1/chat/completions',
     { ...chat, stop: Array.from({ length: 17 }, () => 'x') },
     400,
-    'invalid_type',
+    'invalid_value',
     'stop',
   ],
   [
