@@ -204,7 +204,7 @@ function placementPlan(
 function advice(options: PlannerOptions, asked: PlacementPlan, placements: readonly PlacementPlan[]): string[] {
   const { machine, memoryBytes } = options;
   const lines: string[] = [];
-  const rate = (prediction: Prediction): string => `${prediction.tokensPerSecond.toPrecision(3)} tokens/s`;
+  const rate = (prediction: Prediction): string => `${threeDigits(prediction.tokensPerSecond)} tokens/s`;
   const fitting = placements.filter((one) => one.fits);
   const whole = placements.find((one) => one.workers === 1);
   const isSplit = (one: PlacementPlan): boolean => one.shards.length > 1;
@@ -262,6 +262,9 @@ function advice(options: PlannerOptions, asked: PlacementPlan, placements: reado
     );
   return lines;
 }
+
+/** A prediction is not worth more digits. */
+export const threeDigits = (value: number): string => String(Number(value.toPrecision(3)));
 
 const mebibytes = (bytes: number): string => `${Math.ceil(bytes / 1024 ** 2)} MiB`;
 

@@ -5,6 +5,7 @@ import { measureKernels, measureReduction, type MeasuredKernels } from '../../co
 import {
   kvBytesPerBlock,
   planPlacements,
+  threeDigits,
   type PlacementPlan,
   type PlanReport,
 } from '../../coordinator/planner/placement-planner.ts';
@@ -232,8 +233,8 @@ export function planText(report: PlanReport, basis: readonly Basis[], blockToken
         mebibytes(one.weightBytesMax),
         `${one.kvTokens * one.replicas} tokens`,
         one.bits,
-        one.oneStream.tokensPerSecond.toPrecision(3),
-        one.eightStreams.tokensPerSecond.toPrecision(3),
+        threeDigits(one.oneStream.tokensPerSecond),
+        threeDigits(one.eightStreams.tokensPerSecond),
         `${Math.round(100 * one.oneStream.linkShare)} %`,
         [one === asked ? '<- asked for' : '', one.fits ? '' : `needs ${mebibytes(one.memoryBytes)}: does not fit`]
           .filter(Boolean)

@@ -5,7 +5,6 @@ import type { ShardmeshEngine } from '../../../coordinator/engine/engine.ts';
 import type { MeshService } from '../../../coordinator/mesh/mesh-service.ts';
 import { meshMetrics } from '../../../coordinator/observe/mesh-metrics.ts';
 import { Metrics } from '../../../coordinator/observe/metrics.ts';
-import type { Transport } from '../../../protocol/transport.ts';
 import { repository } from './container-files.ts';
 import { parseCommand, wordsOf } from './parse-command.ts';
 
