@@ -67,6 +67,7 @@ export class ShardWorker {
   #stalePlans = 0;
   #queue: Promise<void> = Promise.resolve();
   #heartbeat: NodeJS.Timeout | null = null;
+  #closed = false;
 
   private constructor(options: WorkerOptions, worker: WorkerId, links: WorkerLinks) {
     this.#options = options;
@@ -99,6 +100,7 @@ export class ShardWorker {
 
   /** Says good-bye, fails what is running, frees everything. */
   async close(): Promise<void> {
+    this.#closed = true;
     if (this.#heartbeat) clearInterval(this.#heartbeat);
     this.#state = 'draining';
     this.#send({ type: 'leaving', worker: this.#worker });
@@ -111,6 +113,7 @@ export class ShardWorker {
   }
 
   #receive(bytes: Uint8Array): void {
+    if (this.#closed) return;
     let message: CoordinatorMessage;
     try {
       message = decodeCoordinatorMessage(bytes);
