@@ -1,4 +1,7 @@
-/** Runs each test of attention_test.cpp for every kernel set of this machine. SHARDMESH_BENCH=1 prints the speed of attention as well. */
+/**
+ * Runs each test of attention_test.cpp for every kernel set of this machine, and for avx512 on emulated_avx512.h. SHARDMESH_BENCH=1 prints the speed of
+ * attention as well.
+ */
 import { execFile, execFileSync } from 'node:child_process';
 import { promisify } from 'node:util';
 import { beforeAll, describe, expect, it } from 'vitest';
@@ -45,6 +48,20 @@ describe('attention and elementwise kernels', () => {
     if (!here.some((other) => other.split(' ')[1] === set)) skip(`this processor lacks ${set}`);
     // What a failing test prints is in the message of the error.
     await run(binary, [name], { timeout: 110_000, killSignal: 'SIGKILL' });
+  });
+
+  describe.runIf(process.arch === 'x64')('avx512 on emulated instructions', () => {
+    let emulated: string;
+    let known: string[];
+    beforeAll(async () => {
+      emulated = await buildKernelTarget('attention_test_emulated');
+      known = execFileSync(emulated, ['--list'], { encoding: 'utf8' }).trim().split('\n');
+    }, 600_000);
+
+    it.for(names('avx512'))('emulated %s', async (name, { skip }) => {
+      if (!known.some((other) => other.split(' ')[1] === 'avx2')) skip('this processor lacks AVX2, which the emulation needs');
+      await run(emulated, [name], { timeout: 110_000, killSignal: 'SIGKILL' });
+    });
   });
 
   it.runIf(process.env['SHARDMESH_BENCH'] === '1')('attention kernels - speed', async () => {

@@ -1,4 +1,7 @@
-/** Runs linear_test.cpp: matrix products of every CPU kernel set against the reference, with memcmp. Each of its cases is a test here. */
+/**
+ * Runs linear_test.cpp: matrix products of every CPU kernel set against the reference, with memcmp. Each of its cases is a test here. `avx512-emulated` is the
+ * source of avx512 on emulated_avx512.h, so that it runs on any machine with AVX2.
+ */
 import { execFile } from 'node:child_process';
 import { promisify } from 'node:util';
 import { beforeAll, describe, expect, it } from 'vitest';
@@ -6,7 +9,7 @@ import { buildKernelTarget } from './build-target.ts';
 
 const run = promisify(execFile);
 
-const sets = ['portable', 'avx2', 'avx512'];
+const sets = ['portable', 'avx2', 'avx512', 'avx512-emulated'];
 const types = ['F32', 'F16', 'BF16', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'Q8_0', 'Q4_K', 'Q5_K', 'Q6_K'];
 const checks = [
   'packs without loss and reads rows back',
@@ -23,15 +26,24 @@ const generalCases = [
 describe.skipIf(process.platform !== 'linux')('linear', () => {
   let lines: string[] = [];
 
-  beforeAll(async () => {
-    const binary = await buildKernelTarget('linear_test');
+  /** What the cases of `target` whose name contains `filter` print. */
+  const linesOf = async (target: string, filter: string) => {
+    const binary = await buildKernelTarget(target);
     // Exit status 1 means that a case failed; which one is in the output, and is asserted below.
-    const { stdout } = await run(binary, { timeout: 100_000 }).catch((error: unknown) => {
+    const { stdout } = await run(binary, [filter], { timeout: 100_000 }).catch((error: unknown) => {
       if (error instanceof Error && 'code' in error && error.code === 1 && 'stdout' in error)
         return { stdout: String(error.stdout) };
       throw error;
     });
-    lines = stdout.trim().split('\n');
+    return stdout.trim().split('\n');
+  };
+
+  beforeAll(async () => {
+    lines = await linesOf('linear_test', '');
+    const emulated =
+      process.arch === 'x64' ? await linesOf('linear_test_emulated', 'linear avx512 ') : ['skip linear avx512: x86-64 only'];
+    const ofAvx512 = emulated.filter((line) => /^\w+ linear avx512[ :]/.test(line));
+    lines.push(...ofAvx512.map((line) => line.replace('linear avx512', 'linear avx512-emulated')));
   }, 600_000);
 
   /** `ok NAME`, or what the case says instead. */
