@@ -98,6 +98,27 @@ export function checkModel(model: ServedModel, name: string): void {
 
 const isLoopback = (host: string): boolean => host === 'localhost' || host === '::1' || /^127\./.test(host);
 
+/** Fastify says nothing of its own but warnings and errors: the lines of a request are ours, and whoever starts the server says where it listens. */
+class RequestLogController extends LogController {
+  constructor() {
+    super({ disableRequestLogging: true, requestIdLogLabel: 'requestId' });
+  }
+
+  override serviceUnavailable(): void {}
+}
+
+const quietLog = (log: FastifyBaseLogger): FastifyBaseLogger => ({
+  level: log.level,
+  silent: () => undefined,
+  trace: () => undefined,
+  debug: () => undefined,
+  info: () => undefined,
+  warn: log.warn.bind(log),
+  error: log.error.bind(log),
+  fatal: log.fatal.bind(log),
+  child: () => quietLog(log),
+});
+
 function buildApp(options: HttpServerOptions, isDraining: () => boolean): FastifyInstance {
   const auth = new Auth({ apiKeys: options.apiKeys, hosts: options.allowedHosts ?? [], origins: options.allowedOrigins ?? [] });
   const limits = timeLimits(options);
@@ -137,7 +158,8 @@ function buildApp(options: HttpServerOptions, isDraining: () => boolean): Fastif
     };
     let unwatch = (): void => undefined;
     unwatch = onDisconnect(request.raw.socket, () => once(() => (reply.raw.writableFinished ? reply.statusCode : 499)));
-    reply.raw.once('finish', () => once(() => reply.raw.statusCode));
+    // Node says 'finish' also of an answer that was dropped because its connection was.
+    reply.raw.once('finish', () => once(() => (request.raw.socket.destroyed ? 499 : reply.raw.statusCode)));
   };
   const fail = (thrown: unknown, request: FastifyRequest, reply: FastifyReply): FastifyReply => {
     const error = httpError(thrown);
@@ -149,8 +171,9 @@ function buildApp(options: HttpServerOptions, isDraining: () => boolean): Fastif
     return reply.status(error.httpStatus).send(errorBody(error));
   };
   const app = fastify({
-    loggerInstance: options.log,
-    logController: new LogController({ disableRequestLogging: true, requestIdLogLabel: 'requestId' }),
+    loggerInstance: quietLog(options.log),
+    childLoggerFactory: (_, bindings) => options.log.child(bindings),
+    logController: new RequestLogController(),
     genReqId: () => newRequestId(),
     bodyLimit: httpLimits.bodyBytesMax,
     requestTimeout: limits.bodyTimeoutMs,
@@ -242,7 +265,7 @@ export async function createHttpServer(options: HttpServerOptions): Promise<Http
   let draining = false;
   const app = buildApp(options, () => draining);
   try {
-    await app.listen({ host: options.host, port: options.port, listenTextResolver: () => '' });
+    await app.listen({ host: options.host, port: options.port });
   } catch (cause) {
     await app.close();
     const { code } = cause as { code?: string };
