@@ -149,6 +149,21 @@ export const chatSchema = z.strictObject({
   web_search_options: unsupported('web_search_options'),
 });
 
+const wrong = (code: 'invalid_type' | 'invalid_value', param: string, message: string): ShardmeshError =>
+  new ShardmeshError(code, `${param}: ${message}.`, { param });
+
+/** Token ids of a list: the first wrong one ends it. @throws {ShardmeshError} naming the entry */
+function checkIds(ids: readonly unknown[], param: string): number[] {
+  if (ids.length > stepLimits.contextTokensMax)
+    throw wrong('invalid_value', param, `at most ${stepLimits.contextTokensMax} token ids are allowed, got ${ids.length}`);
+  ids.forEach((id, index) => {
+    if (typeof id !== 'number') throw wrong('invalid_type', `${param}[${index}]`, 'a token id is needed');
+    if (!Number.isInteger(id) || id < 0 || id >= stepLimits.vocabularyMax)
+      throw wrong('invalid_value', `${param}[${index}]`, 'a token id is a whole number that is not negative');
+  });
+  return ids as number[];
+}
+
 export type Prompt = string | string[] | number[] | number[][];
 
 /**
@@ -156,18 +171,6 @@ export type Prompt = string | string[] | number[] | number[][];
  * @throws {ShardmeshError} naming the entry
  */
 function checkPrompt(value: unknown): Prompt {
-  const wrong = (code: 'invalid_type' | 'invalid_value', param: string, message: string): ShardmeshError =>
-    new ShardmeshError(code, `${param}: ${message}.`, { param });
-  const checkIds = (ids: readonly unknown[], param: string): number[] => {
-    if (ids.length > stepLimits.contextTokensMax)
-      throw wrong('invalid_value', param, `at most ${stepLimits.contextTokensMax} token ids are allowed, got ${ids.length}`);
-    ids.forEach((id, index) => {
-      if (typeof id !== 'number') throw wrong('invalid_type', `${param}[${index}]`, 'a token id is needed');
-      if (!Number.isInteger(id) || id < 0 || id >= stepLimits.vocabularyMax)
-        throw wrong('invalid_value', `${param}[${index}]`, 'a token id is a whole number that is not negative');
-    });
-    return ids as number[];
-  };
   if (typeof value === 'string') return value;
   if (value === undefined) throw new ShardmeshError('missing_field', undefined, { param: 'prompt' });
   const forms = `a string, a list of token ids, or a list of at most ${limits.promptsMax} of these is needed`;
@@ -201,7 +204,11 @@ export const tokenizeSchema = z.strictObject({
 
 export const detokenizeSchema = z.strictObject({
   model: z.string().max(256).optional(),
-  tokens: bounded('tokens', stepLimits.contextTokensMax, z.array(tokenId)),
+  tokens: z.unknown().transform((value) => {
+    if (value === undefined) throw new ShardmeshError('missing_field', undefined, { param: 'tokens' });
+    if (!Array.isArray(value)) throw wrong('invalid_type', 'tokens', 'a list of token ids is needed');
+    return checkIds(value, 'tokens');
+  }),
 });
 
 export type ChatBody = z.output<typeof chatSchema>;

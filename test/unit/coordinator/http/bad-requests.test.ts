@@ -215,6 +215,52 @@ describe('bad requests', () => {
     expect(engine.requests.length).toBe(before);
   });
 
+  it.each([
+    ['prompt[1]', '/v1/completions', `{"model":"tiny","prompt":[1,${'"",'.repeat(1e6)}1]}`],
+    ['prompt', '/v1/completions', `{"model":"tiny","prompt":[[1],${'1,'.repeat(2e6)}1]}`],
+    ['messages', '/v1/chat/completions', `{"model":"tiny","messages":[${'1,'.repeat(2e6)}1]}`],
+    [
+      'messages[].content',
+      '/v1/chat/completions',
+      `{"model":"tiny","messages":[{"role":"user","content":[${'1,'.repeat(2e6)}1]}]}`,
+    ],
+    ['stop', '/v1/chat/completions', `{"model":"tiny","messages":[],"stop":[${'1,'.repeat(2e6)}1]}`],
+    ['stop_token_ids', '/v1/completions', `{"model":"tiny","prompt":"a","stop_token_ids":[${'"",'.repeat(1e6)}1]}`],
+    [
+      'logit_bias',
+      '/v1/completions',
+      `{"model":"tiny","prompt":"a","logit_bias":{${Array.from({ length: 3e5 }, (_, index) => `"${index}":""`).join(',')}}}`,
+    ],
+    ['tokens[0]', '/detokenize', `{"tokens":[${'"",'.repeat(1e6)}1]}`],
+  ])('http - a million wrong entries are as quickly refused as one (%s of %s)', async (param, path, body) => {
+    const started = performance.now();
+    const response = await post(url, path, body, key);
+    expect([response.status, ((await response.json()) as Answer).error.param]).toEqual([400, param]);
+    // A check of every entry took 10 s. The bound leaves room for a busy machine.
+    expect(performance.now() - started).toBeLessThan(3_000);
+  });
+
+  it('http - a request without a body, a prompt or a content type is told what is missing', async () => {
+    const none = await fetch(`${url}/v1/completions`, { method: 'POST', headers: key });
+    expect([none.status, ((await none.json()) as Answer).error.type]).toEqual([400, 'invalid_request_error']);
+    for (const [path, body, param] of [
+      ['/v1/completions', { model: 'tiny' }, 'prompt'],
+      ['/v1/chat/completions', { model: 'tiny' }, 'messages'],
+      ['/detokenize', {}, 'tokens'],
+    ] as const) {
+      const { error } = (await (await post(url, path, body, key)).json()) as Answer;
+      expect([error.code, error.param]).toEqual(['missing_field', param]);
+    }
+    for (const value of ['', '0', '-1', '1.5', '1e3', 'soon', '0x10']) {
+      const response = await post(url, '/v1/completions', completion, { ...key, 'x-request-timeout-ms': value });
+      expect([value, response.status, ((await response.json()) as Answer).error.param]).toEqual([
+        value,
+        400,
+        'x-request-timeout-ms',
+      ]);
+    }
+  });
+
   it('http - accepts nesting of exactly 64 levels and a number of exactly 2^53 - 1', async () => {
     expect((await post(url, '/v1/chat/completions', nested(63), key)).status).toBe(200);
     expect((await post(url, '/v1/chat/completions', { ...chat, seed: 2 ** 53 - 1 }, key)).status).toBe(200);
