@@ -21,7 +21,7 @@ export interface ClaimOptions {
   /** Of this process; random. */
   id: string;
   /** Another coordinator leads now: this one must stop. */
-  onLost(error: ShardmeshError): void;
+  onLost: (error: ShardmeshError) => void;
   /** How long it listens before it leads. */
   listenMs?: number;
   everyMs?: number;
