@@ -1,9 +1,12 @@
 // Speed of matrix products on this machine, beside its own ceilings measured in the same run.
 //
-// kernel_bench [--set NAME] [--type NAME] [--threads 1|2] [--quick] [--strips-one 1|4] [--strips-few 1|2] [--prefetch BYTES] [--panel TOKENS]
+// kernel_bench [--set NAME] [--type NAME] [--threads 1|2] [--quick] [--strips-one 1|4] [--strips-few 1|2] [--prefetch BYTES] [--panel TOKENS] [--json]
 //
 // For each shape and batch: microseconds (best of several rounds), GB/s of packed weights, Gop/s (2 per multiply-add), share of the memory ceiling and of the
 // compute ceiling, whichever is larger is what limits. Weights are walked over many copies (96 MiB and more) so that they come from memory, not from a cache.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 #include <sched.h>
 #include <sys/mman.h>
 
@@ -84,36 +87,118 @@ double best_round(int threads, int rounds, Body body) {
   return best;
 }
 
+// Bytes per second read in order by `threads` threads, the better of with and without a software prefetch.
 double read_ceiling(int threads) {
   constexpr size_t kBytes = size_t{256} << 20;
+  typedef uint64_t Quarter __attribute__((vector_size(16)));
   HugePages pages(kBytes);
   std::memset(pages.data(), 1, kBytes);
   static std::atomic<uint64_t> sink;
-  const double seconds = best_round(threads, 8, [&](Part part) {
-    const uint64_t* from = reinterpret_cast<const uint64_t*>(pages.data() + kBytes / static_cast<size_t>(part.count) * static_cast<size_t>(part.index));
-    uint64_t sum[8] = {};
-    for (size_t i = 0; i < kBytes / 8 / static_cast<size_t>(part.count); i += 8)
-      for (int j = 0; j < 8; j++) sum[j] += from[i + static_cast<size_t>(j)];
-    sink += sum[0] + sum[1] + sum[2] + sum[3] + sum[4] + sum[5] + sum[6] + sum[7];
-  });
-  return static_cast<double>(kBytes) / seconds;
+  double best = 1e9;
+  for (const size_t ahead : {size_t{0}, size_t{4096}}) {
+    const double seconds = best_round(threads, 6, [&](Part part) {
+      const size_t lines = kBytes / 64, from = lines * static_cast<size_t>(part.index) / static_cast<size_t>(part.count);
+      const size_t to = lines * (static_cast<size_t>(part.index) + 1) / static_cast<size_t>(part.count);
+      const Quarter* quarter = reinterpret_cast<const Quarter*>(pages.data());
+      Quarter a = {}, b = {}, c = {}, d = {};
+      for (size_t i = 4 * from; i < 4 * to; i += 4) {
+        if (ahead) __builtin_prefetch(reinterpret_cast<const uint8_t*>(quarter + i) + ahead, 0, 3);
+        a ^= quarter[i];
+        b ^= quarter[i + 1];
+        c ^= quarter[i + 2];
+        d ^= quarter[i + 3];
+      }
+      const Quarter all = a ^ b ^ c ^ d;
+      sink += all[0] ^ all[1];
+    });
+    if (seconds < best) best = seconds;
+  }
+  return static_cast<double>(kBytes) / best;
+}
+
+// int8 multiply-adds with nothing read and independent accumulators, by the instructions of each set: vpdpbusd for avx512; for avx2 vpmaddubsw, of which eight
+// fit into 16 bits where weights have 4 bits, then vpmaddwd; for portable the baseline's pmaddwd. No product of the set can be faster.
+#if defined(__x86_64__)
+constexpr int kChains = 12, kTurns = 200000;
+__attribute__((target("avx512f,avx512vnni"))) double int8_operations_avx512() {
+  __m512i sums[kChains], a = _mm512_set1_epi32(0x01020304), b = _mm512_set1_epi32(0x04030201);
+  for (__m512i& s : sums) s = _mm512_setzero_si512();
+  for (int i = 0; i < kTurns; i++) {
+#pragma GCC unroll 12
+    for (int c = 0; c < kChains; c++) {
+      sums[c] = _mm512_dpbusd_epi32(sums[c], a, b);
+      __asm__ volatile("" : "+v"(sums[c]));
+    }
+  }
+  return 2.0 * 64 * kChains * kTurns;
+}
+__attribute__((target("avx2"))) double int8_operations_avx2() {
+  __m256i sums[kChains / 4], a = _mm256_set1_epi32(0x01020304);
+  const __m256i b = _mm256_set1_epi32(0x04030201), ones = _mm256_set1_epi16(1);
+  for (__m256i& s : sums) s = _mm256_setzero_si256();
+  for (int i = 0; i < kTurns; i++) {
+#pragma GCC unroll 3
+    for (int c = 0; c < kChains / 4; c++) {
+      __m256i pairs = _mm256_setzero_si256();
+#pragma GCC unroll 8
+      for (int k = 0; k < 8; k++) {
+        __asm__ volatile("" : "+x"(a));  // the product is not the same one as before
+        pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(a, b));
+      }
+      sums[c] = _mm256_add_epi32(sums[c], _mm256_madd_epi16(pairs, ones));
+      __asm__ volatile("" : "+x"(sums[c]));
+    }
+  }
+  return 2.0 * 32 * 8 * (kChains / 4) * kTurns;
+}
+double int8_operations_portable() {
+  __m128i sums[kChains], a = _mm_set1_epi32(0x00020001), b = _mm_set1_epi32(0x00040003);
+  for (__m128i& s : sums) s = _mm_setzero_si128();
+  for (int i = 0; i < kTurns; i++) {
+#pragma GCC unroll 12
+    for (int c = 0; c < kChains; c++) {
+      __asm__ volatile("" : "+x"(a));
+      sums[c] = _mm_add_epi32(sums[c], _mm_madd_epi16(a, b));
+      __asm__ volatile("" : "+x"(sums[c]));
+    }
+  }
+  return 2.0 * 8 * kChains * kTurns;
+}
+#endif
+
+// int8 operations (2 per multiply-add) per second on `threads` threads; 0 where there is no such measurement.
+double int8_ceiling(const KernelSet& set, int threads) {
+#if defined(__x86_64__)
+  double (*operations)() = std::strcmp(set.name, "avx512") == 0 ? int8_operations_avx512 : std::strcmp(set.name, "avx2") == 0 ? int8_operations_avx2 : int8_operations_portable;
+  std::atomic<double> count{0};
+  const double seconds = best_round(threads, 20, [&](Part) { count = operations(); });
+  return count * threads / seconds;
+#else
+  (void)set;
+  (void)threads;
+  return 0;
+#endif
 }
 
 struct Options {
   std::string set = "auto", type = "all";
   int threads = 1;
-  bool quick = false;
+  bool quick = false, json = false;
+};
+
+struct Ceilings {
+  double bytes, operations;  // per second
 };
 
 struct BenchShape {
   int64_t columns, rows;
 };
 
-void measure(const KernelSet& set, TensorType type, BenchShape shape, int tokens, const Options& options, double bandwidth) {
+void measure(const KernelSet& set, TensorType type, BenchShape shape, int tokens, const Options& options, Ceilings ceilings, bool first) {
   Random random(7);
   const Source source(type, shape.rows, shape.columns, 0, Values::Random, random);
   const size_t bytes = (set.packed_bytes(source.view) + 63) / 64 * 64;
-  const size_t budget = size_t{options.quick ? 24u : 96u} << 20;
+  const size_t budget = size_t{options.quick ? 64u : 96u} << 20;
   const int copies = tokens > 16 ? 1 : static_cast<int>(budget / bytes + 1);
   HugePages pages(bytes * static_cast<size_t>(copies));
   PackedMatrix matrix{type, shape.rows, shape.columns, bytes, pages.data(), 0, 0};
@@ -142,8 +227,22 @@ void measure(const KernelSet& set, TensorType type, BenchShape shape, int tokens
                          copies;
   const double gigabytes = static_cast<double>(bytes) / seconds / 1e9;
   const double gigaops = 2.0 * static_cast<double>(shape.columns) * static_cast<double>(shape.rows) * tokens / seconds / 1e9;
-  std::printf("%-8s %-5s K %5lld N %6lld T %4d threads %d: %9.1f us %6.2f GB/s (%3.0f %% of memory) %7.1f Gop/s\n", set.name, name_of(type), static_cast<long long>(shape.columns),
-              static_cast<long long>(shape.rows), tokens, options.threads, seconds * 1e6, gigabytes, 100 * gigabytes * 1e9 / bandwidth, gigaops);
+  const double memory = gigabytes * 1e9 / ceilings.bytes;
+  // Float weights are no int8 product.
+  const bool integer = type != TensorType::F32 && type != TensorType::F16 && type != TensorType::BF16 && ceilings.operations > 0;
+  const double compute = integer ? gigaops * 1e9 / ceilings.operations : 0;
+  if (options.json) {
+    std::printf("%s\n    {\"type\": \"%s\", \"columns\": %lld, \"rows\": %lld, \"tokens\": %d, \"microseconds\": %.2f, \"gigabytesPerSecond\": %.3f, \"gigaopsPerSecond\": %.2f, ", first ? "" : ",",
+                name_of(type), static_cast<long long>(shape.columns), static_cast<long long>(shape.rows), tokens, seconds * 1e6, gigabytes, gigaops);
+    std::printf("\"shareOfMemory\": %.4f, \"shareOfCompute\": ", memory);
+    if (integer) std::printf("%.4f}", compute);
+    else std::printf("null}");
+  } else {
+    std::printf("%-8s %-5s K %5lld N %6lld T %4d threads %d: %9.1f us %6.2f GB/s %7.1f Gop/s  memory %3.0f %%  compute ", set.name, name_of(type), static_cast<long long>(shape.columns),
+                static_cast<long long>(shape.rows), tokens, options.threads, seconds * 1e6, gigabytes, gigaops, 100 * memory);
+    if (integer) std::printf("%3.0f %%\n", 100 * compute);
+    else std::printf("  -\n");
+  }
   std::fflush(stdout);
 }
 
@@ -154,8 +253,8 @@ int main(int argc, char** argv) {
   LinearTuning& tuning = linear_tuning();
   for (int i = 1; i < argc; i++) {
     const std::string key = argv[i];
-    if (key == "--quick") {
-      options.quick = true;
+    if (key == "--quick" || key == "--json") {
+      (key == "--quick" ? options.quick : options.json) = true;
       continue;
     }
     if (i + 1 >= argc) {
@@ -182,16 +281,35 @@ int main(int argc, char** argv) {
     return 2;
   }
   flush_denormals();
-  const double bandwidth = read_ceiling(options.threads);
-  std::printf("%s, %d threads: memory ceiling %.1f GB/s; strips %d and %d, prefetch %d bytes, panel from %d tokens\n", cpu_features().model, options.threads, bandwidth / 1e9,
-              tuning.strips_one, tuning.strips_few, tuning.prefetch_bytes, tuning.panel_tokens);
+  if (options.threads < 1 || options.threads > 64) {
+    std::fprintf(stderr, "kernel_bench: --threads is %d, needed are 1..64\n", options.threads);
+    return 2;
+  }
+  bool known = options.type == "all";
+  for (const TensorType type : kTypes) known = known || options.type == name_of(type);
+  if (!known) {
+    std::fprintf(stderr, "kernel_bench: unknown type %s; known are F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q4_K Q5_K Q6_K\n", options.type.c_str());
+    return 2;
+  }
+  const Ceilings ceilings{read_ceiling(options.threads), int8_ceiling(*set, options.threads)};
+  if (options.json)
+    std::printf("{\n  \"cpu\": \"%s\",\n  \"set\": \"%s\",\n  \"threads\": %d,\n  \"ceilings\": {\"gigabytesPerSecond\": %.3f, \"gigaopsPerSecond\": %.2f},\n  \"products\": [", cpu_features().model, set->name,
+                options.threads, ceilings.bytes / 1e9, ceilings.operations / 1e9);
+  else
+    std::printf("%s, %d threads: ceilings %.1f GB/s read, %.0f Gop/s int8 (%s); strips %d and %d, prefetch %d bytes, panel from %d tokens\n", cpu_features().model, options.threads,
+                ceilings.bytes / 1e9, ceilings.operations / 1e9, set->name, tuning.strips_one, tuning.strips_few, tuning.prefetch_bytes, tuning.panel_tokens);
   const BenchShape shapes[] = {{576, 960}, {576, 3072}, {1536, 576}, {4096, 4096}};
   const int batches[] = {1, 2, 4, 6, 8, 16, 32, 128, 512};
+  bool first = true;
   for (const TensorType type : kTypes) {
     if (options.type != "all" && options.type != name_of(type)) continue;
     if (options.type == "all" && type != TensorType::Q4_1 && type != TensorType::Q8_0 && type != TensorType::Q4_K && type != TensorType::Q6_K) continue;
     for (const BenchShape& shape : shapes)
-      for (const int tokens : batches) measure(*set, type, shape, tokens, options, bandwidth);
+      for (const int tokens : batches) {
+        measure(*set, type, shape, tokens, options, ceilings, first);
+        first = false;
+      }
   }
+  if (options.json) std::printf("\n  ]\n}\n");
   return 0;
 }
