@@ -2,7 +2,8 @@
  * Who holds which shard, as a state machine: workers join, take seats (one seat a rank of the placement), load, connect, serve; when one is lost the epoch
  * ends, and a new one begins as soon as every seat is taken again. No I/O and no timers of its own: messages come in by `receive`, time by `tick`.
  *
- *   forming ──all seats taken──► loading ──all shards ready──► connecting ──all connected──► serving
+ *   forming ──all seats taken──► loading ──all shards ready──► (measuring) ──► connecting ──all connected──► serving
+ *   measuring: only with --link auto, and only where two ranks share no memory
  *      ▲                            │                              │                            │
  *      └───────────── a seated worker lost, a failure, a deadline, the broker gone ────────────┘
  */
@@ -12,6 +13,7 @@ import type {
   CoordinatorMessage,
   Heartbeat,
   Join,
+  ProbeResult,
   ShardReady,
   WorkerFacts,
   WorkerMessage,
@@ -100,6 +102,17 @@ interface Member {
   refused: string | null;
 }
 
+type MeasuredDriver = Exclude<LinkDriver, 'shm'>;
+
+/** Of two workers, the same whichever is named first. */
+const pairOf = (a: string, b: string): string => (a < b ? `${a} ${b}` : `${b} ${a}`);
+
+const connectFailuresMax = 3;
+const probeBytes = 4_096;
+const probeRounds = 20;
+/** Drivers that have not answered by then are not taken. */
+const measureTimeoutMs = 4_000;
+
 type Phase =
   | { name: 'forming' }
   | {
@@ -107,6 +120,12 @@ type Phase =
       ready: Map<string, ShardReady>;
       progressAt: Map<string, number>;
       bytes: Map<string, [done: number, total: number]>;
+    }
+  | {
+      name: 'measuring';
+      ready: Map<string, ShardReady>;
+      since: number;
+      pending: Map<number, { pair: string; driver: MeasuredDriver }>;
     }
   | { name: 'connecting'; ready: Map<string, ShardReady>; connected: Set<string>; since: number }
   | { name: 'serving'; info: EpochInfo; since: number };
@@ -125,6 +144,11 @@ export class Mesh {
   #repeatNotBefore = 0;
   #now = 0;
   #brokerUp = true;
+  #probes = 0;
+  /** Median round trip in microseconds of each driver between two workers, measured in this epoch. */
+  readonly #roundTripUs = new Map<string, Partial<Record<MeasuredDriver, number>>>();
+  /** Connections in a row that failed while every worker was there: then it is not the workers, and shared memory is given up. */
+  #connectFailures = 0;
   /** Frames, results and failures of an epoch that is over. */
   staleMessages = 0;
 
@@ -160,6 +184,8 @@ export class Mesh {
         const waiting = this.#workers().filter((worker) => !ready.has(worker));
         return `loading weights: ${waiting.join(', ')}`;
       }
+      case 'measuring':
+        return 'measuring links between workers';
       case 'connecting': {
         const { connected } = this.#phase;
         return `connecting ranks: ${this.#workers()
@@ -215,6 +241,8 @@ export class Mesh {
           this.#lose(worker, `worker ${worker} made no progress in loading for ${timers.loadStallMs} ms`);
           return;
         }
+    } else if (this.#phase.name === 'measuring' && now - this.#phase.since > measureTimeoutMs) {
+      this.#connectAll(this.#phase.ready);
     } else if (this.#phase.name === 'connecting' && now - this.#phase.since > timers.connectTimeoutMs) {
       const { connected } = this.#phase;
       const late = this.#workers().filter((worker) => !connected.has(worker));
@@ -256,6 +284,7 @@ export class Mesh {
       case 'connected':
         return this.#connected(worker);
       case 'worker_failed': {
+        if (this.#phase.name === 'connecting') this.#connectFailures++;
         const blamed = message.peer ? ` (waiting for ${message.peer})` : '';
         this.#out.event('worker_failed', {
           worker,
@@ -275,7 +304,7 @@ export class Mesh {
         else this.staleMessages++;
         return;
       case 'probe_result':
-        return;
+        return this.#measured(message);
       default:
         message satisfies never;
     }
@@ -380,6 +409,7 @@ export class Mesh {
 
   #lose(worker: string, message: string): void {
     if (!this.#members.delete(worker)) return;
+    this.#connectFailures = 0;
     const seat = this.#seated.indexOf(worker);
     this.#out.event('worker_lost', { worker, message });
     if (seat >= 0) {
@@ -469,40 +499,116 @@ export class Mesh {
       });
       return;
     }
+    this.#measure(ready);
+  }
+
+  /** Round trips over gRPC and NATS between ranks that exchange frames and share no memory; straight on where there is nothing to choose. */
+  #measure(ready: Map<string, ShardReady>): void {
+    this.#roundTripUs.clear();
+    const pending = new Map<number, { pair: string; driver: MeasuredDriver }>();
+    if (this.#options.link === 'auto')
+      for (const [a, b] of this.#peerWorkers()) {
+        const facts = this.#members.get(b)?.facts;
+        if (!facts || this.#shareMemory(a, b, ready)) continue;
+        for (const driver of ['grpc', 'nats'] as const) {
+          const id = ++this.#probes;
+          pending.set(id, { pair: pairOf(a, b), driver });
+          this.#out.send(a, {
+            type: 'probe',
+            id,
+            peer: b,
+            grpcAddress: facts.grpcAddress,
+            driver,
+            bytes: probeBytes,
+            rounds: probeRounds,
+          });
+        }
+      }
+    if (pending.size === 0) return this.#connectAll(ready);
+    this.#phase = { name: 'measuring', ready, since: this.#now, pending };
+  }
+
+  #measured({ id, roundTripUs, error }: ProbeResult): void {
+    if (this.#phase.name !== 'measuring') return;
+    const probe = this.#phase.pending.get(id);
+    if (!probe) return;
+    this.#phase.pending.delete(id);
+    const median = [...roundTripUs].sort((a, b) => a - b)[Math.floor(roundTripUs.length / 2)];
+    if (error === null && median !== undefined)
+      this.#roundTripUs.set(probe.pair, { ...this.#roundTripUs.get(probe.pair), [probe.driver]: median });
+    if (this.#phase.pending.size === 0) this.#connectAll(this.#phase.ready);
+  }
+
+  #connectAll(ready: Map<string, ShardReady>): void {
+    if (!this.#placement) return;
     this.#phase = { name: 'connecting', ready, connected: new Set(), since: this.#now };
     this.#repeatNotBefore = this.#now + repeatAfterMs;
+    for (const [a, b] of this.#peerWorkers())
+      this.#out.event('link_chosen', {
+        a,
+        b,
+        driver: this.#driver(a, b, ready),
+        forced: this.#options.link !== 'auto',
+        roundTripUs: this.#roundTripUs.get(pairOf(a, b)) ?? null,
+      });
     for (const [index, self] of this.#options.seats.entries()) {
       const own = this.#seated[index];
       if (own) this.#out.send(own, this.#connectMessage(this.#placement, self, own, ready));
     }
   }
 
+  /** Pairs of seated workers between which frames may travel. */
+  #peerWorkers(): [string, string][] {
+    const pairs: [string, string][] = [];
+    this.#options.seats.forEach((seat, index) =>
+      this.#options.seats.slice(0, index).forEach((other, before) => {
+        const [a, b] = [this.#seated[before], this.#seated[index]];
+        if (a && b && this.#arePeers(other, seat)) pairs.push([a, b]);
+      }),
+    );
+    return pairs;
+  }
+
+  /** Ranks of one stage, of neighbouring stages, and of the last and the first (sampled ids). */
+  #arePeers(a: Seat, b: Seat): boolean {
+    const last = Math.max(...this.#options.seats.map((seat) => seat.stage));
+    const distance = Math.abs(a.stage - b.stage);
+    return distance <= 1 || distance === last;
+  }
+
+  #shareMemory(a: string, b: string, ready: Map<string, ShardReady>): boolean {
+    if (this.#connectFailures >= connectFailuresMax) return false;
+    const host = this.#members.get(a)?.facts.hostId;
+    return (
+      host !== undefined && host === this.#members.get(b)?.facts.hostId && Boolean(ready.get(a)?.segment && ready.get(b)?.segment)
+    );
+  }
+
+  /** The forced driver, else shared memory, else the faster of those that answered. */
+  #driver(a: string, b: string, ready: Map<string, ShardReady>): LinkDriver {
+    if (this.#options.link !== 'auto') return this.#options.link;
+    if (this.#shareMemory(a, b, ready)) return 'shm';
+    const { grpc = Number.POSITIVE_INFINITY, nats = Number.POSITIVE_INFINITY } = this.#roundTripUs.get(pairOf(a, b)) ?? {};
+    return nats < grpc ? 'nats' : 'grpc';
+  }
+
   #connectMessage(placement: Placement, self: Seat, own: string, ready: Map<string, ShardReady>): Connect {
     const kvBlocks = Math.min(...[...ready.values()].map((one) => one.kvBlocks));
-    const stages = placement.stages.length;
-    const last = stages - 1;
-    const isPeer = (seat: Seat): boolean =>
-      seat.stage === self.stage ||
-      Math.abs(seat.stage - self.stage) === 1 ||
-      (self.stage === last && seat.stage === 0) ||
-      (self.stage === 0 && seat.stage === last);
-    const ownFacts = this.#members.get(own)?.facts;
     const peers: Connect['peers'] = [];
     this.#options.seats.forEach((seat, index) => {
       const worker = this.#seated[index];
       const facts = worker ? this.#members.get(worker)?.facts : undefined;
-      if (!worker || worker === own || !facts || !isPeer(seat)) return;
+      if (!worker || worker === own || !facts || !this.#arePeers(self, seat)) return;
+      const { hostId, grpcAddress } = facts;
       const segment = ready.get(worker)?.segment ?? null;
-      const sameHost = facts.hostId === ownFacts?.hostId && segment !== null && (ready.get(own)?.segment ?? null) !== null;
-      const driver: LinkDriver = this.#options.link === 'auto' ? (sameHost ? 'shm' : 'grpc') : this.#options.link;
       peers.push({
         stage: seat.stage,
         rank: seat.rank,
         worker,
-        hostId: facts.hostId,
-        grpcAddress: facts.grpcAddress,
+        hostId,
+        grpcAddress,
         segment,
-        driver,
+        driver: this.#driver(own, worker, ready),
       });
     });
     return { type: 'connect', placement: placement.id, epoch: this.#epoch, kvBlocks, peers };

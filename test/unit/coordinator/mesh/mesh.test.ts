@@ -106,17 +106,67 @@ describe('mesh', () => {
     expect(mesh.reason()).toBeNull();
   });
 
-  it('mesh - picks shm on one host and grpc across hosts', () => {
+  it('mesh - picks shm on one host, and across hosts the faster of the drivers that answer', () => {
     const { mesh, sent } = makeMesh([0, 1, 2].map((rank) => ({ stage: 0, rank })));
     mesh.receive('a', join('a'), 0);
     mesh.receive('b', join('b'), 0);
     mesh.receive('c', join('c', { facts: facts({ hostId: 'host-2' }) }), 0);
     for (const worker of ['a', 'b', 'c']) mesh.receive(worker, ready(worker, 1), 1);
-    const connect = sent.find((one) => one.worker === 'a' && one.message.type === 'connect')?.message;
-    expect(connect?.type === 'connect' && connect.peers.map((peer) => [peer.worker, peer.driver])).toEqual([
-      ['b', 'shm'],
-      ['c', 'grpc'],
+    const probes = sent.flatMap(({ worker, message }) => (message.type === 'probe' ? [{ worker, ...message }] : []));
+    expect(probes.map(({ worker, peer, driver }) => [worker, peer, driver])).toEqual([
+      ['a', 'c', 'grpc'],
+      ['a', 'c', 'nats'],
+      ['b', 'c', 'grpc'],
+      ['b', 'c', 'nats'],
     ]);
+    const roundTrips = [[90, 80, 95], [300, 310, 290], [], [250, 240, 260]];
+    probes.forEach(({ worker, id, peer }, index) =>
+      mesh.receive(
+        worker,
+        { type: 'probe_result', id, worker, peer, roundTripUs: roundTrips[index] ?? [], error: index === 2 ? 'no answer' : null },
+        2,
+      ),
+    );
+    const drivers = (worker: string): unknown => {
+      const connect = sent.find((one) => one.worker === worker && one.message.type === 'connect')?.message;
+      return connect?.type === 'connect' && connect.peers.map((peer) => [peer.worker, peer.driver]);
+    };
+    expect([drivers('a'), drivers('b'), drivers('c')]).toEqual([
+      [
+        ['b', 'shm'],
+        ['c', 'grpc'],
+      ],
+      [
+        ['a', 'shm'],
+        ['c', 'nats'],
+      ],
+      [
+        ['a', 'grpc'],
+        ['b', 'nats'],
+      ],
+    ]);
+  });
+
+  it('mesh - gives shared memory up after three connections failed in a row with every worker there', () => {
+    const { mesh, sent } = makeMesh();
+    for (const worker of ['a', 'b']) mesh.receive(worker, join(worker), 0);
+    const drivers = (): string[] =>
+      sent.flatMap(({ message }) => (message.type === 'connect' ? message.peers.map((peer) => peer.driver) : []));
+    for (let epoch = 1; epoch <= 3; epoch++) {
+      for (const worker of ['a', 'b']) mesh.receive(worker, ready(worker, epoch), epoch * 100);
+      mesh.receive(
+        'a',
+        { type: 'worker_failed', worker: 'a', epoch, step: 0, code: 'internal', message: 'cannot attach', peer: null },
+        epoch * 100,
+      );
+      mesh.tick(epoch * 100 + 50);
+    }
+    expect(drivers()).toEqual(['shm', 'shm', 'shm', 'shm', 'shm', 'shm']);
+    for (const worker of ['a', 'b']) mesh.receive(worker, ready(worker, 4), 400);
+    for (const { message } of sent)
+      if (message.type === 'probe')
+        mesh.receive('a', { type: 'probe_result', id: message.id, worker: 'a', peer: 'b', roundTripUs: [100], error: null }, 401);
+    expect(drivers().slice(6)).toEqual(['grpc', 'grpc']);
   });
 
   it('mesh - a silent worker is lost after 3 s, the epoch ends with its name, survivors are released', () => {
