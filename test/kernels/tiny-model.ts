@@ -4,6 +4,7 @@
  */
 import {
   loadAddon,
+  type Addon,
   type Executor,
   type ExecutorKind,
   type Isa,
@@ -412,6 +413,8 @@ export const greedy: SlotSampling = {
 };
 
 export interface TinyMeshOptions {
+  /** An addon of another build; otherwise the project's own. */
+  addon?: Addon;
   kind?: ExecutorKind;
   isa?: Isa | null;
   cut?: TinyCut;
@@ -472,7 +475,7 @@ export class TinyMesh {
       for (let rank = 0; rank < cut.heads.length; rank++) {
         const program = tinyProgram(weights, cut, stage, rank, options.key);
         const pending: Member['pending'] = new Map();
-        const executor = loadAddon().createExecutor(
+        const executor = (options.addon ?? loadAddon()).createExecutor(
           {
             kind: options.kind ?? 'reference',
             isa: options.isa ?? null,
