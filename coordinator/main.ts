@@ -195,6 +195,13 @@ async function start(
     stepTokensMax: config.stepTokensMax,
     prefillChunkMax: config.prefillChunkMax,
     ...(config.stepsInFlightMax === null ? {} : { stepsInFlightMax: config.stepsInFlightMax }),
+    ...(log.isLevelEnabled('debug') && {
+      onPlan: ({ epoch, step, sequences }, requestIds) =>
+        log.debug(
+          { epoch, step, tokens: sequences.reduce((sum, { tokens }) => sum + (tokens?.length ?? 1), 0), requestIds },
+          'step_planned',
+        ),
+    }),
   });
   const metrics = new Metrics(meshMetrics(engine, service, transport));
   const modelName = config.servedModelName ?? servedName(facts.name);

@@ -51,6 +51,8 @@ export interface EngineOptions {
   waitingRequestsMax?: number;
   /** Monotonic milliseconds. */
   now?: () => number;
+  /** Hears of each plan that is published, and of which requests it has rows: so that one request can be followed through the logs. */
+  onPlan?: (plan: StepPlan, requestIds: string[]) => void;
 }
 
 export interface EngineNumbers extends PipelineNumbers, SchedulerCounts {
@@ -280,6 +282,7 @@ export class ShardmeshEngine implements Engine {
         const plan: StepPlan | null = this.#scheduler.schedule(now);
         if (plan === null) break;
         this.#pipeline.published(plan, now);
+        this.#options.onPlan?.(plan, this.#requestsOf(plan));
         this.#options.transport.publishPlan(plan);
       }
       if (this.#pipeline.stepsInFlight === 0) this.#pipeline.rest();
@@ -288,6 +291,13 @@ export class ShardmeshEngine implements Engine {
     } finally {
       this.#pumping = false;
     }
+  }
+
+  #requestsOf(plan: StepPlan): string[] {
+    const slots = new Set(plan.sequences.map(({ slot }) => slot));
+    const ids = new Set<string>();
+    for (const [sequence, { live }] of this.#choiceOf) if (slots.has(sequence.slot)) ids.add(live.request.id);
+    return [...ids];
   }
 
   /** After all that happens now: requests that arrive together share a step. */

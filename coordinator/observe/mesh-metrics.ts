@@ -47,7 +47,7 @@ export function meshMetrics(engine: ShardmeshEngine, service: MeshService, trans
       };
     },
     workers: () =>
-      service.mesh.members().flatMap(({ worker, seat, heartbeat }) => {
+      service.mesh.members().flatMap(({ worker, seat, heartbeat, seenAt }) => {
         if (!seat || !heartbeat) return [];
         const { stats, rssBytes, plansQueued } = heartbeat;
         const busy = stats.busyUs + stats.idleUs;
@@ -57,6 +57,7 @@ export function meshMetrics(engine: ShardmeshEngine, service: MeshService, trans
             stage: seat.stage,
             rank: seat.rank,
             gauges: {
+              heartbeat_age_seconds: Math.max(0, performance.now() - seenAt) / 1000,
               rss_bytes: rssBytes,
               plans_queued: plansQueued,
               bubble_ratio: busy ? stats.idleUs / busy : 0,

@@ -1,7 +1,7 @@
 /** Real processes that are killed and frozen under a running stream: one typed error in time, then serving goes on by itself, with the same tokens. */
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { metric, openStream, readMetrics, tryComplete, workerSum, type Stream } from './helpers/client.ts';
-import { mark, natsServerPattern, pidOf, signal, waitFor, type Marked } from './helpers/processes.ts';
+import { leftovers, mark, natsServerPattern, pidOf, signal, waitFor, type Marked } from './helpers/processes.ts';
 import { complete, startServe, type Served } from './helpers/serve.ts';
 
 const small = ['--context-tokens-max', '512', '--kv-cache-bytes', '64m', '--log-level', 'info'];
@@ -138,5 +138,17 @@ describe('the nats-server', () => {
     await waitFor('ready again', servingWithinMs, isReady, () => served.log());
     await sameAnswerAsBefore();
     expect((await readMetrics(served)).get('shardmesh_mesh_ready')).toBe(1);
+  });
+});
+
+describe('after all that', () => {
+  it('failures - SIGTERM leaves no process, file or shared memory, whatever was killed and frozen before', async () => {
+    expect(await served.stop()).toBe(0);
+    await waitFor(
+      'nothing to be left',
+      500,
+      () => leftovers(marked).length === 0,
+      () => leftovers(marked),
+    );
   });
 });
