@@ -127,6 +127,7 @@ function executorOptions(
     kind: assign.executor === 'reference' ? 'reference' : 'cpu',
     isa: assign.isa as ExecutorOptions['isa'],
     program,
+    ranksPerStage: assign.placement.stages.map((stage) => stage.ranks.length),
     cores,
     threads: cores.length || own.threads,
     spin: assign.spin,
