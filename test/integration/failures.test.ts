@@ -98,7 +98,7 @@ describe('a worker frozen in mid-stream', () => {
         served
           .events('worker_lost')
           .some((event) => event['worker'] === worker && /heartbeat|connection/.test(String(event['message']))),
-      served.log,
+      () => served.log(),
     );
     signal(pid, 'SIGCONT');
     const thawedAt = performance.now();
