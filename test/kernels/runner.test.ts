@@ -223,6 +223,7 @@ describe('step runner, failures', () => {
       code: 'aborted',
       message: expect.stringContaining('step 1 failed before it') as string,
     });
+    await Promise.all(mesh.members.map((member) => member.executor.abort('a new epoch begins')));
     mesh.connect(false);
     mesh.open(0);
     expect(await mesh.run(rows)).toHaveLength(1);

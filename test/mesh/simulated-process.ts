@@ -118,6 +118,11 @@ export class SimulatedProcess {
         return;
       case 'rejoin':
         return this.#join();
+      case 'probe': {
+        const { id, peer, driver } = message;
+        const roundTripUs = [driver === 'grpc' ? 100 : 300];
+        return this.#send({ type: 'probe_result', id, worker: this.#options.worker, peer, roundTripUs, error: null });
+      }
       default:
         return;
     }
