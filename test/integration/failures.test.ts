@@ -1,6 +1,6 @@
 /** Real processes that are killed and frozen under a running stream: one typed error in time, then serving goes on by itself, with the same tokens. */
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import { metric, openStream, readMetrics, tryComplete, workerSum, type Stream } from './helpers/client.ts';
+import { metric, openStream, readMetrics, tryComplete, type Stream } from './helpers/client.ts';
 import { leftovers, mark, natsServerPattern, pidOf, signal, waitFor, type Marked } from './helpers/processes.ts';
 import { complete, startServe, type Served } from './helpers/serve.ts';
 
@@ -77,10 +77,8 @@ describe('a worker killed in mid-stream', () => {
 });
 
 describe('a worker frozen in mid-stream', () => {
-  it('failures - a frozen worker ends the stream in time, and rejoins by itself when it thaws; what it says of the old epoch changes nothing', async () => {
+  it('failures - a frozen worker ends the stream in time, and rejoins by itself when it thaws; the same answer as before', async () => {
     const epoch = await metric(served, 'shardmesh_mesh_epoch');
-    const staleBefore =
-      (await metric(served, 'shardmesh_stale_messages_total')) + (await workerSum(served, 'shardmesh_worker_stale_frames_total'));
     const stream = await openStream(served, long);
     await stream.reached(8);
     const { worker, pid } = workerPids()[0]!;
@@ -106,9 +104,6 @@ describe('a worker frozen in mid-stream', () => {
     expect(performance.now() - thawedAt).toBeLessThan(servingWithinMs + 500);
     expect(workerPids()[0]).toEqual({ worker, pid });
     expect(await metric(served, 'shardmesh_mesh_epoch')).toBeGreaterThan(epoch);
-    const stale =
-      (await metric(served, 'shardmesh_stale_messages_total')) + (await workerSum(served, 'shardmesh_worker_stale_frames_total'));
-    expect(stale).toBeGreaterThan(staleBefore);
     await sameAnswerAsBefore();
   });
 });

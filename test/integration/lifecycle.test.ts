@@ -287,6 +287,8 @@ describe('workers started by hand', () => {
     const model = join(marked.folder, 'model.gguf');
     copyFileSync(await findModel(modelName), model);
     // Two workers that look for the file themselves find one that was changed after the coordinator had read it.
+    // Workers of the tests before would take the seats with the file as it was.
+    for (const worker of running) await worker.kill('SIGKILL');
     const serve = shardmesh(['serve', '--port', '0', '--model', model, ...serveArgs()], {
       ...marked.env,
       SHARDMESH_CACHE: join(folder, 'cache-serve'),
@@ -299,7 +301,6 @@ describe('workers started by hand', () => {
       () => serve.output(),
     );
     flipByte(model, 60_000_000);
-    for (const worker of running.slice(0, -1)) await worker.kill('SIGKILL');
     mkdirSync(join(folder, 'cache-1'), { recursive: true });
     startWorker(1, []);
     startWorker(2, ['--no-local-model']);
