@@ -1,5 +1,5 @@
 /** From start to end: drains, what is left behind (nothing), workers started by hand, slices that travel, requests that end early. Real processes, the real model. */
-import { copyFileSync, mkdirSync, openSync, closeSync, readdirSync, readSync, statSync, writeSync } from 'node:fs';
+import { copyFileSync, mkdirSync, rmSync, openSync, closeSync, readdirSync, readSync, statSync, writeSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterAll, afterEach, beforeAll, describe, expect, it } from 'vitest';
 import { findNatsServer } from '../../coordinator/mesh/nats-server.ts';
@@ -300,7 +300,9 @@ describe('workers started by hand', () => {
       () => /waiting for \d of 2 workers/.test(serve.output()),
       () => serve.output(),
     );
-    flipByte(model, 60_000_000);
+    // All over the file, so that each rank's slice has one; and no slice of the tests before is left to fall back on.
+    for (let at = 5_000_000; at < 95_000_000; at += 1_000_003) flipByte(model, at);
+    for (const cache of ['cache-1', 'cache-2']) rmSync(join(folder, cache), { recursive: true, force: true });
     mkdirSync(join(folder, 'cache-1'), { recursive: true });
     startWorker(1, []);
     startWorker(2, ['--no-local-model']);
