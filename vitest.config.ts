@@ -11,7 +11,7 @@ export default defineConfig({
     projects: [
       project('unit', ['test/unit/**/*.test.ts', 'test/conformance/**/*.test.ts'], 20_000),
       project('kernels', ['test/kernels/**/*.test.ts'], 120_000),
-      project('mesh', ['test/mesh/**/*.test.ts'], 60_000),
+      project('mesh', ['test/mesh/**/*.test.ts'], 240_000),
       project('integration', ['test/integration/**/*.test.ts'], 180_000),
       project('models', ['test/models/**/*.test.ts'], 1_200_000),
       project('matrix', ['test/matrix/**/*.test.ts'], 3_600_000),

@@ -1,37 +1,70 @@
-/** The whole same-bits matrix: every cut with every link, chunk size, company and cache state, on every executor that this machine has. */
-import { describe, expect, it } from 'vitest';
+/** The whole same-bits matrix: every cut with every link, chunk size, company and cache state, and every cut on every executor. */
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { loadAddon } from '../../kernels/index.ts';
-import { cellName, runCell, type Cell, type CellResult } from './same-bits.ts';
+import { emulatedCli } from './emulated-cli.ts';
+import { companyName, MatrixMesh, plainShape, shapeName, type CellResult, type Company, type MeshShape } from './same-bits.ts';
 
-const plain: Cell = { tp: '1', pp: '1', link: 'auto', others: 0, prefillChunk: 256, cached: false, executor: 'cpu', isa: 'auto' };
 const outputTokens = 24;
 const { isas } = loadAddon().cpuFeatures();
+const everyCompany: Company[] = [0, 8].flatMap((others) => [false, true].map((cached) => ({ others, cached })));
+const alone = everyCompany.slice(0, 2);
 
-/** All combinations but those that say the same twice: a single worker has no link. The reference executor, slow, runs each cut once. */
-function allCells(): Cell[] {
-  const cells: Cell[] = [];
+interface MeshCells {
+  shape: MeshShape;
+  companies: Company[];
+}
+
+/** All combinations but those that say the same twice: a single worker has no link, and slow executors run each cut alone. */
+function allMeshes(): MeshCells[] {
+  const meshes: MeshCells[] = [];
   for (const tp of ['1', '2', '3', '3:2:1', '5'])
     for (const pp of ['1', '2', '3']) {
+      const cut = { ...plainShape, tp, pp };
       for (const link of tp === '1' && pp === '1' ? (['auto'] as const) : (['shm', 'grpc', 'nats'] as const))
-        for (const others of [0, 8])
-          for (const prefillChunk of [256, 7, 64, 129])
-            for (const cached of [false, true]) {
-              // Over the broker a token of a wide cut takes tenths of a second: one chunk size says enough there.
-              if (link === 'nats' && (prefillChunk === 7 || others > 0)) continue;
-              cells.push({ ...plain, tp, pp, link, others, prefillChunk, cached });
-            }
-      for (const isa of isas) cells.push({ ...plain, tp, pp, isa });
-      cells.push({ ...plain, tp, pp, executor: 'reference', cached: true });
+        for (const prefillChunk of [256, 7, 64, 129]) {
+          // Over the broker a token of a wide cut takes tenths of a second: company says enough there with one chunk size.
+          const companies = link === 'nats' && prefillChunk !== 64 ? alone : everyCompany;
+          meshes.push({ shape: { ...cut, link, prefillChunk }, companies });
+        }
+      meshes.push({ shape: { ...cut, isa: 'avx512' }, companies: alone });
+      if (isas.includes('avx512')) meshes.push({ shape: { ...cut, isa: 'avx2' }, companies: alone });
+      meshes.push({ shape: { ...cut, isa: 'portable' }, companies: alone });
+      meshes.push({ shape: { ...cut, executor: 'reference' }, companies: alone });
     }
-  return cells;
+  return meshes;
 }
 
 describe('same bits, whole matrix', () => {
-  let first: Promise<CellResult> | null = null;
-  for (const cell of allCells())
-    it(`same bits - ${cellName(cell)}`, async () => {
-      const want = await (first ??= runCell(plain, outputTokens));
-      const got = await runCell(cell, outputTokens);
-      expect({ ...got, cachedTokens: got.cachedTokens > 0 }).toEqual({ ...want, cachedTokens: cell.cached });
+  let want: CellResult;
+  let wantScores: string;
+
+  beforeAll(async () => {
+    const mesh = await MatrixMesh.start(plainShape);
+    want = await mesh.run({ others: 0, cached: false }, outputTokens);
+    wantScores = await mesh.promptScores(0);
+    await mesh.stop();
+    expect(new Set((JSON.parse(wantScores) as unknown[][])[1]).size).toBeGreaterThan(100);
+  });
+
+  for (const { shape, companies } of allMeshes()) {
+    const emulated = shape.isa === 'avx512' && !isas.includes('avx512');
+    describe(`${shapeName(shape)}${emulated ? ', emulated' : ''}`, () => {
+      let mesh: MatrixMesh;
+      beforeAll(async () => {
+        mesh = await MatrixMesh.start(shape, emulated ? await emulatedCli() : undefined);
+      });
+      afterAll(() => mesh.stop());
+
+      for (const company of companies)
+        it(`same bits - ${companyName(company)}`, async () => {
+          const { greedy, sampled, cachedTokens } = await mesh.run(company, outputTokens);
+          expect(greedy).toBe(want.greedy);
+          expect(sampled).toBe(want.sampled);
+          expect(cachedTokens > 0).toBe(company.cached);
+        });
+      it('same bits - scores of the prompt', async () => {
+        expect(await mesh.promptScores(companies.at(-1)!.others)).toBe(wantScores);
+      });
     });
+  }
 });

@@ -1,23 +1,29 @@
 /**
- * One cell of the same-bits matrix: a way to cut, link, batch, chunk, cache and execute. Every cell must give the same output log-probabilities, compared as
- * exact numbers over HTTP.
+ * The same-bits matrix. A cell is a way to cut, link, batch, chunk, cache and execute; every cell must give the same log-probabilities, compared as exact
+ * numbers over HTTP. A mesh serves four cells: its requests run alone and among others, and twice for each tenant, whose first request finds no cached prefix
+ * and whose second one does.
  */
 import { complete, startServe, type Served } from '../integration/helpers/serve.ts';
 
-export interface Cell {
+export interface MeshShape {
   tp: string;
   pp: string;
   link: 'auto' | 'shm' | 'grpc' | 'nats';
-  /** Other streams that run at the same time. */
-  others: number;
   prefillChunk: number;
-  cached: boolean;
   executor: 'cpu' | 'reference';
   isa: 'auto' | 'avx512' | 'avx2' | 'portable';
 }
 
+export interface Company {
+  /** Other streams that run at the same time. */
+  others: number;
+  cached: boolean;
+}
+
+export const plainShape: MeshShape = { tp: '1', pp: '1', link: 'auto', prefillChunk: 256, executor: 'cpu', isa: 'auto' };
+
 /** Long enough for three chunks of 64, two spans of 256 with its answer, and a block border inside a chunk. */
-export const prompt = [
+const prompt = [
   'A pipeline is only as fast as its slowest stage. When a worker waits for its neighbour it does no useful work, and the time it loses cannot be bought back',
   'later. The usual answer is to cut the work into smaller pieces, so that every stage has something to do while the next piece is on its way. Pieces that are',
   'too small cost more to send than they save, and pieces that are too large leave gaps at the start and at the end. A good scheduler measures both and',
@@ -31,55 +37,79 @@ export interface CellResult {
   greedy: string;
   /** The same with a seed at temperature 1. */
   sampled: string;
-  /** Log-probabilities of the prompt's own tokens. */
-  prompt: string;
+  /** Prompt tokens of the greedy request that came from the prefix cache. */
   cachedTokens: number;
 }
 
-export const cellArguments = ({ tp, pp, link, prefillChunk, executor, isa, cached }: Cell): string[] => [
-  ...['--tp', tp, '--pp', pp, '--link', link, '--executor', executor, '--isa', isa],
-  ...[
-    '--prefill-chunk-max',
-    String(prefillChunk),
-    '--context-tokens-max',
-    '512',
-    '--kv-cache-bytes',
-    '64m',
-    '--log-level',
-    'warn',
-  ],
-  ...(cached ? [] : ['--no-prefix-cache']),
-];
+export const shapeName = ({ tp, pp, link, prefillChunk, executor, isa }: MeshShape): string =>
+  `tp ${tp}, pp ${pp}, ${link}, chunks of ${prefillChunk}, ${executor}${executor === 'cpu' ? ` ${isa}` : ''}`;
 
-export const cellName = ({ tp, pp, link, others, prefillChunk, cached, executor, isa }: Cell): string =>
-  `tp ${tp}, pp ${pp}, ${link}, ${others ? `among ${others} others` : 'alone'}, chunks of ${prefillChunk}, ${cached ? 'cached' : 'not cached'}, ${executor}${executor === 'cpu' ? ` ${isa}` : ''}`;
+export const companyName = ({ others, cached }: Company): string =>
+  `${others ? `among ${others} others` : 'alone'}, ${cached ? 'cached' : 'not cached'}`;
 
-async function ask(served: Served, body: Record<string, unknown>): Promise<{ bits: string; cachedTokens: number }> {
-  const { choices, usage } = await complete(served, { prompt, logprobs: 3, ...body });
-  const logprobs = choices[0]?.logprobs;
-  return {
-    bits: JSON.stringify([logprobs?.tokens, logprobs?.token_logprobs, logprobs?.top_logprobs]),
-    cachedTokens: usage.prompt_tokens_details.cached_tokens,
-  };
-}
+/** The API key of a tenant: prefixes are cached for each tenant apart. */
+const keyOf = (tenant: string): string => `same-bits-tenant-${tenant}`;
+const tenants = ['greedy-alone', 'sampled-alone', 'greedy-among', 'sampled-among', 'others'];
 
-export async function runCell(cell: Cell, outputTokens: number): Promise<CellResult> {
-  const served = await startServe(cellArguments(cell));
-  const stop = new AbortController();
-  try {
-    if (cell.cached) await complete(served, { prompt, max_tokens: 1 });
-    const others = Array.from({ length: cell.others }, async (_, index) => {
-      while (!stop.signal.aborted)
-        await complete(served, { prompt: `Stream number ${index} counts:`, max_tokens: 8 + index, seed: index });
+export class MatrixMesh {
+  readonly #served: Served;
+
+  private constructor(served: Served) {
+    this.#served = served;
+  }
+
+  /** @param main  main file of the command line, when not this build's */
+  static async start({ tp, pp, link, prefillChunk, executor, isa }: MeshShape, main?: string): Promise<MatrixMesh> {
+    const args = [
+      ...['--tp', tp, '--pp', pp, '--link', link, '--executor', executor, '--isa', isa],
+      ...['--prefill-chunk-max', String(prefillChunk), '--context-tokens-max', '512'],
+      ...['--kv-cache-bytes', '64m', '--log-level', 'warn'],
+    ];
+    const env = { SHARDMESH_API_KEYS: tenants.map(keyOf).join(',') };
+    return new MatrixMesh(await startServe(args, { env, timeoutMs: 120_000, ...(main === undefined ? {} : { main }) }));
+  }
+
+  async stop(): Promise<void> {
+    await this.#served.stop();
+  }
+
+  /** A cell that is not cached runs before the cached one of the same company. */
+  async run({ others, cached }: Company, outputTokens: number): Promise<CellResult> {
+    return this.#among(others, async () => {
+      const where = others === 0 ? 'alone' : 'among';
+      const greedy = await this.#ask(`greedy-${where}`, { max_tokens: outputTokens, temperature: 0 });
+      const sampled = await this.#ask(`sampled-${where}`, { max_tokens: outputTokens, temperature: 1, top_p: 0.95, seed: 7 });
+      for (const { cachedTokens } of [greedy, sampled])
+        if (cachedTokens > 0 !== cached) throw new Error(`${cachedTokens} prompt tokens came from the prefix cache`);
+      return { greedy: greedy.bits, sampled: sampled.bits, cachedTokens: greedy.cachedTokens };
     });
-    const greedy = await ask(served, { max_tokens: outputTokens, temperature: 0 });
-    const sampled = await ask(served, { max_tokens: outputTokens, temperature: 1, top_p: 0.95, seed: 7 });
-    const scored = await ask(served, { max_tokens: 0, echo: true });
-    stop.abort();
-    await Promise.all(others);
-    return { greedy: greedy.bits, sampled: sampled.bits, prompt: scored.bits, cachedTokens: greedy.cachedTokens };
-  } finally {
-    stop.abort();
-    await served.stop();
+  }
+
+  /** Log-probabilities of the prompt's own tokens; computed without the prefix cache. */
+  async promptScores(others: number): Promise<string> {
+    return this.#among(others, async () => (await this.#ask('greedy-alone', { max_tokens: 0, echo: true })).bits);
+  }
+
+  async #ask(tenant: string, body: Record<string, unknown>): Promise<{ bits: string; cachedTokens: number }> {
+    const { choices, usage } = await complete(this.#served, { prompt, logprobs: 3, ...body }, keyOf(tenant));
+    const logprobs = choices[0]?.logprobs;
+    return {
+      bits: JSON.stringify([logprobs?.tokens, logprobs?.token_logprobs, logprobs?.top_logprobs]),
+      cachedTokens: usage.prompt_tokens_details.cached_tokens,
+    };
+  }
+
+  async #among<T>(others: number, run: () => Promise<T>): Promise<T> {
+    let stopped = false;
+    const streams = Array.from({ length: others }, async (_, index) => {
+      const body = { prompt: `Stream number ${index} counts:`, max_tokens: 8 + index, seed: index };
+      while (!stopped) await complete(this.#served, body, keyOf('others'));
+    });
+    try {
+      return await run();
+    } finally {
+      stopped = true;
+      await Promise.all(streams);
+    }
   }
 }

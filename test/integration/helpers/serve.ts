@@ -23,9 +23,9 @@ const running = new Set<ChildProcess>();
 process.once('exit', () => running.forEach((child) => child.kill('SIGKILL')));
 
 /** Resolves when it says that it is ready. @throws with its log when it ends or takes longer than `timeoutMs` */
-export async function startServe(args: string[], { timeoutMs = 60_000, env = {} } = {}): Promise<Served> {
-  if (!existsSync(cli)) throw new Error('dist is not built: npm run build');
-  const child = spawn(process.execPath, ['--enable-source-maps', cli, 'serve', '--port', '0', ...args], {
+export async function startServe(args: string[], { timeoutMs = 60_000, env = {}, main = cli } = {}): Promise<Served> {
+  if (!existsSync(main)) throw new Error(`${main} is not built: npm run build`);
+  const child = spawn(process.execPath, ['--enable-source-maps', main, 'serve', '--port', '0', ...args], {
     stdio: ['ignore', 'pipe', 'pipe'],
     env: { ...process.env, ...env },
   });
@@ -83,10 +83,14 @@ export interface Completion {
 }
 
 /** POST /v1/completions. @throws the server's error */
-export async function complete(served: Pick<Served, 'url' | 'model'>, body: Record<string, unknown>): Promise<Completion> {
+export async function complete(
+  served: Pick<Served, 'url' | 'model'>,
+  body: Record<string, unknown>,
+  apiKey?: string,
+): Promise<Completion> {
   const response = await fetch(`${served.url}/v1/completions`, {
     method: 'POST',
-    headers: { 'content-type': 'application/json' },
+    headers: { 'content-type': 'application/json', ...(apiKey === undefined ? {} : { authorization: `Bearer ${apiKey}` }) },
     body: JSON.stringify({ model: served.model, ...body }),
   });
   const completion = (await response.json()) as Completion;
