@@ -7,9 +7,11 @@ import {
   MatrixMesh,
   plainShape,
   shapeName,
+  type Asked,
   type CellResult,
   type Company,
   type MeshShape,
+  type PromptName,
 } from '../matrix/same-bits.ts';
 
 const cold: Company = { others: 0, cached: false };
@@ -17,7 +19,13 @@ const warm: Company = { others: 0, cached: true };
 const coldAmong: Company = { others: 8, cached: false };
 const warmAmong: Company = { others: 8, cached: true };
 
-const meshes: { shape: MeshShape; companies: Company[] }[] = [
+interface MeshCells {
+  shape: MeshShape;
+  companies: Company[];
+  prompt?: PromptName;
+}
+
+const meshes: MeshCells[] = [
   { shape: { ...plainShape, isa: 'avx2' }, companies: [cold, warm] },
   { shape: { ...plainShape, tp: '2', link: 'shm' }, companies: [coldAmong, warmAmong] },
   { shape: { ...plainShape, tp: '3', prefillChunk: 64 }, companies: [cold, warm] },
@@ -29,42 +37,44 @@ const meshes: { shape: MeshShape; companies: Company[] }[] = [
   { shape: { ...plainShape, tp: '2', link: 'grpc', prefillChunk: 129 }, companies: [cold] },
   { shape: { ...plainShape, tp: '2', link: 'nats' }, companies: [cold, warm] },
   { shape: { ...plainShape, pp: '2', link: 'nats', prefillChunk: 64 }, companies: [cold] },
-  { shape: { ...plainShape, isa: 'avx512' }, companies: [cold] },
-  { shape: { ...plainShape, tp: '2', executor: 'reference' }, companies: [cold] },
+  { shape: { ...plainShape, isa: 'avx512' }, companies: [cold], prompt: 'short' },
+  { shape: { ...plainShape, tp: '2', executor: 'reference' }, companies: [cold, warm], prompt: 'short' },
 ];
 const outputTokens = 12;
 
 describe('same bits', () => {
   const { isas } = loadAddon().cpuFeatures();
-  let want: CellResult;
-  let wantScores: string;
+  const want = new Map<PromptName, { cell: CellResult; scores: string }>();
 
-  const runAll = async (shape: MeshShape, companies: Company[], cli?: string) => {
-    const mesh = await MatrixMesh.start(shape, cli);
+  const runAll = async ({ shape, companies }: MeshCells, asked: Asked, main?: string) => {
+    const mesh = await MatrixMesh.start(shape, main);
     try {
-      const results: CellResult[] = [];
-      for (const company of companies) results.push(await mesh.run(company, outputTokens));
-      return { results, scores: await mesh.promptScores(companies[0]!.others) };
+      const cells: CellResult[] = [];
+      for (const company of companies) cells.push(await mesh.run(company, asked));
+      return { cells, scores: await mesh.promptScores(companies[0]!.others, asked) };
     } finally {
       await mesh.stop();
     }
   };
 
   beforeAll(async () => {
-    const { results, scores } = await runAll(plainShape, [cold]);
-    want = results[0]!;
-    wantScores = scores;
-    expect(new Set((JSON.parse(scores) as unknown[][])[1]).size).toBeGreaterThan(100);
+    for (const prompt of ['long', 'short'] as const) {
+      const { cells, scores } = await runAll({ shape: plainShape, companies: [cold] }, { outputTokens, prompt });
+      want.set(prompt, { cell: cells[0]!, scores });
+      expect(new Set((JSON.parse(scores) as unknown[][])[1]).size).toBeGreaterThan(prompt === 'long' ? 100 : 20);
+    }
   });
 
-  for (const { shape, companies } of meshes) {
+  for (const mesh of meshes) {
+    const { shape, companies, prompt = 'long' } = mesh;
     const emulated = shape.isa === 'avx512' && !isas.includes('avx512');
     const names = companies.map(companyName).join(' and ');
     it(`same bits - ${shapeName(shape)}${emulated ? ', emulated' : ''}, ${names} equals one worker`, async () => {
-      const { results, scores } = await runAll(shape, companies, emulated ? await emulatedCli() : undefined);
-      for (const [index, { greedy, sampled, cachedTokens }] of results.entries()) {
-        expect(greedy).toBe(want.greedy);
-        expect(sampled).toBe(want.sampled);
+      const { cells, scores } = await runAll(mesh, { outputTokens, prompt }, emulated ? await emulatedCli() : undefined);
+      const { cell, scores: wantScores } = want.get(prompt)!;
+      for (const [index, { greedy, sampled, cachedTokens }] of cells.entries()) {
+        expect(greedy).toBe(cell.greedy);
+        expect(sampled).toBe(cell.sampled);
         expect(cachedTokens > 0).toBe(companies[index]!.cached);
       }
       expect(scores).toBe(wantScores);

@@ -2,9 +2,18 @@
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { loadAddon } from '../../kernels/index.ts';
 import { emulatedCli } from './emulated-cli.ts';
-import { companyName, MatrixMesh, plainShape, shapeName, type CellResult, type Company, type MeshShape } from './same-bits.ts';
+import {
+  companyName,
+  MatrixMesh,
+  plainShape,
+  shapeName,
+  type Asked,
+  type CellResult,
+  type Company,
+  type MeshShape,
+} from './same-bits.ts';
 
-const outputTokens = 24;
+const asked: Asked = { outputTokens: 24, prompt: 'long' };
 const { isas } = loadAddon().cpuFeatures();
 const everyCompany: Company[] = [0, 8].flatMap((others) => [false, true].map((cached) => ({ others, cached })));
 const alone = everyCompany.slice(0, 2);
@@ -40,8 +49,8 @@ describe('same bits, whole matrix', () => {
 
   beforeAll(async () => {
     const mesh = await MatrixMesh.start(plainShape);
-    want = await mesh.run({ others: 0, cached: false }, outputTokens);
-    wantScores = await mesh.promptScores(0);
+    want = await mesh.run({ others: 0, cached: false }, asked);
+    wantScores = await mesh.promptScores(0, asked);
     await mesh.stop();
     expect(new Set((JSON.parse(wantScores) as unknown[][])[1]).size).toBeGreaterThan(100);
   });
@@ -57,13 +66,13 @@ describe('same bits, whole matrix', () => {
 
       for (const company of companies)
         it(`same bits - ${companyName(company)}`, async () => {
-          const { greedy, sampled, cachedTokens } = await mesh.run(company, outputTokens);
+          const { greedy, sampled, cachedTokens } = await mesh.run(company, asked);
           expect(greedy).toBe(want.greedy);
           expect(sampled).toBe(want.sampled);
           expect(cachedTokens > 0).toBe(company.cached);
         });
       it('same bits - scores of the prompt', async () => {
-        expect(await mesh.promptScores(companies.at(-1)!.others)).toBe(wantScores);
+        expect(await mesh.promptScores(companies.at(-1)!.others, asked)).toBe(wantScores);
       });
     });
   }

@@ -22,15 +22,22 @@ export interface Company {
 
 export const plainShape: MeshShape = { tp: '1', pp: '1', link: 'auto', prefillChunk: 256, executor: 'cpu', isa: 'auto' };
 
-/** Long enough for three chunks of 64, two spans of 256 with its answer, and a block border inside a chunk. */
-const prompt = [
+const sentences = [
   'A pipeline is only as fast as its slowest stage. When a worker waits for its neighbour it does no useful work, and the time it loses cannot be bought back',
   'later. The usual answer is to cut the work into smaller pieces, so that every stage has something to do while the next piece is on its way. Pieces that are',
   'too small cost more to send than they save, and pieces that are too large leave gaps at the start and at the end. A good scheduler measures both and',
   'chooses the size that keeps the line moving. Tensor parallelism is different: here every worker holds a slice of each layer, and all of them meet twice a layer',
   'to add up what they found. The meeting is short, but there are many of them, and each one is as slow as the slowest who comes. That is why it belongs',
   'inside one machine, or at least on one fast link, while the stages of a pipeline may be far apart.',
-].join(' ');
+];
+/** Long enough for three chunks of 64, two spans of 256 with its answer, and a block border inside a chunk; `short` is for executors that are slow. */
+export const prompts = { long: sentences.join(' '), short: sentences[0]! };
+export type PromptName = keyof typeof prompts;
+
+export interface Asked {
+  outputTokens: number;
+  prompt: PromptName;
+}
 
 export interface CellResult {
   /** Output tokens and log-probabilities, greedy. */
@@ -74,11 +81,13 @@ export class MatrixMesh {
   }
 
   /** A cell that is not cached runs before the cached one of the same company. */
-  async run({ others, cached }: Company, outputTokens: number): Promise<CellResult> {
+  async run({ others, cached }: Company, { outputTokens, prompt: name }: Asked): Promise<CellResult> {
+    const prompt = prompts[name];
     return this.#among(others, async () => {
       const where = others === 0 ? 'alone' : 'among';
-      const greedy = await this.#ask(`greedy-${where}`, { max_tokens: outputTokens, temperature: 0 });
-      const sampled = await this.#ask(`sampled-${where}`, { max_tokens: outputTokens, temperature: 1, top_p: 0.95, seed: 7 });
+      const greedy = await this.#ask(`greedy-${where}`, { prompt, max_tokens: outputTokens, temperature: 0 });
+      const seeded = { prompt, max_tokens: outputTokens, temperature: 1, top_p: 0.95, seed: 7 };
+      const sampled = await this.#ask(`sampled-${where}`, seeded);
       for (const { cachedTokens } of [greedy, sampled])
         if (cachedTokens > 0 !== cached) throw new Error(`${cachedTokens} prompt tokens came from the prefix cache`);
       return { greedy: greedy.bits, sampled: sampled.bits, cachedTokens: greedy.cachedTokens };
@@ -86,12 +95,13 @@ export class MatrixMesh {
   }
 
   /** Log-probabilities of the prompt's own tokens; computed without the prefix cache. */
-  async promptScores(others: number): Promise<string> {
-    return this.#among(others, async () => (await this.#ask('greedy-alone', { max_tokens: 0, echo: true })).bits);
+  async promptScores(others: number, { prompt: name }: Pick<Asked, 'prompt'>): Promise<string> {
+    const body = { prompt: prompts[name], max_tokens: 0, echo: true };
+    return this.#among(others, async () => (await this.#ask('greedy-alone', body)).bits);
   }
 
   async #ask(tenant: string, body: Record<string, unknown>): Promise<{ bits: string; cachedTokens: number }> {
-    const { choices, usage } = await complete(this.#served, { prompt, logprobs: 3, ...body }, keyOf(tenant));
+    const { choices, usage } = await complete(this.#served, { logprobs: 3, ...body }, keyOf(tenant));
     const logprobs = choices[0]?.logprobs;
     return {
       bits: JSON.stringify([logprobs?.tokens, logprobs?.token_logprobs, logprobs?.top_logprobs]),
