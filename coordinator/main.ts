@@ -5,6 +5,7 @@ import { openModel } from '../kernels/model-file/model-file.ts';
 import { ShardmeshError } from '../protocol/errors.ts';
 import { newMeshId, newPlacementId, newWorkerId, type MeshId, type PlacementId, type WorkerId } from '../protocol/ids.ts';
 import { protocolVersionMax, protocolVersionMin } from '../protocol/limits.ts';
+import { TraceRecorder } from '../protocol/trace.ts';
 import { connectNats } from '../protocol/nats-transport.ts';
 import { meshSubjects } from '../protocol/subjects.ts';
 import type { CoordinatorConfig } from './config.ts';
@@ -21,6 +22,9 @@ import { WorkerProcesses } from './mesh/worker-processes.ts';
 import { createLog, type Logger } from './observe/log.ts';
 import { Metrics } from './observe/metrics.ts';
 import { meshMetrics } from './observe/mesh-metrics.ts';
+import { traceDocument } from './observe/trace-document.ts';
+import { takeTrace } from './observe/trace-session.ts';
+import { summarizeTrace } from './observe/trace-summary.ts';
 import { planModel } from './planner/model-plan.ts';
 import { createTextModel } from './text/text-model.ts';
 
@@ -135,8 +139,10 @@ async function start(
     if (!seat) throw new ShardmeshError('internal', `no seat ${stage}.${rank}`);
     return seat;
   };
+  const recorder = new TraceRecorder();
   const service = await MeshService.start({
     transport,
+    recorder,
     meshId,
     onFatal,
     event,
@@ -186,6 +192,7 @@ async function start(
   const engine = new ShardmeshEngine({
     text,
     transport: service,
+    recorder,
     modelSha256: facts.sourceSha256,
     kvType: firstSeat.program.kv.key,
     prefixCacheSecret: config.prefixCache ? randomBytes(32) : null,
@@ -220,6 +227,11 @@ async function start(
     canary: (freshMs) => engine.canary(freshMs),
     metrics,
     log,
+    recorder,
+    trace: async (milliseconds) => {
+      const processes = await takeTrace(service, recorder, milliseconds);
+      return { ...traceDocument(processes), summary: summarizeTrace(processes) };
+    },
   });
   cleanup.add(() => http.close());
 

@@ -131,6 +131,17 @@ export interface StepDone {
   /** Empty on every worker but rank 0 of the last stage. */
   outputs: OutputResult[];
   timings: StepTimings;
+  /** On the compute thread, CLOCK_MONOTONIC. */
+  beganUs: number;
+  endedUs: number;
+  /** Null unless traced. */
+  spans: StepSpans | null;
+}
+
+/** What the compute thread did in a traced step: [index into `names`, began, ended] of each action and of each wait inside one, microseconds. */
+export interface StepSpans {
+  names: string[];
+  values: Float64Array;
 }
 
 /** A frame of the mesh between ranks: reductions, gathers, hidden states, sampled ids. Same fields as the wire header. */
@@ -199,6 +210,8 @@ export interface NativeExecutor {
   submit(step: StepInput): void;
   /** A frame of the host driver that arrived; the bytes are copied. False: nobody wants it (unknown peer, wrong kind, late, twice, too many waiting). */
   deliver(frame: NativeFrame): boolean;
+  /** From the next step on, every action and every wait is recorded (`StepDone.spans`), or none. */
+  trace(on: boolean): void;
   /** Fails the running and queued steps. Resolves when the compute threads are idle. */
   abort(reason: string): Promise<void>;
   /** Ends the compute threads and frees everything. Idempotent; anything else throws afterwards. */

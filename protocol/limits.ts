@@ -106,6 +106,17 @@ export const grpcLimits = {
   keepaliveTimeoutMs: 2_000,
 } as const;
 
+/** A trace: spans are kept in memory while it is taken, and travel in parts. */
+export const traceLimits = {
+  millisecondsMax: 30_000,
+  /** Of one process; about 100 bytes each in the finished file. */
+  spansMax: 500_000,
+  spansPerMessageMax: 8_000,
+  namesMax: 256,
+  clockRounds: 9,
+  answerTimeoutMs: 5_000,
+} as const;
+
 /** Timers of the control plane, milliseconds. Clocks are monotonic. */
 export const meshTimers = {
   heartbeatMs: 500,

@@ -24,7 +24,7 @@ import {
   type Check,
 } from './checks.ts';
 import { ProtocolError } from './errors.ts';
-import { httpLimits, meshLimits, messageLimits, stepLimits } from './limits.ts';
+import { httpLimits, meshLimits, messageLimits, stepLimits, traceLimits } from './limits.ts';
 import type {
   Assign,
   Connect,
@@ -41,6 +41,9 @@ import type {
   Rejoin,
   Release,
   ShardReady,
+  Trace,
+  TraceClock,
+  TraceSpans,
   WorkerFacts,
   WorkerFailed,
   WorkerMessage,
@@ -57,6 +60,7 @@ import type {
   StepPlan,
   StepResult,
 } from './step-plan.ts';
+import { lanes, spanNumbers, type CpuUse } from './trace.ts';
 
 const packr = new Packr({ useRecords: false, moreTypes: false, structuredClone: false, variableMapSize: true });
 const unpackr = new Unpackr({ useRecords: false, mapsAsObjects: true, int64AsType: 'bigint', structuredClone: false });
@@ -334,6 +338,26 @@ const workerChecks: Checks<WorkerMessage> = {
     roundTripUs: list(amount, messageLimits.probeRoundsMax),
     error: nullable(message),
   }),
+  trace_clock: record<TraceClock>({ type: type('trace_clock'), id: count, worker: id, atUs: amount }),
+  trace_spans: record<TraceSpans>(
+    {
+      type: type('trace_spans'),
+      id: count,
+      worker: id,
+      baseUs: amount,
+      names: list(name, traceLimits.namesMax),
+      spans: list(amount, traceLimits.spansPerMessageMax * spanNumbers),
+      dropped: count,
+      cpu: nullable(record<CpuUse>({ loopUs: amount, loopWaitUs: amount, processUs: amount })),
+    },
+    ({ names, spans }) => {
+      demand(spans.length % spanNumbers === 0, `has ${spans.length} numbers of spans, a multiple of ${spanNumbers} is needed`);
+      for (let i = 0; i < spans.length; i += spanNumbers) {
+        demand(names[spans[i]!] !== undefined, `has no name ${spans[i]}`);
+        demand(lanes[spans[i + 1]!] !== undefined, `has no lane ${spans[i + 1]}`);
+      }
+    },
+  ),
   step_result: stepResult,
 };
 
@@ -390,6 +414,7 @@ const coordinatorChecks: Checks<CoordinatorMessage> = {
     bytes: integer(0, messageLimits.probeBytesMax),
     rounds: integer(1, messageLimits.probeRoundsMax),
   }),
+  trace: record<Trace>({ type: type('trace'), id: count, action: oneOf('clock', 'start', 'stop') }),
   step_plan: stepPlan,
 };
 

@@ -4,6 +4,7 @@
  */
 import type { LinkDriver, Placement } from './placement.ts';
 import type { StepPlan, StepResult } from './step-plan.ts';
+import type { CpuUse } from './trace.ts';
 
 export interface WorkerFacts {
   /** Same value = same host and same process namespace: shared memory is possible. */
@@ -182,7 +183,43 @@ export interface ProbeResult {
   error: string | null;
 }
 
+/** Coordinator -> worker: tell your clock; begin to record spans (and tell it); stop, and send what was recorded. */
+export interface Trace {
+  type: 'trace';
+  id: number;
+  action: 'clock' | 'start' | 'stop';
+}
+export interface TraceClock {
+  type: 'trace_clock';
+  id: number;
+  worker: string;
+  /** Monotonic microseconds. */
+  atUs: number;
+}
+/** A part of what was recorded; `spans` as `protocol/trace.ts` says, start counted from `baseUs`. */
+export interface TraceSpans {
+  type: 'trace_spans';
+  id: number;
+  worker: string;
+  baseUs: number;
+  names: string[];
+  spans: number[];
+  dropped: number;
+  /** CPU time while it was taken; only the last part has it. */
+  cpu: CpuUse | null;
+}
+
 export type WorkerMessage =
-  Join | Heartbeat | LoadProgress | ShardReady | Connected | WorkerFailed | Leaving | ProbeResult | StepResult;
-export type CoordinatorMessage = Assign | Connect | Release | Rejoin | Drain | Probe | StepPlan;
+  | Join
+  | Heartbeat
+  | LoadProgress
+  | ShardReady
+  | Connected
+  | WorkerFailed
+  | Leaving
+  | ProbeResult
+  | TraceClock
+  | TraceSpans
+  | StepResult;
+export type CoordinatorMessage = Assign | Connect | Release | Rejoin | Drain | Probe | Trace | StepPlan;
 export type Message = WorkerMessage | CoordinatorMessage;

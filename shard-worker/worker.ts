@@ -15,16 +15,19 @@ import type {
   Heartbeat,
   Probe,
   Release,
+  Trace,
   WorkerFacts,
   WorkerMessage,
   WorkerStats,
 } from '../protocol/messages.ts';
 import type { StepPlan } from '../protocol/step-plan.ts';
 import { meshSubjects, type MeshSubjects } from '../protocol/subjects.ts';
+import { TraceRecorder, monotonicUs } from '../protocol/trace.ts';
 import type { Transport, TransportSubscription } from '../protocol/transport.ts';
 import { WorkerLinks } from './links/worker-links.ts';
 import { ModelRunner, PlanError } from './model-runner.ts';
 import { loadShard, shardKey, type LoadShardOptions, type Shard } from './shard.ts';
+import { WorkerTrace } from './worker-trace.ts';
 
 export interface WorkerOptions {
   credentials: Credentials;
@@ -65,6 +68,8 @@ export class ShardWorker {
   #peers: Connect['peers'] = [];
   #plans: { placement: string; subscription: TransportSubscription } | null = null;
   #stalePlans = 0;
+  readonly #recorder = new TraceRecorder();
+  readonly #trace: WorkerTrace;
   #queue: Promise<void> = Promise.resolve();
   #heartbeat: NodeJS.Timeout | null = null;
   #closed = false;
@@ -74,6 +79,10 @@ export class ShardWorker {
     this.#worker = worker;
     this.#subjects = meshSubjects(options.credentials.mesh);
     this.#links = links;
+    this.#trace = new WorkerTrace(worker, this.#recorder, {
+      record: (on) => this.#shard?.executor.trace(on),
+      send: (message) => this.#send(message),
+    });
   }
 
   /** Listens, joins, and goes on until `close`. */
@@ -114,6 +123,7 @@ export class ShardWorker {
 
   #receive(bytes: Uint8Array): void {
     if (this.#closed) return;
+    const receivedUs = this.#recorder.on ? monotonicUs() : 0;
     let message: CoordinatorMessage;
     try {
       message = decodeCoordinatorMessage(bytes);
@@ -121,7 +131,13 @@ export class ShardWorker {
       this.#options.log('warn', 'message_refused', { message: (error as Error).message });
       return;
     }
-    if (message.type === 'step_plan') return this.#plan(message);
+    if (message.type === 'step_plan') {
+      if (this.#recorder.on) this.#recorder.add('decode plan', message.step, receivedUs);
+      this.#plan(message);
+      if (this.#recorder.on) this.#recorder.add('receive plan', message.step, receivedUs);
+      return;
+    }
+    if (message.type === 'trace') return this.#trace.receive(message);
     // A newer epoch ends the running one at once, even while an older message is still being worked on.
     if (message.type === 'assign' || message.type === 'release')
       this.#endEpoch(message.type === 'assign' ? message.placement.epoch : message.epoch + 1);
@@ -131,7 +147,7 @@ export class ShardWorker {
       .catch((error: unknown) => this.#fail(toShardmeshError(error), 0, null));
   }
 
-  async #handle(message: Exclude<CoordinatorMessage, StepPlan>): Promise<void> {
+  async #handle(message: Exclude<CoordinatorMessage, StepPlan | Trace>): Promise<void> {
     switch (message.type) {
       case 'assign':
         return this.#load(message);
@@ -305,7 +321,9 @@ export class ShardWorker {
     }
     try {
       this.#options.log('debug', 'step', { step: plan.step, epoch: plan.epoch, sequences: plan.sequences.length });
+      const startUs = this.#recorder.on ? monotonicUs() : 0;
       this.#runner.submit(plan);
+      if (this.#recorder.on) this.#recorder.add('submit', plan.step, startUs);
     } catch (error) {
       const code = error instanceof PlanError ? 'plan_error' : 'internal';
       this.#failed(code, plan.step, (error as Error).message, null);
@@ -324,6 +342,12 @@ export class ShardWorker {
   }
 
   #stepDoneBy(done: StepDone): void {
+    const startUs = this.#recorder.on ? monotonicUs() : 0;
+    this.#report(done);
+    if (this.#recorder.on) this.#trace.step(done, startUs);
+  }
+
+  #report(done: StepDone): void {
     const { step, outputs, timings } = done;
     this.#stepDone = step;
     this.#stats.steps++;
@@ -335,7 +359,9 @@ export class ShardWorker {
     const assign = this.#assign;
     if (!assign || !this.#runner) return;
     if (assign.rank !== 0 || assign.stage !== assign.placement.stages.length - 1) return;
+    const startUs = this.#recorder.on ? monotonicUs() : 0;
     this.#send({ type: 'step_result', placement: assign.placement.id, epoch: this.#epoch, step, outputs, ...timings });
+    if (this.#recorder.on) this.#recorder.add('publish result', step, startUs);
   }
 
   #fail(error: ShardmeshError, step: number, peer: PeerAddress | null): void {

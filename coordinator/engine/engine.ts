@@ -9,6 +9,7 @@
 import { errorEntry, ShardmeshError, toShardmeshError } from '../../protocol/errors.ts';
 import { httpLimits } from '../../protocol/limits.ts';
 import type { SamplingParams, StepOutput, StepPlan, StepResult } from '../../protocol/step-plan.ts';
+import { monotonicUs, TraceRecorder } from '../../protocol/trace.ts';
 import { BlockPool } from '../kv-cache/block-pool.ts';
 import { PrefixCache } from '../kv-cache/prefix-cache.ts';
 import { Scheduler, type Progress, type SchedulerCounts } from '../scheduler/scheduler.ts';
@@ -51,6 +52,7 @@ export interface EngineOptions {
   waitingRequestsMax?: number;
   /** Monotonic milliseconds. */
   now?: () => number;
+  recorder?: TraceRecorder;
   /** Hears of each plan that is published, and of which requests it has rows: so that one request can be followed through the logs. */
   onPlan?: (plan: StepPlan, requestIds: string[]) => void;
 }
@@ -107,6 +109,7 @@ const canaryTenant = '(canary)';
 export class ShardmeshEngine implements Engine {
   readonly #options: EngineOptions;
   readonly #now: () => number;
+  readonly #recorder: TraceRecorder;
   readonly #live = new Map<string, LiveRequest>();
   readonly #choiceOf = new Map<Sequence, { live: LiveRequest; choice: Choice }>();
   #mesh: MeshEpoch | null = null;
@@ -135,6 +138,7 @@ export class ShardmeshEngine implements Engine {
   constructor(options: EngineOptions) {
     this.#options = options;
     this.#now = options.now ?? (() => performance.now());
+    this.#recorder = options.recorder ?? new TraceRecorder();
     options.transport.onEpoch((mesh) => this.#begin(mesh));
     options.transport.onLost((fault) => this.#lose(fault));
     options.transport.onResult((result) => this.#receive(result));
@@ -279,8 +283,10 @@ export class ShardmeshEngine implements Engine {
     try {
       while (this.#scheduler !== null && this.#options.transport.ready) {
         const now = this.#now();
+        const startUs = this.#recorder.on ? monotonicUs() : 0;
         const plan: StepPlan | null = this.#scheduler.schedule(now);
         if (plan === null) break;
+        if (this.#recorder.on) this.#recorder.add('plan', plan.step, startUs);
         this.#pipeline.published(plan, now);
         this.#options.onPlan?.(plan, this.#requestsOf(plan));
         this.#options.transport.publishPlan(plan);
@@ -318,8 +324,12 @@ export class ShardmeshEngine implements Engine {
       this.#staleResults++;
       return;
     }
+    const recorder = this.#recorder;
+    const startUs = recorder.on ? monotonicUs() : 0;
+    let deliveryUs = 0;
     try {
       const progress = scheduler.complete(result);
+      if (recorder.on) recorder.add('commit', result.step, startUs, (deliveryUs = monotonicUs()));
       const now = this.#now();
       this.#lastStepDone = result.step;
       this.#lastStepAt = now;
@@ -329,6 +339,7 @@ export class ShardmeshEngine implements Engine {
         now,
       );
       for (const one of progress) this.#deliver(one);
+      if (recorder.on) recorder.add('deliver', result.step, deliveryUs);
     } catch (error) {
       this.#giveUp(error);
       return;
@@ -349,8 +360,10 @@ export class ShardmeshEngine implements Engine {
     const { request } = live;
     const logprob = request.sampling.logprobs === null ? null : tokenLogprob(output, request.sampling.logprobs);
     // The text of a token that ends the sequence is nobody's.
+    const startUs = this.#recorder.on ? monotonicUs() : 0;
     const { text, stopped } =
       finished === 'stop' ? noText : this.#textOf(choice, sequence, choice.detokenizer.push(output.token));
+    if (this.#recorder.on) this.#recorder.add('detokenise', 0, startUs);
     live.events.push({ type: 'token', choice: choice.index, token: output.token, text, logprob });
     if (stopped) {
       this.#scheduler!.end(sequence);

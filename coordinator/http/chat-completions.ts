@@ -8,7 +8,7 @@ import { chatLogprob } from './logprobs.ts';
 import { engineRequest } from './request-parameters.ts';
 import { runRequests, usage } from './run-request.ts';
 import { chatSchema, type MessageBody } from './schemas.ts';
-import { checkModel, requestContext, timeLimits, type HttpServerOptions } from './server.ts';
+import { checkModel, requestContext, type HttpServerOptions } from './server.ts';
 import { streamReply } from './stream-reply.ts';
 
 export function chatMessages(messages: readonly MessageBody[]): ChatMessage[] {
@@ -38,7 +38,6 @@ interface Choice {
 
 export function chatCompletions(app: FastifyInstance, options: HttpServerOptions): void {
   const { text, model } = options;
-  const limits = timeLimits(options);
   app.post('/v1/chat/completions', async (request, reply) => {
     const body = checkBody(chatSchema, request.body);
     checkModel(model, body.model);
@@ -64,7 +63,7 @@ export function chatCompletions(app: FastifyInstance, options: HttpServerOptions
         choices: [{ index, delta, logprobs, finish_reason: reason }],
         ...(body.stream_options?.include_usage ? { usage: null } : {}),
       });
-      return streamReply(request, reply, limits, async (sse) => {
+      return streamReply(request, reply, options, async (sse) => {
         const begun = new Set<number>();
         const begin = async (choice: number): Promise<void> => {
           if (begun.has(choice)) return;

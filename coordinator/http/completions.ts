@@ -8,7 +8,7 @@ import { CompletionLogprobs } from './logprobs.ts';
 import { engineRequest } from './request-parameters.ts';
 import { runRequests, usage } from './run-request.ts';
 import { completionSchema, type Prompt } from './schemas.ts';
-import { checkModel, requestContext, timeLimits, type HttpServerOptions } from './server.ts';
+import { checkModel, requestContext, type HttpServerOptions } from './server.ts';
 import { streamReply } from './stream-reply.ts';
 
 /** Each prompt as token ids. */
@@ -32,7 +32,6 @@ interface Choice {
 
 export function completions(app: FastifyInstance, options: HttpServerOptions): void {
   const { text, model } = options;
-  const limits = timeLimits(options);
   app.post('/v1/completions', async (request, reply) => {
     const body = checkBody(completionSchema, request.body);
     checkModel(model, body.model);
@@ -74,7 +73,7 @@ export function completions(app: FastifyInstance, options: HttpServerOptions): v
         choices: [{ index, text: piece, logprobs, finish_reason: reason }],
         ...(body.stream_options?.include_usage ? { usage: null } : {}),
       });
-      return streamReply(request, reply, limits, async (sse) => {
+      return streamReply(request, reply, options, async (sse) => {
         const offsets = new Map<number, number>();
         await runRequests(options, requests, request, async (promptIndex, event) => {
           if (event.type === 'prompt') {

@@ -25,6 +25,8 @@ import { models } from './models.ts';
 import { requestDeadline, type RequestContext } from './request-parameters.ts';
 import { emptySummary, type RequestSummary } from './run-request.ts';
 import { tokenize } from './tokenize.ts';
+import { trace } from './trace.ts';
+import type { TraceRecorder } from '../../protocol/trace.ts';
 
 export interface ServedModel {
   /** Name in the API. */
@@ -55,6 +57,10 @@ export interface HttpServerOptions {
     observeTokenGap(milliseconds: number): void;
   };
   log: FastifyBaseLogger;
+  /** Records what is written to streams, while it is on. */
+  recorder: TraceRecorder;
+  /** A timeline of the mesh over the next moments, as an object of JSON. */
+  trace(milliseconds: number): Promise<object>;
   /** Shorter waits than those of `httpLimits`, for tests. */
   limits?: Partial<HttpTimeLimits>;
 }
@@ -251,6 +257,7 @@ function buildApp(options: HttpServerOptions, isDraining: () => boolean): Fastif
   completions(app, options);
   models(app, options);
   tokenize(app, options);
+  trace(app, options);
   health(app, options, isDraining);
   return app;
 }

@@ -5,6 +5,7 @@
 import type { ServerResponse } from 'node:http';
 import { httpLimits } from '../../protocol/limits.ts';
 import { ShardmeshError } from '../../protocol/errors.ts';
+import { monotonicUs, type TraceRecorder } from '../../protocol/trace.ts';
 import { onDisconnect } from './disconnect.ts';
 
 export interface SseLimits {
@@ -15,11 +16,18 @@ export interface SseLimits {
 export class SseWriter {
   readonly #response: ServerResponse;
   readonly #limits: SseLimits;
+  readonly #recorder: TraceRecorder;
   readonly #comment: NodeJS.Timeout;
   #ended = false;
 
-  constructor(response: ServerResponse, headers: Record<string, string>, limits: SseLimits = httpLimits) {
+  constructor(
+    response: ServerResponse,
+    headers: Record<string, string>,
+    recorder: TraceRecorder,
+    limits: SseLimits = httpLimits,
+  ) {
     this.#response = response;
+    this.#recorder = recorder;
     this.#limits = limits;
     response.writeHead(200, {
       'content-type': 'text/event-stream; charset=utf-8',
@@ -64,7 +72,10 @@ export class SseWriter {
       await this.#drained();
     if (this.#ended || response.destroyed || response.req.socket.destroyed) throw new ShardmeshError('request_cancelled');
     this.#comment.refresh();
-    if (!response.write(text)) await this.#drained();
+    const startUs = this.#recorder.on ? monotonicUs() : 0;
+    const flows = response.write(text);
+    if (this.#recorder.on) this.#recorder.add('sse write', 0, startUs);
+    if (!flows) await this.#drained();
   }
 
   #drained(): Promise<void> {

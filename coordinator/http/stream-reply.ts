@@ -1,6 +1,6 @@
 import type { FastifyReply, FastifyRequest } from 'fastify';
 import { httpError, errorBody } from './errors.ts';
-import type { HttpTimeLimits } from './server.ts';
+import { timeLimits, type HttpServerOptions } from './server.ts';
 import { SseWriter } from './sse-writer.ts';
 
 /**
@@ -10,14 +10,14 @@ import { SseWriter } from './sse-writer.ts';
 export async function streamReply(
   request: FastifyRequest,
   reply: FastifyReply,
-  limits: HttpTimeLimits,
+  options: Pick<HttpServerOptions, 'limits' | 'recorder'>,
   write: (sse: Pick<SseWriter, 'send'>) => Promise<void>,
 ): Promise<FastifyReply> {
   let writer: SseWriter | null = null;
   const open = (): SseWriter => {
     if (!writer) {
       reply.hijack();
-      writer = new SseWriter(reply.raw, { 'x-request-id': request.id }, limits);
+      writer = new SseWriter(reply.raw, { 'x-request-id': request.id }, options.recorder, timeLimits(options));
     }
     return writer;
   };

@@ -4,17 +4,20 @@
 import { toShardmeshError } from '../../protocol/errors.ts';
 import type { MeshId, PlacementId, WorkerId } from '../../protocol/ids.ts';
 import { decodeWorkerMessage, encodeMessage } from '../../protocol/message-codec.ts';
-import type { CoordinatorMessage, WorkerMessage } from '../../protocol/messages.ts';
+import type { CoordinatorMessage, Trace, TraceClock, TraceSpans, WorkerMessage } from '../../protocol/messages.ts';
 import type { StepPlan, StepResult } from '../../protocol/step-plan.ts';
 import { meshSubjects, sourceOf, type MeshSubjects } from '../../protocol/subjects.ts';
+import { monotonicUs, TraceRecorder } from '../../protocol/trace.ts';
 import type { Transport } from '../../protocol/transport.ts';
 import type { MeshEpoch, MeshFault, StepTransport } from '../engine/step-transport.ts';
+import type { TraceMesh } from '../observe/trace-session.ts';
 import { Mesh, type MeshOptions } from './mesh.ts';
 
 export interface MeshServiceOptions {
   transport: Transport;
   meshId: MeshId;
   mesh: MeshOptions;
+  recorder?: TraceRecorder;
   onFatal(error: Error): void;
   event(name: string, fields: Record<string, unknown>): void;
 }
@@ -24,7 +27,7 @@ const pingEveryMs = 500;
 /** A worker whose connection ended is lost when it does not show itself for this long (it has two connections, and may be back). */
 const goodbyeMs = 700;
 
-export class MeshService implements StepTransport {
+export class MeshService implements StepTransport, TraceMesh {
   readonly mesh: Mesh;
   readonly #options: MeshServiceOptions;
   readonly #subjects: MeshSubjects;
@@ -32,6 +35,8 @@ export class MeshService implements StepTransport {
   readonly #onEpoch: ((epoch: MeshEpoch) => void)[] = [];
   readonly #onLost: ((fault: MeshFault) => void)[] = [];
   #timer: NodeJS.Timeout | null = null;
+  readonly #recorder: TraceRecorder;
+  #onTrace: ((message: TraceClock | TraceSpans) => void) | null = null;
   /** When the ping that is under way was sent, and the next may be. */
   #pingSentAt: number | null = null;
   #pingNotBefore = 0;
@@ -39,6 +44,7 @@ export class MeshService implements StepTransport {
 
   private constructor(options: MeshServiceOptions) {
     this.#options = options;
+    this.#recorder = options.recorder ?? new TraceRecorder();
     this.#subjects = meshSubjects(options.meshId);
     this.mesh = new Mesh(options.mesh, {
       send: (worker, message) => this.#send(worker, message),
@@ -84,8 +90,13 @@ export class MeshService implements StepTransport {
   }
 
   publishPlan(plan: StepPlan): void {
+    const recorder = this.#recorder;
     try {
-      const sent = this.#options.transport.publish(this.#subjects.plan(plan.placement as PlacementId), encodeMessage(plan));
+      let startUs = recorder.on ? monotonicUs() : 0;
+      const bytes = encodeMessage(plan);
+      if (recorder.on) recorder.add('encode plan', plan.step, startUs, (startUs = monotonicUs()));
+      const sent = this.#options.transport.publish(this.#subjects.plan(plan.placement as PlacementId), bytes);
+      if (recorder.on) recorder.add('publish plan', plan.step, startUs);
       if (!sent) this.mesh.brokerLost();
     } catch (error) {
       // Larger than the broker takes: the engine's limits keep plans far below that.
@@ -110,6 +121,20 @@ export class MeshService implements StepTransport {
 
   reportFault(fault: MeshFault): void {
     this.mesh.stepFailed(fault, performance.now());
+  }
+
+  traceWorkers(): { worker: string; name: string }[] {
+    return this.mesh
+      .members()
+      .flatMap(({ worker, seat }) => (seat ? [{ worker, name: `worker ${seat.stage}.${seat.rank}` }] : []));
+  }
+
+  sendTrace(worker: string, message: Trace): void {
+    this.#send(worker, message);
+  }
+
+  onTrace(listener: ((message: TraceClock | TraceSpans) => void) | null): void {
+    this.#onTrace = listener;
   }
 
   /** The broker says that a connection of a worker ended. */
@@ -139,6 +164,8 @@ export class MeshService implements StepTransport {
   }
 
   #receive(bytes: Uint8Array, subject: string): void {
+    const recorder = this.#recorder;
+    const startUs = recorder.on ? monotonicUs() : 0;
     let message: WorkerMessage;
     try {
       message = decodeWorkerMessage(bytes);
@@ -152,7 +179,11 @@ export class MeshService implements StepTransport {
       this.refusedMessages++;
       return;
     }
+    if (message.type === 'trace_clock' || message.type === 'trace_spans') return this.#onTrace?.(message);
+    const step = message.type === 'step_result' ? message.step : 0;
+    if (step > 0 && recorder.on) recorder.add('decode result', step, startUs);
     this.mesh.receive(worker, message, performance.now());
+    if (step > 0 && recorder.on) recorder.add('receive result', step, startUs);
   }
 
   #send(worker: string, message: CoordinatorMessage): void {

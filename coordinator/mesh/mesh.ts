@@ -15,6 +15,8 @@ import type {
   Join,
   ProbeResult,
   ShardReady,
+  TraceClock,
+  TraceSpans,
   WorkerFacts,
   WorkerMessage,
 } from '../../protocol/messages.ts';
@@ -252,7 +254,7 @@ export class Mesh {
   }
 
   /** A message of `worker`; the sender is known from the subject, so it cannot be somebody else. */
-  receive(worker: string, message: WorkerMessage, now: number): void {
+  receive(worker: string, message: Exclude<WorkerMessage, TraceClock | TraceSpans>, now: number): void {
     this.#now = Math.max(this.#now, now);
     const member = this.#members.get(worker);
     if (message.type === 'join') return this.#join(message);

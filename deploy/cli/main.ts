@@ -8,6 +8,7 @@ const commands: Record<string, () => Promise<Command>> = {
   worker: async () => (await import('./worker.ts')).workerCommand(),
   plan: async () => (await import('./plan.ts')).planCommand(),
   models: async () => (await import('./models.ts')).modelsCommand(),
+  trace: async () => (await import('./trace.ts')).traceCommand(),
   keys: async () => (await import('./keys.ts')).keysCommand(),
   doctor: async () => (await import('./doctor.ts')).doctorCommand(),
 };

@@ -1,6 +1,7 @@
 // NativeExecutor of kernels/binding-types.ts over the C++ Executor.
 #include <napi.h>
 
+#include <algorithm>
 #include <memory>
 #include <stdexcept>
 #include <variant>
@@ -49,6 +50,27 @@ Napi::Value pair_list(Napi::Env env, const std::vector<std::pair<int32_t, float>
   return array;
 }
 
+// [name index, began, ended] of each span, microseconds.
+Napi::Object spans_object(Napi::Env env, const std::vector<StepSpan>& spans) {
+  Napi::Array names = Napi::Array::New(env);
+  Napi::Float64Array values = Napi::Float64Array::New(env, spans.size() * 3);
+  std::vector<const char*> known;
+  for (size_t i = 0; i < spans.size(); i++) {
+    const size_t index = static_cast<size_t>(std::find(known.begin(), known.end(), spans[i].name) - known.begin());
+    if (index == known.size()) {
+      known.push_back(spans[i].name);
+      names.Set(static_cast<uint32_t>(index), spans[i].name);
+    }
+    values[i * 3] = static_cast<double>(index);
+    values[i * 3 + 1] = static_cast<double>(spans[i].began_ns) / 1000.0;
+    values[i * 3 + 2] = static_cast<double>(spans[i].ended_ns) / 1000.0;
+  }
+  Napi::Object object = Napi::Object::New(env);
+  object.Set("names", names);
+  object.Set("values", values);
+  return object;
+}
+
 Napi::Object done_object(Napi::Env env, const StepDone& done) {
   Napi::Array outputs = Napi::Array::New(env, done.outputs.size());
   for (size_t i = 0; i < done.outputs.size(); i++) {
@@ -70,6 +92,9 @@ Napi::Object done_object(Napi::Env env, const StepDone& done) {
   object.Set("step", done.step);
   object.Set("outputs", outputs);
   object.Set("timings", timings);
+  object.Set("beganUs", static_cast<double>(done.began_ns) / 1000.0);
+  object.Set("endedUs", static_cast<double>(done.ended_ns) / 1000.0);
+  object.Set("spans", done.spans.empty() ? env.Null() : Napi::Value(spans_object(env, done.spans)));
   return object;
 }
 
@@ -138,6 +163,7 @@ class ExecutorWrap : public Napi::ObjectWrap<ExecutorWrap> {
                            InstanceMethod<&ExecutorWrap::close_slots>("closeSlots"),
                            InstanceMethod<&ExecutorWrap::submit>("submit"),
                            InstanceMethod<&ExecutorWrap::deliver>("deliver"),
+                           InstanceMethod<&ExecutorWrap::trace>("trace"),
                            InstanceMethod<&ExecutorWrap::abort>("abort"),
                            InstanceMethod<&ExecutorWrap::dispose>("dispose"),
                        });
@@ -390,6 +416,10 @@ class ExecutorWrap : public Napi::ObjectWrap<ExecutorWrap> {
       const bool kept = executor(info.Env()).deliver(address_of(o.Get("source"), "frame.source"), key, rows, payload.Data(), payload.ByteLength());
       return Napi::Boolean::New(info.Env(), kept);
     });
+  }
+
+  void trace(const Napi::CallbackInfo& info) {
+    guarded(info.Env(), [&] { executor(info.Env()).trace(boolean_of(info[0], "on")); });
   }
 
   Napi::Value abort(const Napi::CallbackInfo& info) {

@@ -72,10 +72,18 @@ struct StepTimings {
   double total_us = 0, collective_us = 0, receive_us = 0, sample_us = 0, idle_us = 0;
 };
 
+// A span of a traced step, on the monotonic clock; `name` is a literal.
+struct StepSpan {
+  const char* name;
+  int64_t began_ns, ended_ns;
+};
+
 struct StepDone {
   uint32_t step;
   std::vector<OutputResult> outputs;
   StepTimings timings;
+  int64_t began_ns = 0, ended_ns = 0;
+  std::vector<StepSpan> spans;  // empty unless traced
 };
 
 enum class FailureCode { WaitTimeout, NonFinite, Aborted, Internal };
@@ -121,6 +129,8 @@ class Executor {
   virtual void submit(StepInput step) = 0;
   // A frame of the host driver that arrived. False: nobody wants it.
   virtual bool deliver(PeerAddress source, const FrameKey& key, int rows, const void* data, size_t bytes) = 0;
+  // From the next step on, every action and every wait leaves a span. Any thread.
+  virtual void trace(bool on) = 0;
   // Fails the running and the queued steps; none runs until the next connect(). Returns at once.
   virtual void abort(const std::string& reason) = 0;
   // Blocks until nothing is running or queued. Any thread.

@@ -150,6 +150,8 @@ class ShardExecutor final : public Executor {
     queue_changed_.notify_one();
   }
 
+  void trace(bool on) override { trace_ = on; }
+
   void wait_idle() override {
     std::unique_lock lock(mutex_);
     idle_.wait(lock, [&] { return queue_.empty() && !busy_; });
@@ -332,7 +334,7 @@ class ShardExecutor final : public Executor {
     }
   }
 
-  RunContext context() { return {shard_, *team_, links_.get(), board_, slots_, samplers_, aborted_}; }
+  RunContext context() { return {shard_, *team_, links_.get(), board_, slots_, samplers_, aborted_, trace_.load(std::memory_order_relaxed)}; }
 
   void execute(std::vector<SlotOpen>& slots) {
     if (!sampler_rank_) return;
@@ -365,6 +367,8 @@ class ShardExecutor final : public Executor {
       StepDone done = run.take_result();
       done.timings.total_us = static_cast<double>(ended - began) / 1000.0;
       done.timings.idle_us = last_end_ns_ ? static_cast<double>(began - last_end_ns_) / 1000.0 : 0;
+      done.began_ns = began;
+      done.ended_ns = ended;
       last_end_ns_ = ended;
       events_.done(std::move(done));
       return;
@@ -405,6 +409,7 @@ class ShardExecutor final : public Executor {
   State state_ = State::Unconnected;
   std::string reason_;
   std::atomic<bool> aborted_{false};
+  std::atomic<bool> trace_{false};
   std::unique_ptr<Links> links_;
   std::thread leader_;
 };

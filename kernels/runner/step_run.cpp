@@ -11,6 +11,30 @@ namespace {
 constexpr int64_t kFirstTryNs = 100'000;     // spin of a first try, when spinning is allowed
 constexpr double kShareCost = 30'000;        // below this many operations a second thread costs more than it brings
 
+const char* action_name(ActionKind kind) {
+  switch (kind) {
+    case ActionKind::ResolveTokens: return "resolve tokens";
+    case ActionKind::Embed: return "embed";
+    case ActionKind::GatherRows: return "gather rows";
+    case ActionKind::ReceiveHidden: return "receive hidden";
+    case ActionKind::SendHidden: return "send hidden";
+    case ActionKind::RmsNorm: return "norm";
+    case ActionKind::Quantize: return "quantise";
+    case ActionKind::Linear: return "products";
+    case ActionKind::LinearPartial: return "partial products";
+    case ActionKind::AllReduce: return "reduce";
+    case ActionKind::Rope: return "rope";
+    case ActionKind::StoreKv: return "store k/v";
+    case ActionKind::Attention: return "attention";
+    case ActionKind::GatedActivation: return "activation";
+    case ActionKind::SelectRows: return "select rows";
+    case ActionKind::GatherLogits: return "gather logits";
+    case ActionKind::Sample: return "sample";
+    case ActionKind::SendTokens: return "send tokens";
+  }
+  return "action";
+}
+
 }  // namespace
 
 int64_t monotonic_now_ns() {
@@ -37,8 +61,14 @@ StepRun::Status StepRun::advance(bool block) {
       action_ = shard_.tail_end();
       continue;
     }
-    const Status status = run_action(shard_.actions()[action_]);
+    const Action& action = shard_.actions()[action_];
+    if (context_.trace && action_began_ns_ == 0) action_began_ns_ = monotonic_now_ns();
+    const Status status = run_action(action);
     if (status != Status::Done) return status;
+    if (context_.trace) {
+      span(action_name(action.kind), action_began_ns_);
+      action_began_ns_ = 0;
+    }
     action_++;
     const bool tail_ended = action_ == shard_.tail_end() && tail_rows_ > 0 && shard_.tail_begin() < shard_.tail_end();
     if (tail_ended) {
@@ -51,7 +81,11 @@ StepRun::Status StepRun::advance(bool block) {
   return Status::Done;
 }
 
-StepDone StepRun::take_result() { return {input_.step, std::move(outputs_), timings_}; }
+StepDone StepRun::take_result() {
+  StepDone done{input_.step, std::move(outputs_), timings_};
+  done.spans = std::move(spans_);
+  return done;
+}
 
 StepRun::Status StepRun::run_action(const Action& action) {
   static const Operation none{};
@@ -105,6 +139,7 @@ StepRun::Status StepRun::attempt(const Wait& wait, PeerAddress peer, const char*
   const WaitResult result = wait(WaitOptions{block_ ? deadline : std::min(deadline, spin ? now + kFirstTryNs : now), spin});
   if (result == WaitResult::Deadline && !block_ && monotonic_now_ns() < deadline) return Status::Waiting;
   waiting_ = false;
+  if (context_.trace) span("wait", wait_began_ns_);
   *spent_us += static_cast<double>(monotonic_now_ns() - wait_began_ns_) / 1000.0;
   if (result == WaitResult::Done) return Status::Done;
   const std::string name = "stage " + std::to_string(peer.stage) + " rank " + std::to_string(peer.rank);

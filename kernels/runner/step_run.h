@@ -33,6 +33,7 @@ struct RunContext {
   std::vector<SlotState>& slots;        // rank 0 of the last stage; by slot
   std::vector<Sampler>& samplers;       // one a thread
   const std::atomic<bool>& aborted;
+  bool trace;                           // record spans
 };
 
 class StepRun {
@@ -90,6 +91,9 @@ class StepRun {
   // Quantising would turn a NaN into a zero, so what is quantised is looked at first. Sets *bad.
   void check_finite(int buffer, Part part, std::atomic<bool>* bad) const;
 
+  // Of a traced step: [began_ns, now) was spent on `name`.
+  void span(const char* name, int64_t began_ns) { spans_.push_back({name, began_ns, monotonic_now_ns()}); }
+
   Status fail(FailureCode code, std::string message);
   std::string where(int index) const;
   int rows_of(int buffer) const;
@@ -108,6 +112,7 @@ class StepRun {
   std::vector<int32_t> token_ids_;
 
   size_t action_ = 0;
+  int64_t action_began_ns_ = 0;            // of a traced step, while the action waits; 0: not begun
   int tail_from_ = 0, tail_rows_ = 0;     // output rows of the pass of the tail that is running
   // Progress inside an action that waits.
   int piece_ = 0, peer_ = -1;
@@ -122,6 +127,7 @@ class StepRun {
 
   std::vector<OutputResult> outputs_;
   StepTimings timings_;
+  std::vector<StepSpan> spans_;
   StepFailure failure_{};
 };
 

@@ -1,5 +1,7 @@
 /** What a running mesh shows of itself: heartbeats under load, one request followed through the logs, memory of a worker, bubbles of a pipeline. */
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import type { TraceDocument } from '../../coordinator/observe/trace-document.ts';
+import type { ProcessSummary } from '../../coordinator/observe/trace-summary.ts';
 import { openStream, readMetrics, tryComplete } from './helpers/client.ts';
 import { mark, waitFor, type Marked } from './helpers/processes.ts';
 import { startServe, type Served } from './helpers/serve.ts';
@@ -51,6 +53,39 @@ describe('mesh', () => {
       // Long enough to have missed several beats.
       expect(prefillMs).toBeGreaterThan(1_000);
       expect(served.events('epoch_ended')).toEqual([]);
+    });
+  });
+
+  it('observe - a trace shows every part of a step on the coordinator and both workers, in one time', async () => {
+    await withServe(['--tp', '2', '--log-level', 'error'], async (served) => {
+      const answer = tryComplete(served, { ...greedy, max_tokens: 200, ignore_eos: true });
+      const response = await fetch(`${served.url}/trace`, {
+        method: 'POST',
+        headers: { 'content-type': 'application/json' },
+        body: JSON.stringify({ milliseconds: 300 }),
+      });
+      expect((await answer).status).toBe(200);
+      const { traceEvents, summary } = (await response.json()) as TraceDocument & { summary: ProcessSummary[] };
+      const spans = traceEvents.filter(({ ph }) => ph === 'X');
+      const of = (pid: number, name: string, step: number) =>
+        spans.find((span) => span.pid === pid && span.name === name && span.args?.['step'] === step);
+      const steps = spans.flatMap(({ pid, name, args }) => (pid === 1 && name === 'commit' ? [args!['step'] as number] : []));
+      expect(steps.length).toBeGreaterThan(5);
+      const step = steps[Math.floor(steps.length / 2)]!;
+      const path = [
+        of(1, 'plan', step),
+        of(1, 'publish plan', step),
+        of(2, 'receive plan', step),
+        of(2, 'step', step),
+        of(2, 'step done', step),
+        of(1, 'commit', step),
+      ].map((span) => span?.ts ?? Number.NaN);
+      expect(path).toEqual([...path].sort((a, b) => a - b));
+      for (const pid of [2, 3])
+        for (const name of ['products', 'reduce', 'attention']) expect(of(pid, name, step), `${pid} ${name}`).toBeDefined();
+      expect(of(2, 'sample', step)).toBeDefined();
+      expect(of(3, 'sample', step)).toBeUndefined();
+      expect(summary.map(({ name }) => name)).toEqual(['coordinator', 'worker 0.0', 'worker 0.1']);
     });
   });
 

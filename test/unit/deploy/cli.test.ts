@@ -15,7 +15,7 @@ const examplesOf = (command: Command): string[] =>
 
 describe('command line', () => {
   test('command line - has the commands it should have', () => {
-    expect(names).toEqual(['serve', 'worker', 'plan', 'models', 'keys', 'doctor']);
+    expect(names).toEqual(['serve', 'worker', 'plan', 'models', 'trace', 'keys', 'doctor']);
     expect(leaves(program).map(({ path }) => path.join(' '))).toEqual([
       'serve',
       'worker',
@@ -24,6 +24,7 @@ describe('command line', () => {
       'models pull',
       'models inspect',
       'models verify',
+      'trace',
       'keys',
       'doctor',
     ]);
@@ -41,7 +42,7 @@ describe('command line', () => {
       commands.flatMap(examplesOf).map(async (line) => (await parseCommand(wordsOf(line).slice(1))).name),
     );
     expect(new Set(parsed)).toEqual(
-      new Set(['serve', 'worker', 'plan', 'models list', 'models pull', 'models inspect', 'doctor', 'keys']),
+      new Set(['serve', 'worker', 'plan', 'models list', 'models pull', 'models inspect', 'trace', 'doctor', 'keys']),
     );
   });
 
@@ -62,7 +63,7 @@ describe('command line', () => {
 
   test('command line - loads one command alone, and none by the name of something else', async () => {
     expect((await shardmeshProgram('worker')).commands.map((command) => command.name())).toEqual(['worker']);
-    expect((await shardmeshProgram('constructor')).commands).toHaveLength(6);
+    expect((await shardmeshProgram('constructor')).commands).toHaveLength(7);
   });
 
   test('command line - plan takes every option of serve', () => {

@@ -111,6 +111,17 @@ export const samples: { [T in Message['type']]: Extract<Message, { type: T }> } 
   },
   leaving: { type: 'leaving', worker },
   probe_result: { type: 'probe_result', id: 1, worker, peer, roundTripUs: [81.5, 79], error: null },
+  trace_clock: { type: 'trace_clock', id: 5, worker, atUs: 1_234_567.25 },
+  trace_spans: {
+    type: 'trace_spans',
+    id: 5,
+    worker,
+    baseUs: 1_234_567.25,
+    names: ['submit', 'step'],
+    spans: [0, 0, 7, 0, 30.5, 1, 1, 7, 20, 9_000],
+    dropped: 0,
+    cpu: { loopUs: 100, loopWaitUs: 5.5, processUs: 20_000 },
+  },
   step_result: {
     type: 'step_result',
     placement,
@@ -167,5 +178,6 @@ export const samples: { [T in Message['type']]: Extract<Message, { type: T }> } 
   rejoin: { type: 'rejoin' },
   drain: { type: 'drain' },
   probe: { type: 'probe', id: 1, peer, grpcAddress: '127.0.0.1:40002', driver: 'grpc', bytes: 4_608, rounds: 100 },
+  trace: { type: 'trace', id: 5, action: 'start' },
   step_plan: stepPlan(2),
 };

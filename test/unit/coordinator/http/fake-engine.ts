@@ -10,6 +10,7 @@ import { createHttpServer, type HttpServer, type HttpServerOptions } from '../..
 import { createLog } from '../../../../coordinator/observe/log.ts';
 import type { TextModel } from '../../../../coordinator/text/text-types.ts';
 import type { ShardmeshError } from '../../../../protocol/errors.ts';
+import { TraceRecorder } from '../../../../protocol/trace.ts';
 
 /** One byte a token, 256 is the only special token. */
 export const byteText: TextModel = {
@@ -122,6 +123,8 @@ export async function startServer(
       observeFirstToken: () => undefined,
       observeTokenGap: () => undefined,
     },
+    recorder: new TraceRecorder(),
+    trace: async (milliseconds) => ({ milliseconds }),
     log: createLog({ level: 'silent', name: 'test', terminal: false }),
     ...changes,
   });
