@@ -1,0 +1,70 @@
+/**
+ * Runs simt/simt_test.cpp: the machine that runs CUDA kernels on the CPU. Each of its cases is a test here; those that begin with "finds" are kernels that are
+ * wrong on purpose.
+ */
+import { execFile } from 'node:child_process';
+import { promisify } from 'node:util';
+import { beforeAll, describe, expect, it } from 'vitest';
+import { buildKernelTarget } from './build-target.ts';
+
+const run = promisify(execFile);
+
+const cases = [
+  'sums over warps and blocks in every order',
+  'shuffles, votes and reductions read the lanes they name',
+  'integer mma of signed and unsigned bytes equals the plain product',
+  'ldmatrix and half mma equal the plain product',
+  'ldmatrix transposes',
+  'dp4a, byte permutation, rounding and half conversion',
+  'asynchronous copies arrive when they are waited for',
+  'an asynchronous copy fills with zeros behind its source',
+  'resident blocks may wait for each other',
+  'a deadline ends a spin',
+  'blocks run in the order that is asked for',
+  'finds a missing barrier between warps',
+  'finds a missing __syncwarp',
+  'finds a read of an asynchronous copy that was not waited for',
+  'finds a full-mask shuffle by half a warp',
+  'finds a full-mask shuffle whose other half is at a barrier',
+  'finds one shuffle at two sites',
+  'finds two operations in one warp',
+  'finds two masks in one operation',
+  'finds a mask without the own lane',
+  'finds a shuffle from a lane outside the mask',
+  'finds a mask with lanes that the warp lacks',
+  'finds barriers at two sites',
+  'finds a barrier that a thread never reaches',
+  'finds a write behind a buffer',
+  'finds a write behind shared memory',
+  'finds writes in the page of a buffer and not in it',
+  'finds a misaligned vector load',
+  'finds misaligned rows of ldmatrix',
+  'finds wrong asynchronous copies',
+  'finds a spin without end',
+  'finds a race between blocks that live together',
+  'refuses launches that no card takes',
+];
+
+describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('simt', () => {
+  let lines: string[] = [];
+  beforeAll(async () => {
+    const binary = await buildKernelTarget('simt_test');
+    // Exit status 1 means that a case failed; which one is in the output, and is asserted below.
+    const { stdout } = await run(binary, [], { timeout: 60_000 }).catch((error: unknown) => {
+      if (error instanceof Error && 'code' in error && error.code === 1 && 'stdout' in error)
+        return { stdout: String(error.stdout) };
+      throw error;
+    });
+    lines = stdout.trim().split('\n');
+  }, 600_000);
+
+  it.each(cases)('simt - %s', (name) => {
+    expect(lines.find((line) => line === `ok simt - ${name}` || line.startsWith(`FAIL simt - ${name}:`))).toBe(
+      `ok simt - ${name}`,
+    );
+  });
+
+  it('simt - every case of simt_test.cpp is listed here', () => {
+    expect(lines).toHaveLength(cases.length);
+  });
+});

@@ -1,0 +1,450 @@
+#include "machine.h"
+
+#include <setjmp.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "guarded.h"
+
+#if !defined(__x86_64__)
+#error "the switch between fibers is written for x86-64"
+#endif
+#include <immintrin.h>
+
+extern "C" void simt_switch(void** from, void* to);
+asm(R"(
+.text
+.globl simt_switch
+simt_switch:
+  push %rbp
+  push %rbx
+  push %r12
+  push %r13
+  push %r14
+  push %r15
+  mov %rsp, (%rdi)
+  mov %rsi, %rsp
+  pop %r15
+  pop %r14
+  pop %r13
+  pop %r12
+  pop %rbx
+  pop %rbp
+  ret
+)");
+
+namespace simt {
+
+const Place* place = nullptr;
+
+namespace {
+
+constexpr size_t kStackBytes = 64 * 1024, kPage = 4096;
+constexpr int kSpinsMax = 1'000'000;  // turns in which every thread spins
+
+struct Copy {
+  void* target;
+  const void* source;
+  unsigned bytes, source_bytes, group;
+};
+
+struct Block;
+
+enum class State { Runnable, Spinning, AtWarp, AtBlock, Done };
+
+struct Fiber {
+  Place place;
+  void* stack_pointer;
+  uint8_t* stack = nullptr;  // lowest byte; below it lies a guard page
+  State state;
+  Block* block;
+  unsigned index;  // in the block
+  // of the operation it waits in
+  const char* operation;
+  uint32_t mask;
+  Site site;
+  void* slot;
+  std::vector<Copy> copies;
+  unsigned copy_group;
+};
+
+struct Warp {
+  uint32_t runnable, spinning;
+};
+
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  unsigned live, at_barrier;
+  uint8_t* shared_end = nullptr;  // a guard page follows
+  uint8_t* shared;
+};
+
+Schedule schedule_of_launches;
+Counts totals{};
+std::vector<Block> blocks;  // the resident ones; kept between launches for their stacks
+const std::function<void()>* body_of_grid;
+Fiber* current;
+void* main_stack_pointer;
+std::string problem;
+bool failed;
+sigjmp_buf after_signal;
+volatile sig_atomic_t in_fiber;
+uint64_t timer, random_state;
+
+uint64_t next_random() {  // SplitMix64
+  uint64_t z = (random_state += 0x9e3779b97f4a7c15u);
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return z ^ (z >> 31);
+}
+
+std::string where(const Fiber& fiber) {
+  char text[120];
+  const Place& p = fiber.place;
+  std::snprintf(text, sizeof text, "block (%u, %u, %u) thread (%u, %u, %u)", p.block.x, p.block.y, p.block.z, p.thread.x, p.thread.y, p.thread.z);
+  return text;
+}
+
+std::string name_of(const Site& site) {
+  const char* slash = std::strrchr(site.file_name(), '/');
+  return std::string(slash ? slash + 1 : site.file_name()) + ":" + std::to_string(site.line()) + ":" + std::to_string(site.column());
+}
+
+void leave() {
+  in_fiber = 0;
+  simt_switch(&current->stack_pointer, main_stack_pointer);
+}
+
+void wake(Fiber& fiber) {
+  fiber.state = State::Runnable;
+  fiber.block->warps[fiber.index / 32].runnable |= 1u << (fiber.index % 32);
+}
+
+void enter() {
+  (*body_of_grid)();
+  if (!current->copies.empty()) fault(Site::current(), "ends with asynchronous copies that it never waited for");
+  current->state = State::Done;
+  current->block->live--;
+  leave();
+  __builtin_trap();
+}
+
+uint8_t* map_guarded(size_t bytes) {  // pages with a guard page before and after
+  uint8_t* base = static_cast<uint8_t*>(mmap(nullptr, bytes + 2 * kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  if (base == MAP_FAILED || mprotect(base + kPage, bytes, PROT_READ | PROT_WRITE) != 0) {
+    std::fprintf(stderr, "simt: no memory for %zu bytes\n", bytes);
+    std::abort();
+  }
+  return base + kPage;
+}
+
+void start_block(Block& block, Dim grid, Dim size, Dim index, size_t shared_bytes) {
+  const unsigned count = size.x * size.y * size.z;
+  if (block.fibers.size() < count) block.fibers.resize(count);
+  if (!block.shared_end) block.shared_end = map_guarded((kSharedBytesMax + kPage - 1) / kPage * kPage) + (kSharedBytesMax + kPage - 1) / kPage * kPage;
+  const size_t room = (shared_bytes + 15) / 16 * 16;
+  block.shared = block.shared_end - room;
+  std::memset(block.shared, kPoison, room);
+  block.warps.assign((count + 31) / 32, Warp{0, 0});
+  block.live = count;
+  block.at_barrier = 0;
+  for (unsigned i = 0; i < count; i++) {
+    Fiber& fiber = block.fibers[i];
+    if (!fiber.stack) fiber.stack = map_guarded(kStackBytes);
+    fiber.block = &block;
+    fiber.index = i;
+    fiber.place = {{i % size.x, i / size.x % size.y, i / (size.x * size.y)}, index, size, grid};
+    fiber.copies.clear();
+    fiber.copy_group = 0;
+    void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes - 64);
+    *--top = nullptr;
+    *--top = reinterpret_cast<void*>(enter);
+    for (int k = 0; k < 6; k++) *--top = nullptr;
+    fiber.stack_pointer = top;
+    wake(fiber);
+  }
+  totals.threads += count;
+}
+
+// The thread to run next, or null: a runnable one, else a spinning one.
+Fiber* pick(std::vector<Block*>& live) {
+  for (const bool spinning : {false, true}) {
+    struct Candidate {
+      Block* block;
+      unsigned warp;
+      uint32_t lanes;
+    };
+    static std::vector<Candidate> candidates;
+    candidates.clear();
+    const auto look = [&](Block* block, unsigned w) {
+      const uint32_t lanes = spinning ? block->warps[w].spinning : block->warps[w].runnable;
+      if (lanes) candidates.push_back({block, w, lanes});
+      return lanes != 0;
+    };
+    const Order order = schedule_of_launches.order;
+    for (size_t i = 0; i < live.size(); i++) {
+      Block* block = live[order == Order::Reverse ? live.size() - 1 - i : i];
+      const unsigned n = static_cast<unsigned>(block->warps.size());
+      bool found = false;
+      for (unsigned w = 0; w < n && !(found && order != Order::Random); w++) found = look(block, order == Order::Reverse ? n - 1 - w : w);
+      if (found && order != Order::Random && !spinning) break;
+    }
+    if (candidates.empty()) continue;
+    // Spinning threads take turns by chance in every order: a fixed choice could starve the one that is waited for.
+    const bool by_chance = order == Order::Random || spinning;
+    const Candidate& c = candidates[by_chance ? next_random() % candidates.size() : 0];
+    unsigned lane = order == Order::Reverse ? 31u - static_cast<unsigned>(__builtin_clz(c.lanes)) : static_cast<unsigned>(__builtin_ctz(c.lanes));
+    if (by_chance) {
+      lane = static_cast<unsigned>(next_random() % 32);
+      while (!(c.lanes >> lane & 1)) lane = (lane + 1) % 32;
+    }
+    return &c.block->fibers[c.warp * 32 + lane];
+  }
+  return nullptr;
+}
+
+void on_signal(int signal, siginfo_t* info, void*) {
+  if (!in_fiber) {  // not of a kernel: the default action, at the same instruction
+    ::signal(signal, SIG_DFL);
+    return;
+  }
+  in_fiber = 0;
+  char text[200];
+  // SIGILL is the trap of -fsanitize=alignment.
+  if (signal == SIGILL) std::snprintf(text, sizeof text, "misaligned access");
+  else std::snprintf(text, sizeof text, "access out of bounds: %s", describe_address(info->si_addr, current->stack, current->block->shared, current->block->shared_end).c_str());
+  problem = where(*current) + ": " + text;
+  siglongjmp(after_signal, 1);
+}
+
+struct SignalScope {
+  struct sigaction before[3];
+  static constexpr int kSignals[3] = {SIGSEGV, SIGBUS, SIGILL};
+  SignalScope() {
+    static uint8_t alternate[64 * 1024];
+    stack_t stack{};
+    stack.ss_sp = alternate;
+    stack.ss_size = sizeof alternate;
+    sigaltstack(&stack, nullptr);
+    struct sigaction action{};
+    action.sa_sigaction = on_signal;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    for (int i = 0; i < 3; i++) sigaction(kSignals[i], &action, &before[i]);
+  }
+  ~SignalScope() {
+    for (int i = 0; i < 3; i++) sigaction(kSignals[i], &before[i], nullptr);
+  }
+};
+
+// What everybody waits for, when nobody can go on.
+std::string describe_deadlock(const std::vector<Block*>& live) {
+  for (const Block* block : live)
+    for (const Fiber& fiber : block->fibers)
+      if (fiber.state == State::AtWarp) {
+        const unsigned first = fiber.index / 32 * 32;
+        for (unsigned l = 0; l < 32; l++) {
+          if (!(fiber.mask >> l & 1)) continue;
+          const Fiber& other = block->fibers[first + l];
+          if (other.state != State::AtWarp)
+            return where(fiber) + ": waits in " + fiber.operation + " at " + name_of(fiber.site) + " for lane " + std::to_string(l) + ", which " +
+                   (other.state == State::AtBlock ? "waits in __syncthreads at " + name_of(other.site) : "has ended");
+        }
+      }
+  return "nobody can go on";
+}
+
+void run_threads(std::vector<Block*>& live, const std::function<bool(Block*)>& next_block) {
+  int idle_spins = 0;
+  while (!live.empty() && !failed) {
+    Fiber* fiber = pick(live);
+    if (!fiber) {
+      problem = describe_deadlock(live);
+      failed = true;
+      return;
+    }
+    Warp& warp = fiber->block->warps[fiber->index / 32];
+    const uint32_t bit = 1u << (fiber->index % 32);
+    idle_spins = fiber->state == State::Spinning ? idle_spins + 1 : 0;
+    if (idle_spins > kSpinsMax) {
+      problem = where(*fiber) + ": every thread spins and nothing changes";
+      failed = true;
+      return;
+    }
+    warp.runnable &= ~bit;
+    warp.spinning &= ~bit;
+    fiber->state = State::Runnable;
+    current = fiber;
+    place = &fiber->place;
+    in_fiber = 1;
+    simt_switch(&main_stack_pointer, fiber->stack_pointer);
+    if (fiber->state == State::Spinning) warp.spinning |= bit;
+    if (fiber->block->live == 0 && !next_block(fiber->block)) live.erase(std::find(live.begin(), live.end(), fiber->block));
+  }
+}
+
+}  // namespace
+
+void set_schedule(const Schedule& schedule) { schedule_of_launches = schedule; }
+const Counts& counts() { return totals; }
+
+std::string run_grid(Dim grid, Dim block, size_t shared_bytes, const std::function<void()>& body) {
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z, count = uint64_t{grid.x} * grid.y * grid.z;
+  if (threads == 0 || threads > 1024) return "a block of " + std::to_string(threads) + " threads; 1 to 1024 are possible";
+  if (count == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) return "a grid of (" + std::to_string(grid.x) + ", " + std::to_string(grid.y) + ", " + std::to_string(grid.z) + ") blocks";
+  if (shared_bytes > kSharedBytesMax) return std::to_string(shared_bytes) + " bytes of shared memory; " + std::to_string(kSharedBytesMax) + " are possible on every card";
+
+  std::vector<unsigned> order(count);
+  random_state = schedule_of_launches.seed;
+  for (unsigned i = 0; i < count; i++) order[i] = schedule_of_launches.order == Order::Reverse ? static_cast<unsigned>(count) - 1 - i : i;
+  if (schedule_of_launches.order == Order::Random)
+    for (size_t i = count; i > 1; i--) std::swap(order[i - 1], order[next_random() % i]);
+
+  const unsigned mxcsr = _mm_getcsr();
+  _mm_setcsr(mxcsr | 0x8040);  // as -ftz=true: denormals are zero, in and out
+  totals.launches++;
+  problem.clear();
+  failed = false;
+  body_of_grid = &body;
+  const size_t resident = std::min<size_t>(schedule_of_launches.resident, count);
+  if (blocks.size() < resident) blocks.resize(resident);
+  size_t started = 0;
+  const auto next_block = [&](Block* into) {
+    if (started == count) return false;
+    const unsigned i = order[started++];
+    start_block(*into, grid, block, {i % grid.x, i / grid.x % grid.y, i / (grid.x * grid.y)}, shared_bytes);
+    return true;
+  };
+  {
+    const SignalScope signals;
+    static std::vector<Block*> live;  // static: its value is needed after siglongjmp
+    live.clear();
+    for (size_t i = 0; i < resident; i++) {
+      next_block(&blocks[i]);
+      live.push_back(&blocks[i]);
+    }
+    if (sigsetjmp(after_signal, 1) == 0) run_threads(live, next_block);
+  }
+  in_fiber = 0;
+  _mm_setcsr(mxcsr);
+  return problem;
+}
+
+void fault(const Site& site, const char* format, ...) {
+  char text[400];
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  problem = where(*current) + ": " + text + ", at " + name_of(site);
+  failed = true;
+  leave();
+  __builtin_trap();  // nobody comes back to a failed grid
+}
+
+void meet_warp(const char* operation, uint32_t mask, const Site& site, void* slot, void (*complete)(void* const*, uint32_t, const Site&)) {
+  Fiber& self = *current;
+  const unsigned first = self.index / 32 * 32, own = self.index % 32;
+  if (!(mask >> own & 1)) fault(site, "%s with mask %08x, which lacks its own lane %u", operation, mask, own);
+  self.operation = operation;
+  self.mask = mask;
+  self.site = site;
+  self.slot = slot;
+  bool all_here = true;
+  const auto same_site = [&](const Site& other) { return other.line() == site.line() && other.column() == site.column() && std::strcmp(other.file_name(), site.file_name()) == 0; };
+  for (unsigned l = 0; l < 32; l++) {
+    if (!(mask >> l & 1) || l == own) continue;
+    if (first + l >= self.block->fibers.size() || first + l >= self.place.block_size.x * self.place.block_size.y * self.place.block_size.z)
+      fault(site, "%s with mask %08x, but the warp has no lane %u", operation, mask, l);
+    const Fiber& other = self.block->fibers[first + l];
+    if (other.state == State::Done) fault(site, "%s with mask %08x, but lane %u has ended", operation, mask, l);
+    if (other.state != State::AtWarp) {
+      all_here = false;
+      continue;
+    }
+    if (std::strcmp(other.operation, operation) != 0 || other.mask != mask || !same_site(other.site))
+      fault(site, "%s with mask %08x, but lane %u is in %s with mask %08x at %s", operation, mask, l, other.operation, other.mask, name_of(other.site).c_str());
+  }
+  // A lane outside the mask that waits for this one would wait for ever.
+  for (unsigned l = 0; l < 32 && first + l < self.block->fibers.size(); l++) {
+    const Fiber& other = self.block->fibers[first + l];
+    if (!(mask >> l & 1) && other.state == State::AtWarp && (other.mask >> own & 1))
+      fault(site, "%s with mask %08x, but lane %u is in %s with mask %08x at %s", operation, mask, l, other.operation, other.mask, name_of(other.site).c_str());
+  }
+  if (!all_here) {
+    self.state = State::AtWarp;
+    leave();
+    return;
+  }
+  void* slots[32] = {};
+  for (unsigned l = 0; l < 32; l++)
+    if (mask >> l & 1) slots[l] = self.block->fibers[first + l].slot;
+  totals.collectives++;
+  complete(slots, mask, site);
+  for (unsigned l = 0; l < 32; l++)
+    if (mask >> l & 1) wake(self.block->fibers[first + l]);
+  leave();  // the order decides who of the warp goes on first
+}
+
+void meet_block(const Site& site) {
+  Fiber& self = *current;
+  Block& block = *self.block;
+  const unsigned count = self.place.block_size.x * self.place.block_size.y * self.place.block_size.z;
+  for (unsigned i = 0; i < count; i++) {
+    const Fiber& other = block.fibers[i];
+    if (other.state == State::Done) fault(site, "__syncthreads, but thread %u of the block has ended", i);
+    if (other.state == State::AtBlock) {
+      if (other.site.line() != site.line() || other.site.column() != site.column()) fault(site, "__syncthreads, but thread %u waits in the one at %s", i, name_of(other.site).c_str());
+      break;  // all that wait are at one site
+    }
+  }
+  self.site = site;
+  self.state = State::AtBlock;
+  if (++block.at_barrier == count) {
+    block.at_barrier = 0;
+    for (unsigned i = 0; i < count; i++) wake(block.fibers[i]);
+  }
+  leave();
+}
+
+void spin() {
+  current->state = State::Spinning;
+  leave();
+}
+
+uint8_t* shared_memory() { return current->block->shared; }
+uint64_t global_timer() { return timer += 1000; }
+
+void copy_async(const Site& site, void* target, const void* source, unsigned bytes, unsigned source_bytes) {
+  const uint8_t* at = static_cast<const uint8_t*>(target);
+  if (at < current->block->shared || at + bytes > current->block->shared_end) fault(site, "an asynchronous copy whose target is not in shared memory");
+  if (reinterpret_cast<uintptr_t>(target) % bytes != 0 || reinterpret_cast<uintptr_t>(source) % bytes != 0)
+    fault(site, "an asynchronous copy of %u bytes that are not aligned to %u", bytes, bytes);
+  if (source_bytes > bytes) fault(site, "an asynchronous copy of %u bytes into %u", source_bytes, bytes);
+  std::memset(target, kPoison, bytes);
+  current->copies.push_back({target, source, bytes, source_bytes, current->copy_group});
+}
+
+void commit_copies() { current->copy_group++; }
+
+void wait_copies(unsigned groups_left) {
+  std::vector<Copy>& copies = current->copies;
+  // Copies outside a committed group are not waited for.
+  const auto lands = [&](const Copy& c) { return c.group + groups_left < current->copy_group; };
+  for (const Copy& c : copies) {
+    if (!lands(c)) continue;
+    std::memset(c.target, 0, c.bytes);
+    std::memcpy(c.target, c.source, c.source_bytes);
+  }
+  copies.erase(std::remove_if(copies.begin(), copies.end(), lands), copies.end());
+}
+
+}  // namespace simt

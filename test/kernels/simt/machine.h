@@ -1,0 +1,74 @@
+// A machine that runs CUDA kernels on the CPU, thread by thread and without a GPU: what is behind cuda_source.h. For tests only.
+//
+// Every CUDA thread is a fiber. It runs until it meets others (a warp operation, a barrier), spins, or ends; then another one goes on, in the order that the
+// test asks for. All of it happens on one thread of the operating system, so a run repeats exactly.
+//
+// What a run proves: indexes, the use of barriers, masks and asynchronous copies, and every bit of the arithmetic. What it cannot show: speed, coalescing,
+// bank conflicts, and races that need weakly ordered memory or two blocks in the same instant. fp32 sums inside a bf16 or f16 mma have an order of their own
+// on every card; here they are made in k order, so those are for tolerances.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <source_location>
+#include <string>
+
+namespace simt {
+
+struct Dim {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+// Which runnable thread goes first, and which block. Forward: the lowest warp as far as it comes, lanes ascending. Reverse: the opposite.
+enum class Order { Forward, Reverse, Random };
+
+struct Schedule {
+  Order order = Order::Forward;
+  uint64_t seed = 1;         // of Order::Random
+  unsigned resident = 1;     // blocks alive at the same time; kernels whose blocks wait for each other need all of them
+};
+
+// The schedule of the launches to come.
+void set_schedule(const Schedule& schedule);
+
+// Runs `body` once for every thread of the grid. Returns "" or what the kernel did wrong, with block, thread and source line; it ends at the first fault.
+std::string run_grid(Dim grid, Dim block, size_t shared_bytes, const std::function<void()>& body);
+
+// Counts since the start of the program, for the tests' reports.
+struct Counts {
+  uint64_t launches, threads, collectives;
+};
+const Counts& counts();
+
+constexpr size_t kSharedBytesMax = 99 * 1024;  // what a block may have on every card from sm_86 on
+constexpr uint8_t kPoison = 0xff;              // a NaN in every float format, -1 in every integer
+
+// ---------------------------------------------------------------- for cuda_source.h
+
+using Site = std::source_location;
+
+struct Place {
+  Dim thread, block, block_size, grid_size;
+};
+extern const Place* place;  // of the running thread
+inline unsigned lane() { return (place->thread.x + place->block_size.x * (place->thread.y + place->block_size.y * place->thread.z)) & 31; }
+
+[[noreturn]] void fault(const Site& site, const char* format, ...) __attribute__((format(printf, 2, 3)));
+
+// One warp operation: waits until every lane of `mask` has come with the same operation, site and mask. The last one runs `complete` over the slots of all
+// (null for lanes outside the mask), then all go on.
+void meet_warp(const char* operation, uint32_t mask, const Site& site, void* slot, void (*complete)(void* const* slots, uint32_t mask, const Site& site));
+// __syncthreads: every thread of the block, at one site.
+void meet_block(const Site& site);
+// A thread that waits for memory to change lets the others run first.
+void spin();
+
+uint8_t* shared_memory();
+uint64_t global_timer();
+
+// Asynchronous copies into shared memory. The target is poisoned at once and filled as late as wait_copies allows.
+void copy_async(const Site& site, void* target, const void* source, unsigned bytes, unsigned source_bytes);
+void commit_copies();
+void wait_copies(unsigned groups_left);
+
+}  // namespace simt
