@@ -83,7 +83,9 @@ struct Warp {
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
+  uint32_t runnable_warps, spinning_warps;  // warps with such a lane
   unsigned live, at_barrier;
+  Site barrier;                             // where those wait
   uint8_t* shared_end = nullptr;  // a guard page follows
   uint8_t* shared;
 };
@@ -119,6 +121,8 @@ std::string name_of(const Site& site) {
   return std::string(slash ? slash + 1 : site.file_name()) + ":" + std::to_string(site.line()) + ":" + std::to_string(site.column());
 }
 
+bool same_site(const Site& a, const Site& b) { return a.line() == b.line() && a.column() == b.column() && std::strcmp(a.file_name(), b.file_name()) == 0; }
+
 void leave() {
   in_fiber = 0;
   simt_switch(&current->stack_pointer, main_stack_pointer);
@@ -127,11 +131,13 @@ void leave() {
 void wake(Fiber& fiber) {
   fiber.state = State::Runnable;
   fiber.block->warps[fiber.index / 32].runnable |= 1u << (fiber.index % 32);
+  fiber.block->runnable_warps |= 1u << (fiber.index / 32);
 }
 
 void enter() {
   (*body_of_grid)();
   if (!current->copies.empty()) fault(Site::current(), "ends with asynchronous copies that it never waited for");
+  if (current->block->at_barrier > 0) fault(current->block->barrier, "has ended, but others of the block wait in __syncthreads");
   current->state = State::Done;
   current->block->live--;
   leave();
@@ -155,6 +161,7 @@ void start_block(Block& block, Dim grid, Dim size, Dim index, size_t shared_byte
   block.shared = block.shared_end - room;
   std::memset(block.shared, kPoison, room);
   block.warps.assign((count + 31) / 32, Warp{0, 0});
+  block.runnable_warps = block.spinning_warps = 0;
   block.live = count;
   block.at_barrier = 0;
   for (unsigned i = 0; i < count; i++) {
@@ -165,7 +172,8 @@ void start_block(Block& block, Dim grid, Dim size, Dim index, size_t shared_byte
     fiber.place = {{i % size.x, i / size.x % size.y, i / (size.x * size.y)}, index, size, grid};
     fiber.copies.clear();
     fiber.copy_group = 0;
-    void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes - 64);
+    // Tops at different offsets in their pages: at one offset, they would all compete for the same few lines of the cache.
+    void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes - 64 - i * 1088 % 16384);
     *--top = nullptr;
     *--top = reinterpret_cast<void*>(enter);
     for (int k = 0; k < 6; k++) *--top = nullptr;
@@ -175,39 +183,28 @@ void start_block(Block& block, Dim grid, Dim size, Dim index, size_t shared_byte
   totals.threads += count;
 }
 
+unsigned lowest(uint32_t bits) { return static_cast<unsigned>(__builtin_ctz(bits)); }
+unsigned highest(uint32_t bits) { return 31u - static_cast<unsigned>(__builtin_clz(bits)); }
+unsigned any_of(uint32_t bits) {  // the first from a random place on
+  const unsigned from = static_cast<unsigned>(next_random() % 32);
+  const uint32_t above = bits >> from << from;
+  return lowest(above ? above : bits);
+}
+
 // The thread to run next, or null: a runnable one, else a spinning one.
-Fiber* pick(std::vector<Block*>& live) {
+Fiber* pick(const std::vector<Block*>& live) {
   for (const bool spinning : {false, true}) {
-    struct Candidate {
-      Block* block;
-      unsigned warp;
-      uint32_t lanes;
-    };
-    static std::vector<Candidate> candidates;
-    candidates.clear();
-    const auto look = [&](Block* block, unsigned w) {
-      const uint32_t lanes = spinning ? block->warps[w].spinning : block->warps[w].runnable;
-      if (lanes) candidates.push_back({block, w, lanes});
-      return lanes != 0;
-    };
-    const Order order = schedule_of_launches.order;
-    for (size_t i = 0; i < live.size(); i++) {
-      Block* block = live[order == Order::Reverse ? live.size() - 1 - i : i];
-      const unsigned n = static_cast<unsigned>(block->warps.size());
-      bool found = false;
-      for (unsigned w = 0; w < n && !(found && order != Order::Random); w++) found = look(block, order == Order::Reverse ? n - 1 - w : w);
-      if (found && order != Order::Random && !spinning) break;
-    }
-    if (candidates.empty()) continue;
     // Spinning threads take turns by chance in every order: a fixed choice could starve the one that is waited for.
-    const bool by_chance = order == Order::Random || spinning;
-    const Candidate& c = candidates[by_chance ? next_random() % candidates.size() : 0];
-    unsigned lane = order == Order::Reverse ? 31u - static_cast<unsigned>(__builtin_clz(c.lanes)) : static_cast<unsigned>(__builtin_ctz(c.lanes));
-    if (by_chance) {
-      lane = static_cast<unsigned>(next_random() % 32);
-      while (!(c.lanes >> lane & 1)) lane = (lane + 1) % 32;
+    const Order order = spinning ? Order::Random : schedule_of_launches.order;
+    const auto choose = [&](uint32_t bits) { return order == Order::Forward ? lowest(bits) : order == Order::Reverse ? highest(bits) : any_of(bits); };
+    const size_t n = live.size(), from = order == Order::Random && n > 1 ? next_random() % n : 0;
+    for (size_t i = 0; i < n; i++) {
+      Block* block = live[order == Order::Reverse ? n - 1 - i : (from + i) % n];
+      const uint32_t warps = spinning ? block->spinning_warps : block->runnable_warps;
+      if (!warps) continue;
+      const unsigned w = choose(warps);
+      return &block->fibers[w * 32 + choose(spinning ? block->warps[w].spinning : block->warps[w].runnable)];
     }
-    return &c.block->fibers[c.warp * 32 + lane];
   }
   return nullptr;
 }
@@ -281,12 +278,17 @@ void run_threads(std::vector<Block*>& live, const std::function<bool(Block*)>& n
     }
     warp.runnable &= ~bit;
     warp.spinning &= ~bit;
+    if (!warp.runnable) fiber->block->runnable_warps &= ~(1u << (fiber->index / 32));
+    if (!warp.spinning) fiber->block->spinning_warps &= ~(1u << (fiber->index / 32));
     fiber->state = State::Runnable;
     current = fiber;
     place = &fiber->place;
     in_fiber = 1;
     simt_switch(&main_stack_pointer, fiber->stack_pointer);
-    if (fiber->state == State::Spinning) warp.spinning |= bit;
+    if (fiber->state == State::Spinning) {
+      warp.spinning |= bit;
+      fiber->block->spinning_warps |= 1u << (fiber->index / 32);
+    }
     if (fiber->block->live == 0 && !next_block(fiber->block)) live.erase(std::find(live.begin(), live.end(), fiber->block));
   }
 }
@@ -359,7 +361,6 @@ void meet_warp(const char* operation, uint32_t mask, const Site& site, void* slo
   self.site = site;
   self.slot = slot;
   bool all_here = true;
-  const auto same_site = [&](const Site& other) { return other.line() == site.line() && other.column() == site.column() && std::strcmp(other.file_name(), site.file_name()) == 0; };
   for (unsigned l = 0; l < 32; l++) {
     if (!(mask >> l & 1) || l == own) continue;
     if (first + l >= self.block->fibers.size() || first + l >= self.place.block_size.x * self.place.block_size.y * self.place.block_size.z)
@@ -370,7 +371,7 @@ void meet_warp(const char* operation, uint32_t mask, const Site& site, void* slo
       all_here = false;
       continue;
     }
-    if (std::strcmp(other.operation, operation) != 0 || other.mask != mask || !same_site(other.site))
+    if (std::strcmp(other.operation, operation) != 0 || other.mask != mask || !same_site(other.site, site))
       fault(site, "%s with mask %08x, but lane %u is in %s with mask %08x at %s", operation, mask, l, other.operation, other.mask, name_of(other.site).c_str());
   }
   // A lane outside the mask that waits for this one would wait for ever.
@@ -398,14 +399,9 @@ void meet_block(const Site& site) {
   Fiber& self = *current;
   Block& block = *self.block;
   const unsigned count = self.place.block_size.x * self.place.block_size.y * self.place.block_size.z;
-  for (unsigned i = 0; i < count; i++) {
-    const Fiber& other = block.fibers[i];
-    if (other.state == State::Done) fault(site, "__syncthreads, but thread %u of the block has ended", i);
-    if (other.state == State::AtBlock) {
-      if (other.site.line() != site.line() || other.site.column() != site.column()) fault(site, "__syncthreads, but thread %u waits in the one at %s", i, name_of(other.site).c_str());
-      break;  // all that wait are at one site
-    }
-  }
+  if (block.live < count) fault(site, "__syncthreads, but a thread of the block has ended");
+  if (block.at_barrier > 0 && !same_site(site, block.barrier)) fault(site, "__syncthreads, but others wait in the one at %s", name_of(block.barrier).c_str());
+  block.barrier = site;
   self.site = site;
   self.state = State::AtBlock;
   if (++block.at_barrier == count) {

@@ -1,0 +1,166 @@
+// What our kernels need of the card beyond CUDA C++: the operations that exist as PTX only, and the arithmetic of kernels/include/arithmetic.h as device
+// functions. Under test the first part comes from test/kernels/simt/cuda_source.h instead, which is included ahead of every kernel.
+//
+// Built with -fmad=false -ftz=true: a fused multiply-add happens where __fmaf_rn is written, and denormals are zero. Division and square root are IEEE's.
+#pragma once
+#include <cstdint>
+
+#if defined(__CUDACC__)
+
+namespace shardmesh::cuda {
+
+__device__ __forceinline__ uint8_t* dynamic_shared() {
+  extern __shared__ __align__(16) uint8_t bytes[];
+  return bytes;
+}
+
+// --- asynchronous copies from global to shared memory; bytes behind `source_bytes` become zero
+template <int bytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* global, int source_bytes = bytes) {
+  const uint32_t target = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  if constexpr (bytes == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(global), "r"(source_bytes) : "memory");
+  else asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(target), "l"(global), "n"(bytes), "r"(source_bytes) : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int groups_left>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(groups_left) : "memory");
+}
+
+// --- products of fragments: d += a b. A lane's registers: PTX ISA, "Matrix Fragments for mma.m16n8k32" and "mma.m16n8k16"
+#define SHARDMESH_MMA_K32(name, a_type, b_type)                                                                                              \
+  __device__ __forceinline__ void name(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {                                        \
+    asm("mma.sync.aligned.m16n8k32.row.col.s32." a_type "." b_type ".s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"             \
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])                                                                                     \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                                                 \
+  }
+SHARDMESH_MMA_K32(mma_s8s8_k32, "s8", "s8")
+SHARDMESH_MMA_K32(mma_u8s8_k32, "u8", "s8")
+#undef SHARDMESH_MMA_K32
+__device__ __forceinline__ void mma_s8s8_k16(int (&d)[4], const uint32_t (&a)[2], const uint32_t (&b)[1]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+}
+
+// Half and bfloat16 as their 16 bits.
+__device__ __forceinline__ float half_to_float(uint16_t h) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+  return f;
+}
+__device__ __forceinline__ uint16_t float_to_half(float f) {
+  uint16_t h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
+  return h;
+}
+
+}  // namespace shardmesh::cuda
+
+#elif !defined(SHARDMESH_SIMT)
+#error "kernels/cuda is compiled by nvcc, or by a C++ compiler with test/kernels/simt/cuda_source.h included first"
+#endif
+
+namespace shardmesh::cuda {
+
+constexpr uint32_t kWholeWarp = 0xffffffffu;
+constexpr float kQuantizableMin = 0x1p-100f;
+constexpr float kNegativeInfinity = -__builtin_huge_valf();
+
+// Not fmaxf: this one keeps the first of equal values, as the reference does.
+__device__ __forceinline__ float larger(float a, float b) { return a < b ? b : a; }
+
+// exp_fixed of arithmetic.h, step by step.
+__device__ __forceinline__ float exp_fixed(float x) {
+  if (!(x > -87.0f)) return 0.0f;
+  if (x > 88.0f) x = 88.0f;
+  const int n_int = __float2int_rn(__fmul_rn(x, 1.44269504088896341f));
+  const float n = __int2float_rn(n_int);
+  float r = __fmaf_rn(n, -0.693145751953125f, x);
+  r = __fmaf_rn(n, -1.42860682030941723e-6f, r);
+  float p = 1.9875691500e-4f;
+  p = __fmaf_rn(p, r, 1.3981999507e-3f);
+  p = __fmaf_rn(p, r, 8.3334519073e-3f);
+  p = __fmaf_rn(p, r, 4.1665795894e-2f);
+  p = __fmaf_rn(p, r, 1.6666665459e-1f);
+  p = __fmaf_rn(p, r, 5.0000001201e-1f);
+  p = __fmaf_rn(p, __fmul_rn(r, r), r);
+  p = __fadd_rn(p, 1.0f);
+  return __fmul_rn(p, __int_as_float((n_int + 127) << 23));
+}
+
+// Largest |x| of the warp's lanes, in every lane. Bits of magnitudes order like the magnitudes; NaN counts as 0, as in the reference.
+__device__ __forceinline__ float warp_magnitude(float x) {
+  const uint32_t bits = __float_as_uint(x) & 0x7fffffffu;
+  return __uint_as_float(__reduce_max_sync(kWholeWarp, bits > 0x7f800000u ? 0u : bits));
+}
+
+// One value of a thing with the largest magnitude `amax`, as int8; 0 when the thing counts as zero.
+__device__ __forceinline__ int quantized(float x, float amax) {
+  return amax >= kQuantizableMin ? __float2int_rn(__fmul_rn(x, __fdiv_rn(127.0f, amax))) : 0;
+}
+__device__ __forceinline__ float quantized_scale(float amax) { return amax >= kQuantizableMin ? __fdiv_rn(amax, 127.0f) : 0.0f; }
+
+constexpr int kPartials = 128;
+
+// Halving sum (distance 64, 32, ... 1) of the values of a block of 128 threads, in every thread. `shared`: 129 floats.
+__device__ __forceinline__ float halving_sum_128(float v, float* shared) {
+  const int thread = static_cast<int>(threadIdx.x);
+  shared[thread] = v;
+  __syncthreads();
+  if (thread < 32) {
+    // Distances 64 and 32 by hand, the others between lanes: a + b is b + a, so every lane below the distance has the written sum.
+    v = __fadd_rn(__fadd_rn(v, shared[thread + 64]), __fadd_rn(shared[thread + 32], shared[thread + 96]));
+    for (int distance = 16; distance; distance /= 2) v = __fadd_rn(v, __shfl_xor_sync(kWholeWarp, v, distance));
+    if (thread == 0) shared[kPartials] = v;
+  }
+  __syncthreads();
+  return shared[kPartials];
+}
+
+// tree(n) = tree(ceil(n / 2)) + tree(rest) over leaf[0], leaf[stride], ...
+template <int n>
+__device__ __forceinline__ float tree_of(const float* leaf, int stride) {
+  if constexpr (n == 1) {
+    return leaf[0];
+  } else {
+    constexpr int left = (n + 1) / 2;
+    return __fadd_rn(tree_of<left>(leaf, stride), tree_of<n - left>(leaf + left * stride, stride));
+  }
+}
+__device__ __forceinline__ float tree_sum(const float* leaf, int count, int stride) {
+  switch (count) {
+    case 1: return tree_of<1>(leaf, stride);
+    case 2: return tree_of<2>(leaf, stride);
+    case 3: return tree_of<3>(leaf, stride);
+    case 4: return tree_of<4>(leaf, stride);
+    case 5: return tree_of<5>(leaf, stride);
+    case 6: return tree_of<6>(leaf, stride);
+    case 7: return tree_of<7>(leaf, stride);
+    case 8: return tree_of<8>(leaf, stride);
+    case 9: return tree_of<9>(leaf, stride);
+    case 10: return tree_of<10>(leaf, stride);
+    case 11: return tree_of<11>(leaf, stride);
+    case 12: return tree_of<12>(leaf, stride);
+    case 13: return tree_of<13>(leaf, stride);
+    case 14: return tree_of<14>(leaf, stride);
+    case 15: return tree_of<15>(leaf, stride);
+    default: return tree_of<16>(leaf, stride);
+  }
+}
+
+#if defined(__CUDACC__)
+// Queues a kernel on a stream. Null, or what the runtime says.
+template <typename... Parameters, typename... Given>
+const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream, Given... given) {
+  if (shared_bytes > 48 * 1024) {  // more must be asked for, once for each kernel; asking again costs nothing that matters
+    const cudaError_t asked = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (asked != cudaSuccess) return cudaGetErrorString(asked);
+  }
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(given...);
+  const cudaError_t status = cudaGetLastError();
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+#endif
+
+}  // namespace shardmesh::cuda

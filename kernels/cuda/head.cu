@@ -1,0 +1,110 @@
+// The end of a step: the best candidate of each row in this shard's part of the vocabulary, and the sums behind log-probabilities.
+//   candidate: argmax of rn(logit / temperature + noise), ties to the lower id; noise = -log(-log(u)), u a hash of (key, token)      Gumbel-max: Gumbel 1954
+//   sums: of exp(logit - maximum) over slices of 1,024 tokens; 128 interleaved partial sums, halved. Slices are joined by the tree on the host.
+// logits [rows, count] fp32, of tokens first_token and up. The arithmetic of noise and logarithm is kernels/runner/sampler_math.h.
+// top-k, top-p, min-p and penalties are not here: such rows go through the host's sampler.
+#include "device.cuh"
+#include "operations.h"
+
+namespace shardmesh::cuda {
+namespace {
+
+constexpr int kThreads = 256, kSlice = 1024;
+
+__device__ __forceinline__ float log_core(float r, float e) {
+  const float z = __fmul_rn(r, r);
+  float p = 7.0376836292e-2f;
+  p = __fmaf_rn(p, r, -1.1514610310e-1f);
+  p = __fmaf_rn(p, r, 1.1676998740e-1f);
+  p = __fmaf_rn(p, r, -1.2420140846e-1f);
+  p = __fmaf_rn(p, r, 1.4249322787e-1f);
+  p = __fmaf_rn(p, r, -1.6668057665e-1f);
+  p = __fmaf_rn(p, r, 2.0000714765e-1f);
+  p = __fmaf_rn(p, r, -2.4999993993e-1f);
+  p = __fmaf_rn(p, r, 3.3333331174e-1f);
+  float y = __fmul_rn(__fmul_rn(p, r), z);
+  y = __fmaf_rn(e, -2.12194440e-4f, y);
+  y = __fmaf_rn(z, -0.5f, y);
+  return __fmaf_rn(e, 0.693359375f, __fadd_rn(r, y));
+}
+
+__device__ __forceinline__ float log_fixed(float x) {
+  const uint32_t bits = __float_as_uint(x);
+  int exponent = static_cast<int>(bits >> 23) - 126;
+  float m = __uint_as_float((bits & 0x7fffffu) | 0x3f000000u);
+  if (m < 0.70710678f) {
+    m = __fadd_rn(m, m);
+    exponent--;
+  }
+  return log_core(__fsub_rn(m, 1.0f), __int2float_rn(exponent));
+}
+
+__device__ __forceinline__ uint32_t mix32(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x85ebca6bu;
+  x = (x ^ (x >> 13)) * 0xc2b2ae35u;
+  return x ^ (x >> 16);
+}
+
+__device__ __forceinline__ float gumbel_noise(uint32_t bits) {
+  const uint32_t distance = ~bits;
+  const float e = distance < (1u << 30) ? -log_core(-__fmul_rn(__ll2float_rn(static_cast<long long>(distance) * 2 + 1), 0x1p-33f), 0.0f)
+                                        : -log_fixed(__fmul_rn(__ll2float_rn(static_cast<long long>(bits) * 2 + 1), 0x1p-33f));
+  return -log_fixed(e);
+}
+
+__device__ __forceinline__ Candidate better(const Candidate& a, const Candidate& b) { return b.value > a.value || (b.value == a.value && b.token < a.token) ? b : a; }
+
+__global__ void __launch_bounds__(kThreads) head_candidates_kernel(const float* logits, int64_t stride, int64_t count, int32_t first_token, const HeadRow* settings, Candidate* best,
+                                                                   float* maximum) {
+  Candidate* candidates = reinterpret_cast<Candidate*>(dynamic_shared());
+  float* maxima = reinterpret_cast<float*>(candidates + kThreads);
+  const int thread = static_cast<int>(threadIdx.x);
+  const HeadRow row = settings[blockIdx.x];
+  const float* x = logits + blockIdx.x * stride;
+  Candidate own{kNegativeInfinity, 0x7fffffff};
+  float largest = kNegativeInfinity;
+  for (int64_t i = thread; i < count; i += kThreads) {
+    const uint32_t token = static_cast<uint32_t>(first_token + i);
+    float value = x[i];
+    largest = larger(largest, value);
+    if (row.temperature != 0.0f) value = __fadd_rn(__fdiv_rn(value, row.temperature), gumbel_noise(mix32(mix32(token * 0x9e3779b1u + row.noise_low) + row.noise_high)));
+    own = better(own, {value, static_cast<int32_t>(token)});
+  }
+  candidates[thread] = own;
+  maxima[thread] = largest;
+  for (int distance = kThreads / 2; distance; distance /= 2) {
+    __syncthreads();
+    if (thread >= distance) continue;
+    candidates[thread] = better(candidates[thread], candidates[thread + distance]);
+    maxima[thread] = larger(maxima[thread], maxima[thread + distance]);
+  }
+  if (thread == 0) {
+    best[blockIdx.x] = candidates[0];
+    maximum[blockIdx.x] = maxima[0];
+  }
+}
+
+__global__ void __launch_bounds__(kPartials) head_sums_kernel(const float* logits, int64_t stride, int64_t count, const float* maximum, float* sums, int64_t sums_stride) {
+  const int64_t slice = blockIdx.x, row = blockIdx.y;
+  const int length = static_cast<int>(count - slice * kSlice < kSlice ? count - slice * kSlice : kSlice);
+  const float* x = logits + row * stride + slice * kSlice;
+  float partial = 0.0f;
+  for (int i = static_cast<int>(threadIdx.x); i < length; i += kPartials) partial = __fadd_rn(partial, exp_fixed(__fsub_rn(x[i], maximum[row])));
+  const float sum = halving_sum_128(partial, reinterpret_cast<float*>(dynamic_shared()));
+  if (threadIdx.x == 0) sums[row * sums_stride + slice] = sum;
+}
+
+}  // namespace
+
+Problem head_candidates(const float* logits, int64_t stride, int rows, int64_t count, int32_t first_token, const HeadRow* settings, Candidate* best, float* maximum, Stream stream) {
+  if (rows < 1 || count < 1 || first_token < 0) return "head_candidates: rows and count must be positive, tokens not negative";
+  return launch(head_candidates_kernel, static_cast<unsigned>(rows), kThreads, kThreads * (sizeof(Candidate) + 4), stream, logits, stride, count, first_token, settings, best, maximum);
+}
+
+Problem head_sums(const float* logits, int64_t stride, int rows, int64_t count, const float* maximum, float* sums, int64_t sums_stride, Stream stream) {
+  if (rows < 1 || rows > 65535 || count < 1) return "head_sums: rows must be in 1..65535, count positive";
+  const dim3 grid(static_cast<unsigned>((count + kSlice - 1) / kSlice), static_cast<unsigned>(rows));
+  return launch(head_sums_kernel, grid, kPartials, (kPartials + 1) * 4, stream, logits, stride, count, maximum, sums, sums_stride);
+}
+
+}  // namespace shardmesh::cuda

@@ -1,0 +1,125 @@
+// The quantised product for many tokens; formula, operands and result as in linear_decode.cu, and the same bits.
+// A block is 64 rows x 64 tokens, four warps of 32 x 32. Groups pass through shared memory in stages of four, three stages deep, copied as they lie in memory:
+// both operands are in fragment order, so a lane reads its registers without bank conflicts and ldmatrix has nothing to do.
+// A warp walks the segments in order and keeps the finished left sides of the tree on a stack of at most four, in local memory: it is touched once a segment.
+// Limits: K a multiple of 32, 1 to 16 segments.
+#include "device.cuh"
+#include "group_product.cuh"
+#include "operations.h"
+#include "product_plan.h"
+
+namespace shardmesh::cuda {
+namespace {
+
+constexpr int kBlockStrips = 4, kBlockTiles = 8, kWarpStrips = 2, kWarpTiles = 4, kThreads = 128;
+constexpr int kStageGroups = 4, kStages = 3, kStackDepth = 4;
+constexpr int kValues = kWarpStrips * kWarpTiles * 4;  // accumulators of a lane
+
+template <typename F>
+constexpr int kStripStageBytes = kStageGroups * F::record_bytes;
+constexpr int kTileStageBytes = kStageGroups * static_cast<int>(sizeof(ActivationGroup));
+template <typename F>
+constexpr int kStageBytes = kBlockStrips * kStripStageBytes<F> + kBlockTiles * kTileStageBytes;
+
+// Copies the groups [first, first + count) of `parts` arrays of groups, `part_bytes` apart; places in shared memory are `stage_bytes` apart.
+__device__ __forceinline__ void copy_groups(uint8_t* shared, int stage_bytes, const uint8_t* global, int64_t part_bytes, int parts, int bytes) {
+  const int pieces = bytes / 16;
+  for (int i = static_cast<int>(threadIdx.x); i < parts * pieces; i += kThreads) {
+    const int part = i / pieces, at = i % pieces * 16;
+    copy_async<16>(shared + part * stage_bytes + at, global + part * part_bytes + at);
+  }
+}
+
+template <typename F>
+__global__ void __launch_bounds__(kThreads) linear_prefill_kernel(const ProductPlan plan) {
+  uint8_t* shared = dynamic_shared();
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+  const int first_strip = static_cast<int>(blockIdx.x) * kBlockStrips, first_tile = static_cast<int>(blockIdx.y) * kBlockTiles;
+  const int strips = min(kBlockStrips, plan.strips - first_strip), tiles = min(kBlockTiles, plan.tiles - first_tile);
+  const uint8_t* heads = plan.weight + first_strip * plan.strip_bytes;
+  const uint8_t* records = heads + plan.heads * F::head_bytes;
+  const uint8_t* activations = reinterpret_cast<const uint8_t*>(plan.in + static_cast<int64_t>(first_tile) * plan.groups);
+  const int stage_count = (plan.groups + kStageGroups - 1) / kStageGroups;
+
+  const auto copy_stage = [&](int stage) {
+    if (stage < stage_count) {
+      uint8_t* to = shared + stage % kStages * kStageBytes<F>;
+      const int first = stage * kStageGroups, count = min(kStageGroups, plan.groups - first);
+      copy_groups(to, kStripStageBytes<F>, records + first * F::record_bytes, plan.strip_bytes, strips, count * F::record_bytes);
+      copy_groups(to + kBlockStrips * kStripStageBytes<F>, kTileStageBytes, activations + first * sizeof(ActivationGroup),
+                  plan.groups * static_cast<int64_t>(sizeof(ActivationGroup)), tiles, count * static_cast<int>(sizeof(ActivationGroup)));
+    }
+    commit_copies();  // an empty group too, so that counting them stays simple
+  };
+  for (int i = 0; i < kStages - 1; i++) copy_stage(i);
+
+  // Strips and tiles of this warp; what lies behind the matrix or the batch is computed from whatever the stage holds and not stored.
+  const int own_strip = warp % 2 * kWarpStrips, own_tile = warp / 2 * kWarpTiles;
+  float acc[kWarpStrips][kWarpTiles][4] = {};
+  float stack[kStackDepth][kValues];
+  int depth = 0, segment = 0;
+  for (int stage = 0; stage < stage_count; stage++) {
+    wait_copies<kStages - 2>();
+    __syncthreads();  // this stage is here for all, and the one before has been read by all
+    copy_stage(stage + kStages - 1);
+    const uint8_t* from = shared + stage % kStages * kStageBytes<F>;
+    const int count = min(kStageGroups, plan.groups - stage * kStageGroups);
+    for (int j = 0; j < count; j++) {
+      const int group = stage * kStageGroups + j;
+      StripGroup<F> w[kWarpStrips];
+#pragma unroll
+      for (int s = 0; s < kWarpStrips; s++) {
+        const int strip = own_strip + s < strips ? own_strip + s : 0;
+        w[s] = load_strip_group<F>(from + strip * kStripStageBytes<F> + j * F::record_bytes, heads + strip * plan.strip_bytes + (plan.phase + group) / 8 * F::head_bytes, lane);
+      }
+#pragma unroll
+      for (int t = 0; t < kWarpTiles; t++) {
+        const int tile = own_tile + t < tiles ? own_tile + t : 0;
+        const ActivationGroup& x = *reinterpret_cast<const ActivationGroup*>(from + kBlockStrips * kStripStageBytes<F> + tile * kTileStageBytes + j * sizeof(ActivationGroup));
+#pragma unroll
+        for (int s = 0; s < kWarpStrips; s++) add_group(acc[s][t], w[s], x, lane);
+      }
+      if (group + 1 < plan.segment_end[segment]) continue;
+
+      float* sums = &acc[0][0][0];
+      for (int m = 0; m < plan.merges[segment]; m++) {
+        depth--;
+#pragma unroll
+        for (int i = 0; i < kValues; i++) sums[i] = __fadd_rn(stack[depth][i], sums[i]);
+      }
+      const int subtree = plan.finishes[segment++];
+      if (subtree < 0) {
+#pragma unroll
+        for (int i = 0; i < kValues; i++) stack[depth][i] = sums[i];
+        depth++;
+      } else {
+#pragma unroll
+        for (int i = 0; i < kValues; i++) {
+          const int s = i / (kWarpTiles * 4), t = i / 4 % kWarpTiles, c = i % 4;
+          const int row = (first_strip + own_strip + s) * kStripRows + lane / 4 + 8 * (c / 2), token = (first_tile + own_tile + t) * kTileTokens + lane % 4 * 2 + c % 2;
+          if (row >= plan.rows || token >= plan.tokens) continue;
+          plan.out[subtree * plan.subtree_stride + token * plan.out_stride + row] = plan.bias ? __fadd_rn(sums[i], plan.bias[row]) : sums[i];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kValues; i++) sums[i] = 0.0f;
+    }
+  }
+  wait_copies<0>();
+}
+
+}  // namespace
+
+Problem linear_prefill(const Product& product, Stream stream) {
+  ProductPlan plan;
+  if (const Problem problem = make_product_plan(product, &plan)) return problem;
+  Problem problem = nullptr;
+  with_format(product.type, [&](auto format) {
+    using F = decltype(format);
+    const dim3 grid(static_cast<unsigned>((plan.strips + kBlockStrips - 1) / kBlockStrips), static_cast<unsigned>((plan.tiles + kBlockTiles - 1) / kBlockTiles));
+    problem = launch(linear_prefill_kernel<F>, grid, kThreads, static_cast<size_t>(kStages) * kStageBytes<F>, stream, plan);
+  });
+  return problem;
+}
+
+}  // namespace shardmesh::cuda

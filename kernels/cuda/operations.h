@@ -1,0 +1,125 @@
+// Launchers of the CUDA kernels. All pointers are device memory unless they say "host"; each call queues work on `stream` and returns at once.
+//
+// A Problem is null when the work is queued; else it says which constraint a shape breaks (nothing is queued) or what the CUDA runtime answered.
+// The arithmetic is kernels/reference/operations.h, bit for bit. Letters as there: T tokens, K input features, D head size.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "../include/kernel_set.h"
+
+namespace shardmesh::cuda {
+
+using Stream = void*;  // a cudaStream_t
+using Problem = const char*;
+
+struct ActivationGroup;
+
+// ---------------------------------------------------------------- weights: host functions, for the layout in weight_layout.h
+
+// Bytes of a matrix in the CUDA layout; 0 for float types, which have none yet.
+size_t packed_bytes(const MatrixSource& source);
+// Packs this part's strips into host memory of packed_bytes(); `out->layout` is the phase.
+void pack(const MatrixSource& source, PackedMatrix* out, Part part);
+// Bytes of the quantised activations of T tokens.
+size_t activation_bytes(int tokens, int64_t columns);
+
+// ---------------------------------------------------------------- products
+
+// q, sa, ms and sums of x [T, K], x_stride apart. K: multiple of 32.
+Problem quantize(const float* x, int64_t x_stride, int tokens, int64_t columns, ActivationGroup* out, Stream stream);
+
+struct Product {
+  TensorType type;
+  int64_t rows, columns;
+  int phase;
+  const uint8_t* weight;
+  const ActivationGroup* in;
+  int tokens;
+  int segment_count;
+  const int* segment_ends;   // host
+  int subtree_count;
+  const Subtree* subtrees;   // host
+  const float* bias;         // [rows] or null
+  float* out;                // as LinearArguments::out
+  int64_t out_stride, subtree_stride;
+};
+// For few tokens: a block is a strip of 16 rows, a warp a segment.
+Problem linear_decode(const Product& product, Stream stream);
+// For many: tiles of 64 rows x 64 tokens, a warp walks the segments of 32 x 32.
+Problem linear_prefill(const Product& product, Stream stream);
+
+// ---------------------------------------------------------------- along a token
+
+// out [T, width] or null, quantized or null (not both); width a multiple of 32 for `quantized`.
+Problem rms_norm(const float* x, int64_t x_stride, const float* w, float epsilon, int64_t width, int tokens, float* out, int64_t out_stride, ActivationGroup* quantized, Stream stream);
+// activation 0: silu, 1: gelu (tanh form). Outputs as for rms_norm.
+Problem gated_activation(const float* gate, int64_t gate_stride, const float* up, int64_t up_stride, int64_t width, int tokens, int activation, float* out, int64_t out_stride,
+                         ActivationGroup* quantized, Stream stream);
+// residual[t, r] += tree of the nodes + bias[r]; the nodes as in KernelSet::finish_tree, `lo` and `hi` and the arrays of pointers and strides on the host.
+Problem finish_tree(int units, int node_count, const int* lo, const int* hi, const float* const* nodes, const int64_t* strides, const float* bias, float* residual,
+                    int64_t residual_stride, int64_t width, int tokens, Stream stream);
+
+// ---------------------------------------------------------------- attention
+
+// Rows of a step in device memory; fields as in StepRows.
+struct DeviceRows {
+  int tokens;
+  const int32_t* positions;
+  const int32_t* row_sequence;
+  const int32_t* block_offsets;
+  const int32_t* block_tables;
+};
+
+// Rotates q [T, q_heads * D] in place, and writes rotated k and v [T, layout.heads * D] into the cache. k itself is left as it was.
+// K int8 or f16. D: multiple of 32, at most 256. table.cosine and sine: device memory.
+Problem rope_store_kv(float* q, int64_t q_stride, int q_heads, const float* k, int64_t k_stride, const float* v, int64_t v_stride, const RopeTable& table, const KvLayout& layout,
+                      uint8_t* cache, const DeviceRows& rows, Stream stream);
+
+// One piece of attention: the query heads of `run` for rows [row, row + rows) of one sequence; rows * heads of the run is at most 16.
+// span >= 0: only that span of 256 positions, the partial result goes to the rows' slots. span < 0: all spans, the result goes to `out`.
+struct AttentionWork {
+  int32_t row, rows, run, span;
+};
+// Adjacent query heads that read one KV head.
+struct HeadRun {
+  int32_t first, count, kv_head;
+};
+
+struct AttentionStep {
+  const float* q;   // [T, q_stride], after rope
+  int64_t q_stride;
+  float* out;       // [T, out_stride]
+  int64_t out_stride;
+  int heads;
+  float scale;
+  int window;       // 0: whole context
+  KvLayout layout;  // int8 keys, D = 32, 64, 128 or 256
+  const uint8_t* cache;
+  DeviceRows rows;
+  const HeadRun* runs;
+  const AttentionWork* work;
+  const int32_t* work_count;     // device, so that one launch fits every step
+  float* partials;               // [slots][heads][D + 2]: values, then maximum and sum of weights
+  const int32_t* first_slot;     // [T + 1]: the slots of row t, a span each; none for rows that are done in one piece
+};
+Problem attention(const AttentionStep& step, int blocks, Stream stream);
+// Joins the spans of every row that has slots.
+Problem attention_join(const AttentionStep& step, Stream stream);
+
+// ---------------------------------------------------------------- head
+
+struct Candidate {
+  float value;     // rn(logit / temperature + noise), or the logit when temperature is 0
+  int32_t token;
+};
+struct HeadRow {
+  float temperature;      // 0: greedy
+  uint32_t noise_low, noise_high;  // noise_key() of the row's seed, choice and position
+};
+// The best candidate of each row among the tokens [first_token, first_token + count), ties to the lower id, and the largest logit.
+Problem head_candidates(const float* logits, int64_t stride, int rows, int64_t count, int32_t first_token, const HeadRow* settings, Candidate* best, float* maximum, Stream stream);
+// sums[row, s] = sum of exp(logit - maximum[row]) over slice s of 1,024 tokens, as SamplerLoops::sum_exp makes it.
+Problem head_sums(const float* logits, int64_t stride, int rows, int64_t count, const float* maximum, float* sums, int64_t sums_stride, Stream stream);
+
+}  // namespace shardmesh::cuda

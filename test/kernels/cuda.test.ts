@@ -1,0 +1,65 @@
+/**
+ * Runs the CUDA kernels of kernels/cuda on the CPU (simt/machine.h) against the reference, with memcmp: simt/cuda_linear_test.cpp and simt/cuda_step_test.cpp. Each
+ * of their cases is a test here. It proves indexes, barriers and every bit of the arithmetic; not speed, and not what only a card's memory can do.
+ */
+import { execFile } from 'node:child_process';
+import { promisify } from 'node:util';
+import { beforeAll, describe, expect, it } from 'vitest';
+import { buildKernelTarget } from './build-target.ts';
+
+const run = promisify(execFile);
+
+const types = ['Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'Q8_0', 'Q4_K', 'Q5_K', 'Q6_K'];
+const ofEachType = [
+  "the decode product has the reference's bits for any shape, batch and segments",
+  'the decode product does not depend on the order of threads and blocks',
+  "the prefill product has the reference's bits for any shape, batch and segments",
+  'the prefill product does not depend on the order of threads and blocks',
+];
+const cases = {
+  cuda_linear_test: [
+    ...types.flatMap((type) => ofEachType.map((check) => `cuda linear ${type} - ${check}`)),
+    'cuda linear - the decode product makes every tree of 1 to 16 segments',
+    'cuda linear - the prefill product makes every tree of 1 to 16 segments',
+    'cuda linear - refuses shapes by name before any launch',
+  ],
+  cuda_step_test: [
+    "cuda arithmetic - exp has the reference's bits",
+    "cuda rms_norm - has the reference's bits, fp32 and quantised",
+    "cuda gated_activation - has the reference's bits at the ends of exp too, fp32 and quantised",
+    "cuda finish_tree - has the reference's bits for any cut of 1 to 16 units",
+    "cuda rope_store_kv - writes the reference's bytes and no others, both styles, int8 and f16 keys",
+    "cuda attention - has the reference's bits where pieces fold their spans",
+    "cuda attention - has the reference's bits where a context is split into spans",
+    "cuda attention - has the reference's bits where decode is split and prefill is not",
+    'cuda attention - does not depend on the order of threads and blocks',
+    "cuda head - picks the candidate that the sampler's noise picks, ties to the lower id",
+    "cuda head - sums have the sampler's bits",
+  ],
+};
+
+describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('cuda kernels on the emulated machine', () => {
+  for (const [target, names] of Object.entries(cases)) {
+    describe(target, () => {
+      let lines: string[] = [];
+      beforeAll(async () => {
+        const binary = await buildKernelTarget(target);
+        // Exit status 1 means that a case failed; which one is in the output, and is asserted below.
+        const { stdout } = await run(binary, [], { timeout: 120_000 }).catch((error: unknown) => {
+          if (error instanceof Error && 'code' in error && error.code === 1 && 'stdout' in error)
+            return { stdout: String(error.stdout) };
+          throw error;
+        });
+        lines = stdout.trim().split('\n');
+      }, 600_000);
+
+      it.each(names)('%s', (name) => {
+        expect(lines.find((line) => line === `ok ${name}` || line.startsWith(`FAIL ${name}:`))).toBe(`ok ${name}`);
+      });
+
+      it('every case is listed here', () => {
+        expect(lines.filter((line) => !line.startsWith('emulated '))).toHaveLength(names.length);
+      });
+    });
+  }
+});
