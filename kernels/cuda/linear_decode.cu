@@ -15,7 +15,7 @@ namespace {
 constexpr int kLeafStride = kStripRows * kTileTokens + 8;  // floats of one segment's 16 x 8 sums; 8 more keep segments on different banks
 
 template <typename F, int tiles>
-__global__ void __launch_bounds__(kSegmentsMax * 32) linear_decode_kernel(const ProductPlan plan) {
+__global__ void __launch_bounds__(kSegmentsMax * 32, 1) linear_decode_kernel(const ProductPlan plan) {
   const int lane = static_cast<int>(threadIdx.x % 32), segment = static_cast<int>(threadIdx.x / 32);
   const int strip = static_cast<int>(blockIdx.x), first_tile = static_cast<int>(blockIdx.y) * tiles;
   const uint8_t* heads = plan.weight + strip * plan.strip_bytes;

@@ -164,6 +164,7 @@ std::string check_refusals() {
 }  // namespace
 
 int main() {
+  if (!simt::can_run()) return 0;
   flush_denormals();
   for (const TensorType type : kTypes) {
     if (type == TensorType::F32 || type == TensorType::F16 || type == TensorType::BF16) continue;

@@ -28,6 +28,7 @@ inline const char* name_of(const Schedule& s) { return s.order == Order::Forward
 // "" when a buffer holds exactly the expected bytes, those between its rows included, and nothing beside it has changed.
 template <typename T>
 std::string difference(const std::vector<T>& expected, const Guarded<T>& found) {
+  if (const std::string problem = finish(); !problem.empty()) return problem + "; ";
   if (!found.intact()) return "bytes beside a buffer have changed; ";
   for (size_t i = 0; i < expected.size(); i++)
     if (std::memcmp(&expected[i], found.data() + i, sizeof(T)) != 0) {
@@ -44,6 +45,13 @@ std::vector<T> poisoned(size_t count) {
   std::vector<T> values(count);
   std::memset(static_cast<void*>(values.data()), kPoison, count * sizeof(T));
   return values;
+}
+
+// False, with the reason on the output, where no test can run.
+inline bool can_run() {
+  const std::string why = absent_machine();
+  if (!why.empty()) std::printf("skip %s\n", why.c_str());
+  return why.empty();
 }
 
 inline int end_of_tests() {

@@ -10,8 +10,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
-#include <source_location>
 #include <string>
+#if !defined(__CUDACC__)
+#include <source_location>
+#endif
 
 namespace simt {
 
@@ -34,6 +36,11 @@ void set_schedule(const Schedule& schedule);
 // Runs `body` once for every thread of the grid. Returns "" or what the kernel did wrong, with block, thread and source line; it ends at the first fault.
 std::string run_grid(Dim grid, Dim block, size_t shared_bytes, const std::function<void()>& body);
 
+// Why nothing can be run here, or "". The emulated machine is always there; test/gpu/card.cpp has the real one behind this file and guarded.h.
+std::string absent_machine();
+// Waits for all that was launched; "" or what went wrong since.
+std::string finish();
+
 // Counts since the start of the program, for the tests' reports.
 struct Counts {
   uint64_t launches, threads, collectives;
@@ -43,6 +50,7 @@ const Counts& counts();
 constexpr size_t kSharedBytesMax = 99 * 1024;  // what a block may have on every card from sm_86 on
 constexpr uint8_t kPoison = 0xff;              // a NaN in every float format, -1 in every integer
 
+#if !defined(__CUDACC__)
 // ---------------------------------------------------------------- for cuda_source.h
 
 using Site = std::source_location;
@@ -70,5 +78,6 @@ uint64_t global_timer();
 void copy_async(const Site& site, void* target, const void* source, unsigned bytes, unsigned source_bytes);
 void commit_copies();
 void wait_copies(unsigned groups_left);
+#endif
 
 }  // namespace simt
