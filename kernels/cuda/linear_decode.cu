@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kSegmentsMax * 32, 1) linear_decode_kernel(con
   }
   float acc[tiles][4] = {};
   const int end = plan.segment_end[segment];
-#pragma unroll(tiles == 1 ? 4 : tiles <= 4 ? 2 : 1)
+#pragma unroll(tiles == 1 ? 4 : tiles == 2 ? 2 : 1)
   for (int group = plan.segment_begin(segment); group < end; group++) {
     const StripGroup<F> w = load_strip_group<F>(records + group * F::record_bytes, heads + (plan.phase + group) / 8 * F::head_bytes, lane);
 #pragma unroll
