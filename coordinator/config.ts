@@ -26,8 +26,10 @@ export interface CoordinatorConfig {
   contextTokensMax: number | null;
   sequencesMax: number;
   prefixCache: boolean;
-  /** null: 2 for one stage, else stages + 1. */
+  /** null: as many as keep the workers busy. */
   stepsInFlightMax: number | null;
+  /** null: twice the time without prefill. */
+  itlTargetMs: number | null;
   cacheDirectory: string;
   /** Compiled main module of a worker process, and arguments of each. */
   workerModule: string;

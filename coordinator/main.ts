@@ -201,6 +201,7 @@ async function start(
     sequencesMax: config.sequencesMax,
     stepTokensMax: config.stepTokensMax,
     prefillChunkMax: config.prefillChunkMax,
+    itlTargetMs: config.itlTargetMs,
     ...(config.stepsInFlightMax === null ? {} : { stepsInFlightMax: config.stepsInFlightMax }),
     ...(log.isLevelEnabled('debug') && {
       onPlan: ({ epoch, step, sequences }, requestIds) =>

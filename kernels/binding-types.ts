@@ -38,6 +38,8 @@ export interface ExecutorOptions {
   stepTokensMax: number;
   /** Sequence slots; slot ids are below this. */
   sequencesMax: number;
+  /** `onStep` is not called, except for traced steps; `totals` counts them all. Absent: false. */
+  quietSteps?: boolean;
   /** Ranks of every stage, in order; absent: every stage has as many as the program's own. Links are laid out by it. */
   ranksPerStage?: number[];
 }
@@ -72,15 +74,14 @@ export interface SlotOpen {
   outputTokens: Int32Array;
 }
 
-/** One output row of a step. */
+/** One output row of a step, before it is put into numbers. */
 export interface OutputRow {
   /** Row of the step (0..T-1). */
   row: number;
-  slot: number;
   /** Token id whose log-probability is wanted instead of a sample (prompt log-probabilities); `null`: sample. */
   score: number | null;
   /** Ids that must not be sampled in this position (end tokens below min_tokens). */
-  banned: number[];
+  banned: readonly number[];
 }
 
 /**
@@ -102,7 +103,8 @@ export interface StepInput {
   blockTableOffsets: Int32Array;
   /** Block ids of each sequence from position 0. */
   blockTables: Int32Array;
-  outputs: OutputRow[];
+  /** [row, token to score or -1, count of banned ids, ...those] of each output row: `outputNumbers` of `index.ts`. */
+  outputs: Int32Array;
   /** A wait inside this step that lasts longer than this fails the step (per wait, not for the step). */
   waitTimeoutMs: number;
 }
@@ -142,6 +144,14 @@ export interface StepDone {
 export interface StepSpans {
   names: string[];
   values: Float64Array;
+}
+
+/** Sums over all steps that were done. */
+export interface StepTotals {
+  steps: number;
+  /** Of the epoch that runs, or ran last. */
+  lastStep: number;
+  timings: StepTimings;
 }
 
 /** A frame of the mesh between ranks: reductions, gathers, hidden states, sampled ids. Same fields as the wire header. */
@@ -210,6 +220,7 @@ export interface NativeExecutor {
   submit(step: StepInput): void;
   /** A frame of the host driver that arrived; the bytes are copied. False: nobody wants it (unknown peer, wrong kind, late, twice, too many waiting). */
   deliver(frame: NativeFrame): boolean;
+  totals(): StepTotals;
   /** From the next step on, every action and every wait is recorded (`StepDone.spans`), or none. */
   trace(on: boolean): void;
   /** Fails the running and queued steps. Resolves when the compute threads are idle. */

@@ -1,8 +1,8 @@
 /**
  * Control messages as bytes. Both directions check every field against its type and its limit: a sender's mistake is found at the sender, and what a
- * receiver gets is a `Message` to the last list entry. Inside, MessagePack without records, extensions or shared state.
+ * receiver gets is a `Message` to the last list entry. Inside, MessagePack; step plans and results, of which there are hundreds a second, have a form
+ * of their own (`step-codec.ts`) and a quick check before the one here.
  */
-import { Packr, Unpackr } from 'msgpackr';
 import {
   boolean,
   demand,
@@ -24,6 +24,7 @@ import {
   type Check,
 } from './checks.ts';
 import { ProtocolError } from './errors.ts';
+import { isId } from './ids.ts';
 import { httpLimits, meshLimits, messageLimits, stepLimits, traceLimits } from './limits.ts';
 import type {
   Assign,
@@ -50,7 +51,8 @@ import type {
   WorkerStats,
 } from './messages.ts';
 import type { Placement, Range, RankPlacement, StagePlacement } from './placement.ts';
-import { scanPacked } from './pack-scan.ts';
+import { pack, unpack } from './pack.ts';
+import { isSoundPlan, isSoundResult, packStep, plansMax, stepMark, unpackStep } from './step-codec.ts';
 import type {
   PlannedOutput,
   PlannedSequence,
@@ -58,17 +60,15 @@ import type {
   SequenceOpen,
   StepOutput,
   StepPlan,
+  StepPlans,
   StepResult,
 } from './step-plan.ts';
 import { lanes, spanNumbers, type CpuUse } from './trace.ts';
 
-const packr = new Packr({ useRecords: false, moreTypes: false, structuredClone: false, variableMapSize: true });
-const unpackr = new Unpackr({ useRecords: false, mapsAsObjects: true, int64AsType: 'bigint', structuredClone: false });
-
 /** @throws {ProtocolError} a field is not what its type and limit say, or the whole is over `payloadBytesMax`; `path` names it */
 export function encodeMessage(message: Message): Uint8Array {
   checkMessage(message);
-  const bytes = packr.pack(message);
+  const bytes = message.type === 'step_plans' || message.type === 'step_result' ? packStep(message) : pack(message);
   if (bytes.length > messageLimits.payloadBytesMax) throw tooLong(bytes.length);
   return bytes;
 }
@@ -76,14 +76,11 @@ export function encodeMessage(message: Message): Uint8Array {
 /** @throws {ProtocolError} and nothing else, whatever the bytes */
 export function decodeMessage(bytes: Uint8Array): Message {
   if (bytes.length > messageLimits.payloadBytesMax) throw tooLong(bytes.length);
-  scanPacked(bytes);
-  let value: unknown;
-  try {
-    value = unpackr.unpack(bytes);
-  } catch (error) {
-    throw new ProtocolError('message', `not a message: ${(error as Error).message}`, { cause: error });
-  }
-  return checkMessage(value);
+  if (bytes[0] === stepMark) return checkMessage(unpackStep(bytes));
+  const message = checkMessage(unpack(bytes));
+  if (message.type === 'step_plans' || message.type === 'step_result')
+    throw new ProtocolError('type', `${message.type} has a form of its own and does not travel as MessagePack`);
+  return message;
 }
 
 /** What a coordinator accepts. @throws {ProtocolError} as `decodeMessage`, and for a message that only coordinators send */
@@ -109,12 +106,25 @@ function checkMessage(value: unknown): Message {
   const type: unknown = typeof value === 'object' && value !== null && 'type' in value ? value.type : undefined;
   if (typeof type !== 'string' || !Object.hasOwn(messageChecks, type))
     throw new ProtocolError('type', `unknown message type ${describe(type)}`);
+  if (isSound(value as Message)) return value as Message;
   try {
     return messageChecks[type as Message['type']](value);
   } catch (error) {
     if (!(error instanceof Mismatch)) throw error;
     const path = pathText(type, error);
     throw new ProtocolError(path, `${path} ${error.message}`);
+  }
+}
+
+/** The quick look at what comes with every step. False: look closely. */
+function isSound(message: Message): boolean {
+  try {
+    if (message.type === 'step_result') return isId(message.placement) && isSoundResult(message);
+    if (message.type !== 'step_plans' || message.plans.length < 1 || message.plans.length > plansMax) return false;
+    return message.plans.every((plan) => isId(plan.placement) && plan.opened.length === 0 && isSoundPlan(plan));
+  } catch {
+    // A list that is none.
+    return false;
   }
 }
 
@@ -415,7 +425,7 @@ const coordinatorChecks: Checks<CoordinatorMessage> = {
     rounds: integer(1, messageLimits.probeRoundsMax),
   }),
   trace: record<Trace>({ type: type('trace'), id: count, action: oneOf('clock', 'start', 'stop') }),
-  step_plan: stepPlan,
+  step_plans: record<StepPlans>({ type: type('step_plans'), plans: list(stepPlan, plansMax, 1) }),
 };
 
 const messageChecks: { [T in Message['type']]: Check<Message> } = { ...workerChecks, ...coordinatorChecks };

@@ -1,9 +1,9 @@
 /**
  * Every control message of the mesh, as a union on `type`. Decoded and checked once, at the edge (`message-codec.ts`).
- * Life of a placement: join -> assign -> shard_ready (all) -> connect -> connected (all) -> step_plan / step_result ... -> next epoch or release.
+ * Life of a placement: join -> assign -> shard_ready (all) -> connect -> connected (all) -> step_plans / step_result ... -> next epoch or release.
  */
 import type { LinkDriver, Placement } from './placement.ts';
-import type { StepPlan, StepResult } from './step-plan.ts';
+import type { StepPlans, StepResult } from './step-plan.ts';
 import type { CpuUse } from './trace.ts';
 
 export interface WorkerFacts {
@@ -47,7 +47,7 @@ export interface Heartbeat {
   stats: WorkerStats;
 }
 
-/** Sums since the worker started; a bubble ratio is idle / (idle + busy) of a difference. */
+/** Sums since the worker loaded its shard, or of its links since it started; a bubble ratio is idle / (idle + busy) of a difference. */
 export interface WorkerStats {
   steps: number;
   busyUs: number;
@@ -221,5 +221,5 @@ export type WorkerMessage =
   | TraceClock
   | TraceSpans
   | StepResult;
-export type CoordinatorMessage = Assign | Connect | Release | Rejoin | Drain | Probe | Trace | StepPlan;
+export type CoordinatorMessage = Assign | Connect | Release | Rejoin | Drain | Probe | Trace | StepPlans;
 export type Message = WorkerMessage | CoordinatorMessage;

@@ -63,6 +63,12 @@ export interface StepPlan {
   waitTimeoutMs: number;
 }
 
+/** What travels: plans of steps that follow each other, as many as there is something to plan for. */
+export interface StepPlans {
+  type: 'step_plans';
+  plans: StepPlan[];
+}
+
 export interface StepOutput {
   slot: number;
   token: number;

@@ -2,7 +2,8 @@
  * Turns step plans into steps of the native executor. It keeps, for each open slot, the block table that plans extend; everything else about a sequence
  * (sampling state, sampled ids, K/V) lives in the executor.
  */
-import type { NativeExecutor, OutputRow, SlotOpen, StepInput } from '../kernels/binding-types.ts';
+import type { NativeExecutor, SlotOpen, StepInput } from '../kernels/binding-types.ts';
+import { outputNumbers } from '../kernels/index.ts';
 import type { PlannedSequence, SequenceOpen, StepPlan } from '../protocol/step-plan.ts';
 
 /** A plan that contradicts what this worker knows: the coordinator and the worker no longer agree, the epoch must end. */
@@ -23,7 +24,7 @@ export class ModelRunner {
   readonly #executor: Pick<NativeExecutor, 'openSlots' | 'closeSlots' | 'submit'>;
   readonly #options: ModelRunnerOptions;
   /** Block table of each open slot. */
-  readonly #blockTables = new Map<number, number[]>();
+  readonly #blockTables = new Map<number, BlockTable>();
   #lastStep = 0;
 
   constructor(executor: Pick<NativeExecutor, 'openSlots' | 'closeSlots' | 'submit'>, options: ModelRunnerOptions) {
@@ -64,7 +65,7 @@ export class ModelRunner {
       if (slot >= this.#options.sequencesMax)
         throw new PlanError(`the plan opens slot ${slot}, limit ${this.#options.sequencesMax - 1}`);
       if (this.#blockTables.has(slot)) throw new PlanError(`the plan opens slot ${slot}, which is open`);
-      this.#blockTables.set(slot, []);
+      this.#blockTables.set(slot, new BlockTable());
     }
     this.#executor.openSlots(
       opened.map((open): SlotOpen => ({
@@ -78,54 +79,79 @@ export class ModelRunner {
 
   #extend(sequence: PlannedSequence): void {
     const table = this.#blockTables.get(sequence.slot);
-    if (!table) throw new PlanError(`the plan names slot ${sequence.slot}, which is not open`);
+    if (table === undefined) throw new PlanError(`the plan names slot ${sequence.slot}, which is not open`);
     for (const block of sequence.newBlocks) {
       if (block >= this.#options.kvBlocks)
         throw new PlanError(`the plan names block ${block}, limit ${this.#options.kvBlocks - 1}`);
-      table.push(block);
     }
+    table.append(sequence.newBlocks);
   }
 
-  #stepInput(plan: StepPlan): StepInput {
-    const rowCount = (sequence: PlannedSequence): number => sequence.tokens?.length ?? 1;
-    const rows = plan.sequences.reduce((sum, sequence) => sum + rowCount(sequence), 0);
+  #stepInput({ step, sequences, waitTimeoutMs }: StepPlan): StepInput {
+    let rows = 0;
+    let blocks = 0;
+    for (const { slot, tokens } of sequences) {
+      rows += tokens?.length ?? 1;
+      blocks += this.#blockTables.get(slot)!.length;
+    }
     if (rows > this.#options.stepTokensMax)
       throw new PlanError(`the plan has ${rows} tokens, limit ${this.#options.stepTokensMax}`);
-    const tables = plan.sequences.map((sequence) => this.#blockTables.get(sequence.slot) ?? []);
-    const input: StepInput = {
-      step: plan.step,
-      tokenIds: new Int32Array(rows),
-      tokenSteps: new Int32Array(rows),
-      positions: new Int32Array(rows),
-      rowSequence: new Int32Array(rows),
-      slots: Int32Array.from(plan.sequences, (sequence) => sequence.slot),
-      blockTableOffsets: new Int32Array(plan.sequences.length + 1),
-      blockTables: new Int32Array(tables.reduce((sum, table) => sum + table.length, 0)),
-      outputs: [],
-      waitTimeoutMs: plan.waitTimeoutMs,
-    };
+    const tokenIds = new Int32Array(rows);
+    const tokenSteps = new Int32Array(rows);
+    const positions = new Int32Array(rows);
+    const rowSequence = new Int32Array(rows);
+    const slots = new Int32Array(sequences.length);
+    const blockTableOffsets = new Int32Array(sequences.length + 1);
+    const blockTables = new Int32Array(blocks);
+    const outputs: { row: number; score: number | null; banned: number[] }[] = [];
     let row = 0;
     let block = 0;
-    plan.sequences.forEach((sequence, index) => {
-      const table = tables[index] ?? [];
-      input.blockTables.set(table, block);
+    for (let index = 0; index < sequences.length; index++) {
+      const { slot, tokens, after, position, outputs: wanted } = sequences[index]!;
+      const table = this.#blockTables.get(slot)!;
+      slots[index] = slot;
+      table.copyTo(blockTables, block);
       block += table.length;
-      input.blockTableOffsets[index + 1] = block;
-      for (const output of sequence.outputs)
-        input.outputs.push({
-          row: row + output.row,
-          slot: sequence.slot,
-          score: output.score,
-          banned: output.banned,
-        } satisfies OutputRow);
-      const count = rowCount(sequence);
+      blockTableOffsets[index + 1] = block;
+      for (const output of wanted) outputs.push({ row: row + output.row, score: output.score, banned: output.banned });
+      const count = tokens?.length ?? 1;
       for (let i = 0; i < count; i++, row++) {
-        input.tokenIds[row] = sequence.tokens?.[i] ?? -1;
-        input.tokenSteps[row] = sequence.tokens ? 0 : sequence.after;
-        input.positions[row] = sequence.position + i;
-        input.rowSequence[row] = index;
+        tokenIds[row] = tokens === null ? -1 : tokens[i]!;
+        tokenSteps[row] = tokens === null ? after : 0;
+        positions[row] = position + i;
+        rowSequence[row] = index;
       }
-    });
-    return input;
+    }
+    return {
+      step,
+      tokenIds,
+      tokenSteps,
+      positions,
+      rowSequence,
+      slots,
+      blockTableOffsets,
+      blockTables,
+      outputs: outputNumbers(outputs),
+      waitTimeoutMs,
+    };
+  }
+}
+
+/** Ids of a sequence's blocks, kept as the executor takes them: a step copies bytes, it converts nothing. */
+class BlockTable {
+  #blocks = new Int32Array(16);
+  length = 0;
+
+  append(blocks: readonly number[]): void {
+    if (this.length + blocks.length > this.#blocks.length) {
+      const larger = new Int32Array(Math.max(this.length + blocks.length, 2 * this.#blocks.length));
+      larger.set(this.#blocks);
+      this.#blocks = larger;
+    }
+    for (const block of blocks) this.#blocks[this.length++] = block;
+  }
+
+  copyTo(target: Int32Array, offset: number): void {
+    target.set(this.length === this.#blocks.length ? this.#blocks : this.#blocks.subarray(0, this.length), offset);
   }
 }

@@ -29,6 +29,8 @@ export interface LoadShardOptions {
   cores: number[];
   threads: number;
   callbacks: ExecutorCallbacks;
+  /** Nobody wants to hear of the end of a step but who has its result to send. */
+  quietSteps: boolean;
   openSlice(
     assign: Assign,
     facts: ModelFacts,
@@ -116,11 +118,14 @@ function blocksThatFit(addon: NativeAddon, program: Program, assign: Assign): nu
   return blocks;
 }
 
+/** Rank 0 of the last stage: it samples. */
+export const sendsResults = ({ placement, stage, rank }: Assign): boolean => rank === 0 && stage === placement.stages.length - 1;
+
 function executorOptions(
   assign: Assign,
   program: Program,
   kvBlocks: number,
-  own: Pick<LoadShardOptions, 'cores' | 'threads'>,
+  own: Pick<LoadShardOptions, 'cores' | 'threads' | 'quietSteps'>,
 ): ExecutorOptions {
   const cores = assign.cores.length ? assign.cores : own.cores;
   return {
@@ -135,5 +140,6 @@ function executorOptions(
     kvBlocks,
     stepTokensMax: assign.stepTokensMax,
     sequencesMax: assign.sequencesMax,
+    quietSteps: own.quietSteps && !sendsResults(assign),
   };
 }

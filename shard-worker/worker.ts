@@ -20,13 +20,13 @@ import type {
   WorkerMessage,
   WorkerStats,
 } from '../protocol/messages.ts';
-import type { StepPlan } from '../protocol/step-plan.ts';
+import type { StepPlan, StepPlans } from '../protocol/step-plan.ts';
 import { meshSubjects, type MeshSubjects } from '../protocol/subjects.ts';
 import { TraceRecorder, monotonicUs } from '../protocol/trace.ts';
 import type { Transport, TransportSubscription } from '../protocol/transport.ts';
 import { WorkerLinks } from './links/worker-links.ts';
 import { ModelRunner, PlanError } from './model-runner.ts';
-import { loadShard, shardKey, type LoadShardOptions, type Shard } from './shard.ts';
+import { loadShard, sendsResults, shardKey, type LoadShardOptions, type Shard } from './shard.ts';
 import { WorkerTrace } from './worker-trace.ts';
 
 export interface WorkerOptions {
@@ -44,6 +44,8 @@ export interface WorkerOptions {
   /** The worker cannot go on at all (credentials, permissions). */
   onFatal(error: Error): void;
   log(level: 'debug' | 'info' | 'warn' | 'error', event: string, fields: Record<string, unknown>): void;
+  /** Every step is logged, and so reported by the executor, also on ranks that have no result to send. */
+  logSteps: boolean;
 }
 
 type State = Heartbeat['state'];
@@ -57,7 +59,6 @@ export class ShardWorker {
   readonly #worker: WorkerId;
   readonly #subjects: MeshSubjects;
   readonly #links: WorkerLinks;
-  readonly #stats = { steps: 0, busyUs: 0, idleUs: 0, collectiveUs: 0, receiveUs: 0 };
   #state: State = 'idle';
   #epoch = 0;
   #assign: Assign | null = null;
@@ -131,10 +132,11 @@ export class ShardWorker {
       this.#options.log('warn', 'message_refused', { message: (error as Error).message });
       return;
     }
-    if (message.type === 'step_plan') {
-      if (this.#recorder.on) this.#recorder.add('decode plan', message.step, receivedUs);
-      this.#plan(message);
-      if (this.#recorder.on) this.#recorder.add('receive plan', message.step, receivedUs);
+    if (message.type === 'step_plans') {
+      const step = message.plans[0]!.step;
+      if (this.#recorder.on) this.#recorder.add('decode plan', step, receivedUs);
+      for (const plan of message.plans) this.#plan(plan);
+      if (this.#recorder.on) this.#recorder.add('receive plan', step, receivedUs);
       return;
     }
     if (message.type === 'trace') return this.#trace.receive(message);
@@ -147,7 +149,7 @@ export class ShardWorker {
       .catch((error: unknown) => this.#fail(toShardmeshError(error), 0, null));
   }
 
-  async #handle(message: Exclude<CoordinatorMessage, StepPlan | Trace>): Promise<void> {
+  async #handle(message: Exclude<CoordinatorMessage, StepPlans | Trace>): Promise<void> {
     switch (message.type) {
       case 'assign':
         return this.#load(message);
@@ -181,8 +183,15 @@ export class ShardWorker {
 
   #beat(): void {
     const links = this.#links.stats;
+    const totals = this.#shard?.executor.totals();
+    const timings = totals?.timings ?? { totalUs: 0, receiveUs: 0, idleUs: 0, collectiveUs: 0 };
+    const stepDone = totals?.lastStep ?? 0;
     const stats: WorkerStats = {
-      ...this.#stats,
+      steps: totals?.steps ?? 0,
+      busyUs: Math.max(0, timings.totalUs - timings.receiveUs),
+      idleUs: timings.idleUs + timings.receiveUs,
+      collectiveUs: timings.collectiveUs,
+      receiveUs: timings.receiveUs,
       framesOut: links.framesOut,
       bytesOut: links.bytesOut,
       staleFrames: links.staleFrames + this.#stalePlans,
@@ -194,13 +203,12 @@ export class ShardWorker {
       worker: this.#worker,
       state: this.#state,
       epoch: this.#epoch,
-      stepDone: Math.min(this.#stepDone, lastStep),
-      plansQueued: Math.max(0, lastStep - this.#stepDone),
+      stepDone: Math.min(stepDone, lastStep),
+      plansQueued: Math.max(0, lastStep - stepDone),
       rssBytes: process.memoryUsage.rss(),
       stats,
     });
   }
-  #stepDone = 0;
 
   /** Steps of epochs before `epoch` are over: their frames and plans change nothing from now on. */
   #endEpoch(epoch: number): void {
@@ -227,8 +235,9 @@ export class ShardWorker {
     await this.#subscribePlans(assign.placement.id as PlacementId);
     const key = shardKey(assign);
     if (this.#shard && this.#shard.key !== key) {
-      await this.#shard.executor.dispose();
+      const { executor } = this.#shard;
       this.#shard = null;
+      await executor.dispose();
     }
     if (!this.#shard) {
       this.#state = 'loading';
@@ -278,6 +287,7 @@ export class ShardWorker {
       threads,
       callbacks: this.#callbacks(),
       openSlice,
+      quietSteps: !this.#options.logSteps,
       onProgress,
       signal: abort.signal,
     });
@@ -303,7 +313,6 @@ export class ShardWorker {
       shard.executor.connect(peers);
       const { stepTokensMax, sequencesMax } = assign;
       this.#runner = new ModelRunner(shard.executor, { kvBlocks: message.kvBlocks, stepTokensMax, sequencesMax });
-      this.#stepDone = 0;
       this.#peers = message.peers;
       this.#state = 'connected';
       this.#options.log('info', 'connected', {
@@ -320,7 +329,8 @@ export class ShardWorker {
       return;
     }
     try {
-      this.#options.log('debug', 'step', { step: plan.step, epoch: plan.epoch, sequences: plan.sequences.length });
+      if (this.#options.logSteps)
+        this.#options.log('debug', 'step', { step: plan.step, epoch: plan.epoch, sequences: plan.sequences.length });
       const startUs = this.#recorder.on ? monotonicUs() : 0;
       this.#runner.submit(plan);
       if (this.#recorder.on) this.#recorder.add('submit', plan.step, startUs);
@@ -349,16 +359,10 @@ export class ShardWorker {
 
   #report(done: StepDone): void {
     const { step, outputs, timings } = done;
-    this.#stepDone = step;
-    this.#stats.steps++;
-    this.#stats.busyUs += Math.max(0, timings.totalUs - timings.receiveUs);
-    this.#stats.idleUs += timings.idleUs + timings.receiveUs;
-    this.#stats.collectiveUs += timings.collectiveUs;
-    this.#stats.receiveUs += timings.receiveUs;
-    this.#options.log('debug', 'step_done', { step, epoch: this.#epoch, outputs: outputs.length, ...timings });
+    if (this.#options.logSteps)
+      this.#options.log('debug', 'step_done', { step, epoch: this.#epoch, outputs: outputs.length, ...timings });
     const assign = this.#assign;
-    if (!assign || !this.#runner) return;
-    if (assign.rank !== 0 || assign.stage !== assign.placement.stages.length - 1) return;
+    if (!assign || !this.#runner || !sendsResults(assign)) return;
     const startUs = this.#recorder.on ? monotonicUs() : 0;
     this.#send({ type: 'step_result', placement: assign.placement.id, epoch: this.#epoch, step, outputs, ...timings });
     if (this.#recorder.on) this.#recorder.add('publish result', step, startUs);

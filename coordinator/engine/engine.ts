@@ -44,10 +44,10 @@ export interface EngineOptions {
   prefillChunkMax: number;
   /** Most output rows of a step; default: a row for each sequence, and 512 where prompts are scored. A result must fit a message, candidates included. */
   stepOutputsMax?: number;
-  /** Default: 2 for a single stage, else stages + 1. */
+  /** Never more steps in flight than this; default 16, or twice the micro-batches of a pipeline. */
   stepsInFlightMax?: number;
-  /** Steps in flight that may hold one sequence; default: all of them for a single stage, else 1. */
-  sequenceStepsMax?: number;
+  /** Most time between two tokens of a stream while prompts are computed; default: twice what it is without, 20 ms at least. */
+  itlTargetMs?: number | null;
   /** Most requests that may wait for their first step. */
   waitingRequestsMax?: number;
   /** Monotonic milliseconds. */
@@ -99,6 +99,16 @@ interface LiveRequest {
 }
 
 const tickMs = 100;
+/**
+ * Steps are planned ahead for so long: several short ones travel in one message, and a coordinator that gets no core for a while stops nobody. It is also what a
+ * new request waits for, and what is computed in vain when a sequence ends unforeseen.
+ */
+const aheadMsMax = 24;
+/** Less than this ahead: time to plan again. */
+const aheadMsMin = 12;
+/** One that runs, one that follows. */
+const stepsAheadMin = 2;
+const stepsAheadMax = 16;
 /** With 20 candidates each this stays below a third of the broker's payload limit. */
 const scoredRowsMax = 512;
 /** When the event loop was held up for longer than this, results may lie unread in a socket: no step is called overdue. */
@@ -280,23 +290,36 @@ export class ShardmeshEngine implements Engine {
   #pump(): void {
     if (this.#pumping) return;
     this.#pumping = true;
+    const plans: StepPlan[] = [];
     try {
-      while (this.#scheduler !== null && this.#options.transport.ready) {
+      while (this.#mayPlan(plans.length)) {
         const now = this.#now();
         const startUs = this.#recorder.on ? monotonicUs() : 0;
-        const plan: StepPlan | null = this.#scheduler.schedule(now);
+        const plan: StepPlan | null = this.#scheduler!.schedule(now);
         if (plan === null) break;
         if (this.#recorder.on) this.#recorder.add('plan', plan.step, startUs);
         this.#pipeline.published(plan, now);
         this.#options.onPlan?.(plan, this.#requestsOf(plan));
-        this.#options.transport.publishPlan(plan);
+        plans.push(plan);
       }
+      if (plans.length > 0) this.#options.transport.publishPlans(plans);
       if (this.#pipeline.stepsInFlight === 0) this.#pipeline.rest();
     } catch (error) {
       this.#giveUp(error);
     } finally {
       this.#pumping = false;
     }
+  }
+
+  /** @param planned  plans that wait to be published: once some do, more go with them */
+  #mayPlan(planned: number): boolean {
+    const scheduler = this.#scheduler;
+    if (scheduler === null || !this.#options.transport.ready) return false;
+    const { stepsInFlight, microBatches } = this.#pipeline;
+    if (stepsInFlight < (microBatches === 1 ? stepsAheadMin : 2 * microBatches)) return true;
+    // A request that waits, or a prompt under way, gets the next step that is not planned yet.
+    if (microBatches > 1 || scheduler.waitingCount > 0 || scheduler.prefilling) return false;
+    return this.#pipeline.aheadMs < (planned > 0 ? aheadMsMax : aheadMsMin) && this.#pipeline.aheadMs > 0;
   }
 
   #requestsOf(plan: StepPlan): string[] {
@@ -464,7 +487,7 @@ export class ShardmeshEngine implements Engine {
     }
     const options = this.#options;
     const ppSize = mesh.placement.stages.length;
-    const stepsInFlightMax = options.stepsInFlightMax ?? (ppSize === 1 ? 2 : ppSize + 1);
+    const stepsInFlightMax = options.stepsInFlightMax ?? (ppSize === 1 ? stepsAheadMax : Number.MAX_SAFE_INTEGER);
     const pool = new BlockPool(mesh.kvBlocks, (block) => this.#cache?.forget(block));
     const identity = { modelSha256: options.modelSha256, kvType: options.kvType, arithmetic: mesh.arithmetic };
     const { blockTokens, prefixCacheSecret: secret } = options;
@@ -481,9 +504,12 @@ export class ShardmeshEngine implements Engine {
       stepTokensMax: options.stepTokensMax,
       prefillChunkMax: options.prefillChunkMax,
       stepOutputsMax: options.stepOutputsMax ?? Math.max(options.sequencesMax, Math.min(options.stepTokensMax, scoredRowsMax)),
-      ppSize,
+      microBatches: () => Math.min(this.#pipeline.microBatches, stepsInFlightMax),
+      prefillTokensMax: (decodeRows) => this.#pipeline.prefillTokensMax(decodeRows, options.itlTargetMs ?? null),
       stepsInFlightMax,
-      sequenceStepsMax: options.sequenceStepsMax ?? (ppSize === 1 ? stepsInFlightMax : 1),
+      // A sequence may be in the step that runs and in one that waits for its token: the way to the coordinator and back is never inside the token loop.
+      // Chunks of one prompt fill a whole pipeline.
+      sequenceStepsMax: ppSize === 1 ? stepsInFlightMax : Math.max(2, ppSize),
       waitTimeoutMs: (tokens) => this.#pipeline.waitTimeoutMs(tokens),
     });
     this.#mesh = mesh;

@@ -4,14 +4,20 @@
  */
 import { meshTimers, stepLimits } from '../../protocol/limits.ts';
 import type { StepPlan, StepResult } from '../../protocol/step-plan.ts';
+import { StepTimes } from './step-times.ts';
 
 interface PublishedStep {
   step: number;
   tokens: number;
+  /** Rows of sequences that add one token, and tokens of longer chunks. */
+  decodeRows: number;
+  prefillTokens: number;
   publishedAt: number;
   limitMs: number;
   /** There was nothing to do before it: idle time of the workers is not a bubble. */
   afterRest: boolean;
+  /** Nothing else was in flight. */
+  alone: boolean;
 }
 
 export interface PipelineNumbers {
@@ -43,12 +49,17 @@ const slack = 10;
 /** The workers' own deadlines come first: they know whom they wait for. */
 const headStartMs = 500;
 const meanWeight = 0.02;
+/** Steps in flight of a pipeline on links that are very slow. */
+const microBatchesMax = 64;
 const rateSeconds = 10;
 
 export class StepPipeline {
   /** Stages a step passes through. */
   #ppSize = 1;
   readonly #inFlight: PublishedStep[] = [];
+  #times = new StepTimes();
+  /** Time on a link between two stages, the least seen; null = not measured. */
+  #hopMs: number | null = null;
   #resting = true;
   #lastResultAt = Number.NEGATIVE_INFINITY;
   /** Slowest seen lately, forgotten slowly; null = not measured. */
@@ -71,12 +82,38 @@ export class StepPipeline {
   /** A new epoch: what steps take is measured anew, sums go on. */
   begin(ppSize: number): void {
     this.#ppSize = ppSize;
-    this.#smallStepMs = this.#tokenMs = null;
+    this.#smallStepMs = this.#tokenMs = this.#hopMs = null;
+    this.#times = new StepTimes();
     this.abandon();
   }
 
   get stepsInFlight(): number {
     return this.#inFlight.length;
+  }
+
+  /** How long what is in flight will take one stage, by what steps took; 0 before anything was measured. */
+  get aheadMs(): number {
+    let sum = 0;
+    for (const { decodeRows, prefillTokens, tokens } of this.#inFlight)
+      sum += prefillTokens > 0 ? this.#expectedMs(tokens) : (this.#times.decodeMs(decodeRows) ?? 0);
+    return sum;
+  }
+
+  /**
+   * Parts into which decoding sequences are split so that every stage has one while others are on the wire: stages + stages * time on a link / time in a
+   * stage. Rounded to the nearest: a part more costs every stage another walk through its weights, which a hop much shorter than a step is not worth.
+   * 1 for a single stage.
+   */
+  get microBatches(): number {
+    if (this.#ppSize === 1) return 1;
+    const stageMs = this.#meanBusyUs / 1e3;
+    const onLinks = this.#hopMs === null || stageMs <= 0 ? 0 : Math.round((this.#ppSize * this.#hopMs) / stageMs);
+    return Math.min(this.#ppSize + onLinks, microBatchesMax);
+  }
+
+  /** Most prompt tokens beside so many decode rows; `targetMs`: most time between two tokens of a stream, null: twice what it is without prefill. */
+  prefillTokensMax(decodeRows: number, targetMs: number | null): number {
+    return this.#times.prefillTokensMax(decodeRows, targetMs === null ? null : targetMs / this.microBatches);
   }
 
   /**
@@ -92,13 +129,22 @@ export class StepPipeline {
   published(plan: StepPlan, now: number): void {
     const tokens = tokensOf(plan);
     const limitMs = plan.waitTimeoutMs + headStartMs;
-    this.#inFlight.push({ step: plan.step, tokens, publishedAt: now, limitMs, afterRest: this.#resting });
+    let prefillTokens = 0;
+    for (const { tokens: literal } of plan.sequences) if (literal !== null && literal.length > 1) prefillTokens += literal.length;
+    this.#inFlight.push({
+      step: plan.step,
+      tokens,
+      decodeRows: tokens - prefillTokens,
+      prefillTokens,
+      publishedAt: now,
+      limitMs,
+      afterRest: this.#resting,
+      alone: this.#inFlight.length === 0,
+    });
     this.#resting = false;
-    for (const { tokens: literal } of plan.sequences) {
-      if (literal === null || literal.length < 2) continue;
-      this.#prefillTokens += literal.length;
-      this.#prefillRate.add(literal.length, now);
-    }
+    if (prefillTokens === 0) return;
+    this.#prefillTokens += prefillTokens;
+    this.#prefillRate.add(prefillTokens, now);
   }
 
   /** @param outputTokens  sampled tokens that somebody wanted */
@@ -109,6 +155,15 @@ export class StepPipeline {
     this.#lastResultAt = now;
     if (step.tokens < smallStepTokens) this.#smallStepMs = slowest(this.#smallStepMs, ms);
     else this.#tokenMs = slowest(this.#tokenMs, ms / step.tokens);
+
+    const { decodeRows, prefillTokens } = step;
+    const stageMs = (result.totalUs - result.receiveUs) / 1e3;
+    // With one stage the worker's own time is the surer one; with several it holds waits for the stage before.
+    this.#times.observe({ decodeRows, prefillTokens, ms: this.#ppSize === 1 ? result.totalUs / 1e3 : ms });
+    if (step.alone && this.#ppSize > 1 && step.tokens < smallStepTokens) {
+      const hopMs = Math.max(0, ms - this.#ppSize * stageMs) / this.#ppSize;
+      this.#hopMs = Math.min(this.#hopMs ?? hopMs, hopMs);
+    }
 
     this.#steps++;
     this.#stepSeconds += ms / 1e3;

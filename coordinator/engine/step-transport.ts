@@ -21,8 +21,8 @@ export interface MeshFault {
 export interface StepTransport {
   /** Plans can be published now. False as soon as the epoch is known to be over. */
   readonly ready: boolean;
-  /** One publish to all workers of the placement. Never waits; a plan that could not be sent ends the epoch by `onLost`. */
-  publishPlan(plan: StepPlan): void;
+  /** Plans of steps that follow each other, to all workers of the placement. Never waits; a plan that could not be sent ends the epoch by `onLost`. */
+  publishPlans(plans: StepPlan[]): void;
   onResult(listener: (result: StepResult) => void): void;
   onEpoch(listener: (epoch: MeshEpoch) => void): void;
   /** The epoch is over. More than once, or without an epoch, is harmless. */

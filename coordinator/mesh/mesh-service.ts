@@ -6,6 +6,7 @@ import type { MeshId, PlacementId, WorkerId } from '../../protocol/ids.ts';
 import { decodeWorkerMessage, encodeMessage } from '../../protocol/message-codec.ts';
 import type { CoordinatorMessage, Trace, TraceClock, TraceSpans, WorkerMessage } from '../../protocol/messages.ts';
 import type { StepPlan, StepResult } from '../../protocol/step-plan.ts';
+import { plansBytesMax, plansMax } from '../../protocol/step-codec.ts';
 import { meshSubjects, sourceOf, type MeshSubjects } from '../../protocol/subjects.ts';
 import { monotonicUs, TraceRecorder } from '../../protocol/trace.ts';
 import type { Transport } from '../../protocol/transport.ts';
@@ -89,18 +90,35 @@ export class MeshService implements StepTransport, TraceMesh {
     return this.mesh.serving !== null && this.#options.transport.connected;
   }
 
-  publishPlan(plan: StepPlan): void {
+  publishPlans(plans: StepPlan[]): void {
+    // Nearly always one message. Chunks of long prompts and what penalties need are large, and travel alone.
+    let from = 0;
+    let bytes = 0;
+    plans.forEach((plan, index) => {
+      const size = plan.sequences.reduce((sum, { tokens }) => sum + 64 + 4 * (tokens?.length ?? 0), 0);
+      if (index > from && (bytes + size > plansBytesMax || plan.opened.length > 0 || index - from === plansMax)) {
+        this.#publish(plans.slice(from, index));
+        from = index;
+        bytes = 0;
+      }
+      bytes += size;
+    });
+    this.#publish(plans.slice(from));
+  }
+
+  #publish(plans: StepPlan[]): void {
+    const [{ step, placement }] = plans as [StepPlan];
     const recorder = this.#recorder;
     try {
       let startUs = recorder.on ? monotonicUs() : 0;
-      const bytes = encodeMessage(plan);
-      if (recorder.on) recorder.add('encode plan', plan.step, startUs, (startUs = monotonicUs()));
-      const sent = this.#options.transport.publish(this.#subjects.plan(plan.placement as PlacementId), bytes);
-      if (recorder.on) recorder.add('publish plan', plan.step, startUs);
+      const bytes = encodeMessage({ type: 'step_plans', plans });
+      if (recorder.on) recorder.add('encode plan', step, startUs, (startUs = monotonicUs()));
+      const sent = this.#options.transport.publish(this.#subjects.plan(placement as PlacementId), bytes);
+      if (recorder.on) recorder.add('publish plan', step, startUs);
       if (!sent) this.mesh.brokerLost();
     } catch (error) {
       // Larger than the broker takes: the engine's limits keep plans far below that.
-      this.reportFault({ code: 'internal', message: `step plan ${plan.step} was not sent: ${toShardmeshError(error).message}` });
+      this.reportFault({ code: 'internal', message: `step plan ${step} was not sent: ${toShardmeshError(error).message}` });
     }
   }
 

@@ -2,7 +2,16 @@
  * Measures, in well under a second, what the speed model needs to know of this machine: how fast the native executor walks through weights like those of the model
  * (generated, same shapes and types), and what a reduction between two ranks over shared memory costs. Nothing of the model file but its header is looked at.
  */
-import type { Addon, ExecutorOptions, Isa, PeerLink, SlotSampling, StepDone, StepInput } from '../../kernels/index.ts';
+import {
+  outputNumbers,
+  type Addon,
+  type ExecutorOptions,
+  type Isa,
+  type PeerLink,
+  type SlotSampling,
+  type StepDone,
+  type StepInput,
+} from '../../kernels/index.ts';
 import type { ModelFacts, TensorFacts } from '../../kernels/model-file/model-facts.ts';
 import { quantType, rowBytes } from '../../kernels/model-file/quant-types.ts';
 import { sliceOf } from '../../kernels/model-file/slice.ts';
@@ -357,7 +366,7 @@ function decodeStep(step: number, tokens: number): StepInput {
     slots: sequence,
     blockTableOffsets: Int32Array.from({ length: tokens + 1 }, (_, index) => index),
     blockTables: sequence,
-    outputs: Array.from(sequence, (row) => ({ row, slot: row, score: null, banned: [] })),
+    outputs: outputNumbers(Array.from(sequence, (row) => ({ row, score: null, banned: [] }))),
     waitTimeoutMs: 5_000,
   };
 }

@@ -1,7 +1,7 @@
 /**
  * Continuous batching, as a pure state machine: sequences in, plans out, results in. No I/O, no timers; the clock is a parameter.
  *
- *   schedule()   1. decode     one row of each running sequence whose prompt is computed (a share of them when there are several stages)
+ *   schedule()   1. decode     one row of each running sequence whose prompt is computed (a share of them when there are several stages, each in its turn)
  *                2. prefill    chunks of running sequences whose prompt is not
  *                3. admission  waiting sequences in order of arrival: blocks of the whole known text or none, cached prefix first
  *   complete()   results come back in the order of the steps; tokens are committed, full blocks become findable, ended sequences let go
@@ -44,8 +44,10 @@ export interface SchedulerOptions {
   prefillChunkMax: number;
   /** Most output rows of a step: their log-probabilities and candidates come back in one message. */
   stepOutputsMax: number;
-  /** Stages. With more than one, decoding sequences are split evenly over `stepsInFlightMax` micro-batches. */
-  ppSize: number;
+  /** Parts into which decoding sequences are split, each in a step of its own: 1 for a single stage. */
+  microBatches: () => number;
+  /** Most prompt tokens of a step beside so many decode rows, so that those keep their pace. */
+  prefillTokensMax: (decodeRows: number) => number;
   stepsInFlightMax: number;
   /** Most steps in flight that may hold one sequence. 1: steps in flight are disjoint. More: a row may take the token of a step that is not back. */
   sequenceStepsMax: number;
@@ -119,6 +121,8 @@ export class Scheduler {
   #lastId = 0;
   #lastStep = 0;
   readonly #inFlight: StepInFlight[] = [];
+  /** Every decoding sequence has one turn from step `from` on, in `batches` micro-batches so far. */
+  #rotation = { from: 0, batches: 0 };
   readonly #freeSlots: number[] = [];
   #leaving: LeavingSlot[] = [];
   /** Free slots that no plan has closed yet. */
@@ -154,6 +158,13 @@ export class Scheduler {
 
   get running(): readonly Sequence[] {
     return this.#running;
+  }
+
+  /** Whether a running sequence still has prompt tokens (or tokens of a life before) to plan. */
+  get prefilling(): boolean {
+    return this.#running.some(
+      (sequence) => !sequence.paused && !isDecoding(sequence) && sequence.planned < knownTarget(sequence),
+    );
   }
 
   /** Sequences that have no blocks yet or no more: waiting, preempted, held. */
@@ -236,11 +247,11 @@ export class Scheduler {
     this.#freeLeavingSlots();
     const draft: Draft = {
       step: this.#lastStep + 1,
+      rows: [],
       tokensLeft: this.options.stepTokensMax,
       outputsLeft: this.options.stepOutputsMax,
       penaltyTokensLeft: planPenaltyTokensMax,
       opened: [],
-      rows: [],
     };
     this.#planDecode(draft);
     this.#planPrefill(draft);
@@ -251,7 +262,7 @@ export class Scheduler {
     this.#inFlight.push({ step: draft.step, rows: draft.rows });
     const closed = this.#unclosed;
     this.#unclosed = [];
-    const tokens = this.options.stepTokensMax - draft.tokensLeft;
+    const tokens = draft.rows.reduce((sum, { rows }) => sum + rows, 0);
     this.#rowsPlanned += tokens;
     return {
       type: 'step_plan',
@@ -309,6 +320,7 @@ export class Scheduler {
 
   #planDecode(draft: Draft): void {
     let decoding = 0;
+    let remaining = 0;
     let prefilling = false;
     const candidates: Sequence[] = [];
     for (const sequence of this.#running) {
@@ -317,26 +329,40 @@ export class Scheduler {
         prefilling ||= sequence.planned < knownTarget(sequence);
         continue;
       }
-      decoding++;
-      if (!this.#takesRows(sequence)) continue;
       if (outputIndex(sequence, sequence.planned) >= sequence.outputTokensMax) continue;
-      candidates.push(sequence);
+      decoding++;
+      if (sequence.lastStep < this.#rotation.from) remaining++;
+      if (this.#takesRows(sequence)) candidates.push(sequence);
     }
     // Prefill goes on even when there are more decoding sequences than budget; those then take turns.
     const reserved = prefilling ? Math.min(this.options.prefillChunkMax, Math.ceil(this.options.stepTokensMax / 4)) : 0;
-    let share = Math.max(1, Math.min(draft.tokensLeft - reserved, draft.outputsLeft));
-    if (this.options.ppSize > 1) {
-      const stepsLeft = this.options.stepsInFlightMax - this.#inFlight.length;
-      share = Math.min(share, Math.ceil(decoding / this.options.stepsInFlightMax), Math.ceil(candidates.length / stepsLeft));
-    }
+    const room = Math.max(1, Math.min(draft.tokensLeft - reserved, draft.outputsLeft));
+    const share = Math.min(room, this.#microBatch(draft, decoding, remaining));
     // Without turns, the oldest come first: the newest are the ones that lose their blocks.
     if (candidates.length > share) candidates.sort((a, b) => a.lastStep - b.lastStep || a.id - b.id);
     let planned = 0;
     for (const sequence of candidates) {
-      if (planned === share) return;
+      if (planned === share) break;
       // One that was preempted for the sake of another candidate is not running any more.
       if (sequence.state === 'running' && this.#planRows(draft, sequence, 1)) planned++;
     }
+    if (planned > 0) this.#rotation.batches++;
+    // Streams that decode in other micro-batches wait for this step as well.
+    if (decoding > 0) draft.tokensLeft = Math.min(draft.tokensLeft, this.options.prefillTokensMax(Math.max(planned, 1)));
+  }
+
+  /**
+   * How many of the decoding sequences come into this step: with m micro-batches, m steps after each other hold all of them, in parts as equal as can be, and
+   * each sequence once. Then the next round begins.
+   */
+  #microBatch(draft: Draft, decoding: number, remaining: number): number {
+    const count = this.options.microBatches();
+    if (count === 1) return decoding;
+    if (remaining === 0 || this.#rotation.batches >= count) {
+      this.#rotation = { from: draft.step, batches: 0 };
+      return Math.ceil(decoding / count);
+    }
+    return Math.ceil(remaining / (count - this.#rotation.batches));
   }
 
   #planPrefill(draft: Draft): void {

@@ -106,9 +106,15 @@ const options = {
     new Option('--sequences-max <n>', 'most sequences that run at once').default(256).argParser(integer(1, 4096)),
   noPrefixCache: () => new Option('--no-prefix-cache', 'never reuse blocks of an earlier prompt'),
   stepsInFlight: () =>
-    new Option('--steps-in-flight <n>', 'steps planned ahead (default: 2 for one stage, stages + 1 else)').argParser(
-      integer(1, 16),
-    ),
+    new Option(
+      '--steps-in-flight <n>',
+      'most steps planned ahead (default: 2, and as many as take 24 ms; with stages as many as keep all of them busy)',
+    ).argParser(integer(1, 128)),
+  itlTargetMs: () =>
+    new Option(
+      '--itl-target-ms <n>',
+      'most time between two tokens of a stream while prompts are computed (default: twice what it is without, 20 ms at least)',
+    ).argParser(integer(1, 60_000)),
   noLocalModel: () =>
     new Option('--no-local-model', 'fetch the weight slice from the coordinator even where the model file is on this host'),
   json: () => new Option('--json', 'print one JSON object instead of text'),
@@ -151,6 +157,7 @@ export interface OptionValues {
   sequencesMax: number;
   prefixCache: boolean;
   stepsInFlight?: number;
+  itlTargetMs?: number;
   localModel: boolean;
   json?: boolean;
   ask?: string;

@@ -86,6 +86,7 @@ async function runWorker({ nats, credentials: file, cores, localModel, logLevel 
       void stop(1);
     },
     log: (level, name, fields) => log[level](fields, name),
+    logSteps: log.isLevelEnabled('debug'),
   });
   process.once('SIGTERM', () => void stop(0));
   process.once('SIGINT', () => void (process.channel ? undefined : stop(0)));

@@ -39,15 +39,34 @@ Napi::Object address_object(Napi::Env env, PeerAddress address) {
   return object;
 }
 
-Napi::Value pair_list(Napi::Env env, const std::vector<std::pair<int32_t, float>>& pairs) {
-  Napi::Array array = Napi::Array::New(env, pairs.size());
-  for (size_t i = 0; i < pairs.size(); i++) {
-    Napi::Object item = Napi::Object::New(env);
-    item.Set("token", pairs[i].first);
-    item.Set("logprob", static_cast<double>(pairs[i].second));
-    array.Set(static_cast<uint32_t>(i), item);
+// Outputs as numbers: slot, token, has a log-probability (0, 1), log-probability, count of candidates, then token and log-probability of each candidate.
+Napi::Float64Array output_numbers(Napi::Env env, const std::vector<OutputResult>& outputs) {
+  size_t count = 0;
+  for (const OutputResult& r : outputs) count += 5 + 2 * r.top.size();
+  Napi::Float64Array numbers = Napi::Float64Array::New(env, count);
+  double* to = numbers.Data();
+  for (const OutputResult& r : outputs) {
+    *to++ = r.slot;
+    *to++ = r.token;
+    *to++ = r.has_logprob ? 1 : 0;
+    *to++ = static_cast<double>(r.logprob);
+    *to++ = static_cast<double>(r.top.size());
+    for (const auto& [token, logprob] : r.top) {
+      *to++ = token;
+      *to++ = static_cast<double>(logprob);
+    }
   }
-  return array;
+  return numbers;
+}
+
+Napi::Object timings_object(Napi::Env env, const StepTimings& timings) {
+  Napi::Object object = Napi::Object::New(env);
+  object.Set("totalUs", timings.total_us);
+  object.Set("collectiveUs", timings.collective_us);
+  object.Set("receiveUs", timings.receive_us);
+  object.Set("sampleUs", timings.sample_us);
+  object.Set("idleUs", timings.idle_us);
+  return object;
 }
 
 // [name index, began, ended] of each span, microseconds.
@@ -72,26 +91,10 @@ Napi::Object spans_object(Napi::Env env, const std::vector<StepSpan>& spans) {
 }
 
 Napi::Object done_object(Napi::Env env, const StepDone& done) {
-  Napi::Array outputs = Napi::Array::New(env, done.outputs.size());
-  for (size_t i = 0; i < done.outputs.size(); i++) {
-    const OutputResult& r = done.outputs[i];
-    Napi::Object output = Napi::Object::New(env);
-    output.Set("slot", r.slot);
-    output.Set("token", r.token);
-    output.Set("logprob", r.has_logprob ? Napi::Number::New(env, static_cast<double>(r.logprob)) : env.Null());
-    output.Set("top", pair_list(env, r.top));
-    outputs.Set(static_cast<uint32_t>(i), output);
-  }
-  Napi::Object timings = Napi::Object::New(env);
-  timings.Set("totalUs", done.timings.total_us);
-  timings.Set("collectiveUs", done.timings.collective_us);
-  timings.Set("receiveUs", done.timings.receive_us);
-  timings.Set("sampleUs", done.timings.sample_us);
-  timings.Set("idleUs", done.timings.idle_us);
   Napi::Object object = Napi::Object::New(env);
   object.Set("step", done.step);
-  object.Set("outputs", outputs);
-  object.Set("timings", timings);
+  object.Set("outputs", output_numbers(env, done.outputs));
+  object.Set("timings", timings_object(env, done.timings));
   object.Set("beganUs", static_cast<double>(done.began_ns) / 1000.0);
   object.Set("endedUs", static_cast<double>(done.ended_ns) / 1000.0);
   object.Set("spans", done.spans.empty() ? env.Null() : Napi::Value(spans_object(env, done.spans)));
@@ -163,6 +166,7 @@ class ExecutorWrap : public Napi::ObjectWrap<ExecutorWrap> {
                            InstanceMethod<&ExecutorWrap::close_slots>("closeSlots"),
                            InstanceMethod<&ExecutorWrap::submit>("submit"),
                            InstanceMethod<&ExecutorWrap::deliver>("deliver"),
+                           InstanceMethod<&ExecutorWrap::totals>("totals"),
                            InstanceMethod<&ExecutorWrap::trace>("trace"),
                            InstanceMethod<&ExecutorWrap::abort>("abort"),
                            InstanceMethod<&ExecutorWrap::dispose>("dispose"),
@@ -193,6 +197,8 @@ class ExecutorWrap : public Napi::ObjectWrap<ExecutorWrap> {
     config.kv_blocks = integer_of(options.Get("kvBlocks"), "options.kvBlocks", 1, 1 << 24);
     config.step_tokens_max = static_cast<int>(integer_of(options.Get("stepTokensMax"), "options.stepTokensMax", 1, 65536));
     config.sequences_max = static_cast<int>(integer_of(options.Get("sequencesMax"), "options.sequencesMax", 1, 65536));
+    const Napi::Value quiet = options.Get("quietSteps");
+    if (!quiet.IsUndefined()) config.quiet_steps = boolean_of(quiet, "options.quietSteps");
     const Napi::Value ranks = options.Get("ranksPerStage");
     if (!ranks.IsUndefined()) config.ranks_per_stage = integers_of(ranks, "options.ranksPerStage", 1, kRanksMax);
     state_->self = {config.program.stage, config.program.rank};
@@ -372,6 +378,26 @@ class ExecutorWrap : public Napi::ObjectWrap<ExecutorWrap> {
     guarded(info.Env(), [&] { executor(info.Env()).close_slots(integers_of(info[0], "slots", 0, kIntMax)); });
   }
 
+  // Row, token to score or -1, count of banned ids, then those, of each output. The slot is that of the row's sequence; what is out of range is found by submit().
+  static std::vector<OutputRow> output_rows_of(const Napi::Value& value, const StepInput& step) {
+    const std::vector<int32_t> numbers = int32_array_of(value, "step.outputs");
+    std::vector<OutputRow> rows;
+    for (size_t at = 0; at < numbers.size();) {
+      if (numbers.size() - at < 3 || numbers[at + 2] < 0 || static_cast<size_t>(numbers[at + 2]) > numbers.size() - at - 3)
+        throw std::runtime_error("step.outputs ends inside output " + std::to_string(rows.size()));
+      OutputRow row{numbers[at], -1, numbers[at + 1], {}};
+      const size_t index = static_cast<size_t>(row.row);
+      if (row.row >= 0 && index < step.row_sequence.size()) {
+        const size_t sequence = static_cast<size_t>(step.row_sequence[index]);
+        if (step.row_sequence[index] >= 0 && sequence < step.slots.size()) row.slot = step.slots[sequence];
+      }
+      row.banned.assign(numbers.begin() + static_cast<std::ptrdiff_t>(at) + 3, numbers.begin() + static_cast<std::ptrdiff_t>(at) + 3 + numbers[at + 2]);
+      at += 3 + row.banned.size();
+      rows.push_back(std::move(row));
+    }
+    return rows;
+  }
+
   void submit(const Napi::CallbackInfo& info) {
     guarded(info.Env(), [&] {
       const Napi::Object o = object_of(info[0], "step");
@@ -385,17 +411,7 @@ class ExecutorWrap : public Napi::ObjectWrap<ExecutorWrap> {
       step.block_table_offsets = int32_array_of(o.Get("blockTableOffsets"), "step.blockTableOffsets");
       step.block_tables = int32_array_of(o.Get("blockTables"), "step.blockTables");
       step.wait_timeout_ms = integer_of(o.Get("waitTimeoutMs"), "step.waitTimeoutMs", 1, 3'600'000);
-      const Napi::Array outputs = array_of(o.Get("outputs"), "step.outputs");
-      for (uint32_t i = 0; i < outputs.Length(); i++) {
-        const std::string name = "step.outputs[" + std::to_string(i) + "]";
-        const Napi::Object item = object_of(outputs.Get(i), name);
-        OutputRow row;
-        row.row = static_cast<int>(integer_of(item.Get("row"), name + ".row", 0, kIntMax));
-        row.slot = static_cast<int>(integer_of(item.Get("slot"), name + ".slot", 0, kIntMax));
-        row.score = item.Get("score").IsNull() ? -1 : static_cast<int32_t>(integer_of(item.Get("score"), name + ".score", 0, kIntMax));
-        row.banned = integers_of(item.Get("banned"), name + ".banned", 0, kIntMax);
-        step.outputs.push_back(std::move(row));
-      }
+      step.outputs = output_rows_of(o.Get("outputs"), step);
       executor(info.Env()).submit(std::move(step));
     });
   }
@@ -415,6 +431,17 @@ class ExecutorWrap : public Napi::ObjectWrap<ExecutorWrap> {
       const int rows = static_cast<int>(integer_of(o.Get("rows"), "frame.rows", 0, kIntMax));
       const bool kept = executor(info.Env()).deliver(address_of(o.Get("source"), "frame.source"), key, rows, payload.Data(), payload.ByteLength());
       return Napi::Boolean::New(info.Env(), kept);
+    });
+  }
+
+  Napi::Value totals(const Napi::CallbackInfo& info) {
+    return guarded(info.Env(), [&]() -> Napi::Value {
+      const StepTotals totals = executor(info.Env()).totals();
+      Napi::Object object = Napi::Object::New(info.Env());
+      object.Set("steps", static_cast<double>(totals.steps));
+      object.Set("lastStep", totals.last_step);
+      object.Set("timings", timings_object(info.Env(), totals.timings));
+      return object;
     });
   }
 

@@ -28,6 +28,7 @@ struct ExecutorConfig {
   int64_t kv_blocks;
   int step_tokens_max;
   int sequences_max;
+  bool quiet_steps = false;   // steps end silently: they are counted, no event tells of them (traced ones excepted)
   std::vector<int> ranks_per_stage;  // empty: every stage has the program's number of ranks
 };
 
@@ -86,6 +87,13 @@ struct StepDone {
   std::vector<StepSpan> spans;  // empty unless traced
 };
 
+// Sums over all steps that were done.
+struct StepTotals {
+  uint64_t steps = 0;
+  uint32_t last_step = 0;
+  StepTimings timings;
+};
+
 enum class FailureCode { WaitTimeout, NonFinite, Aborted, Internal };
 
 struct StepFailure {
@@ -129,6 +137,8 @@ class Executor {
   virtual void submit(StepInput step) = 0;
   // A frame of the host driver that arrived. False: nobody wants it.
   virtual bool deliver(PeerAddress source, const FrameKey& key, int rows, const void* data, size_t bytes) = 0;
+  // Any thread.
+  virtual StepTotals totals() const = 0;
   // From the next step on, every action and every wait leaves a span. Any thread.
   virtual void trace(bool on) = 0;
   // Fails the running and the queued steps; none runs until the next connect(). Returns at once.

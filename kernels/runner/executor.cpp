@@ -86,6 +86,7 @@ class ShardExecutor final : public Executor {
     last_step_ = 0;
     std::lock_guard lock(mutex_);
     state_ = State::Ready;
+    totals_.last_step = 0;
     reason_.clear();
     aborted_ = false;
   }
@@ -148,6 +149,11 @@ class ShardExecutor final : public Executor {
     aborted_ = true;
     links_->abort();
     queue_changed_.notify_one();
+  }
+
+  StepTotals totals() const override {
+    std::lock_guard lock(mutex_);
+    return totals_;
   }
 
   void trace(bool on) override { trace_ = on; }
@@ -370,7 +376,8 @@ class ShardExecutor final : public Executor {
       done.began_ns = began;
       done.ended_ns = ended;
       last_end_ns_ = ended;
-      events_.done(std::move(done));
+      count(done);
+      if (!shard_.config().quiet_steps || !done.spans.empty()) events_.done(std::move(done));
       return;
     }
     StepFailure failure = run.failure();
@@ -384,6 +391,18 @@ class ShardExecutor final : public Executor {
     }
     last_end_ns_ = 0;
     events_.failed(std::move(failure));
+  }
+
+  void count(const StepDone& done) {
+    std::lock_guard lock(mutex_);
+    totals_.steps++;
+    totals_.last_step = done.step;
+    StepTimings& sum = totals_.timings;
+    sum.total_us += done.timings.total_us;
+    sum.collective_us += done.timings.collective_us;
+    sum.receive_us += done.timings.receive_us;
+    sum.sample_us += done.timings.sample_us;
+    sum.idle_us += done.timings.idle_us;
   }
 
   Shard shard_;
@@ -402,12 +421,13 @@ class ShardExecutor final : public Executor {
   TokenBoard board_;
   int64_t last_end_ns_ = 0;
 
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
   std::condition_variable queue_changed_, idle_;
   std::deque<Command> queue_;
   bool busy_ = false, stopping_ = false;
   State state_ = State::Unconnected;
   std::string reason_;
+  StepTotals totals_;
   std::atomic<bool> aborted_{false};
   std::atomic<bool> trace_{false};
   std::unique_ptr<Links> links_;

@@ -1,5 +1,5 @@
 /** A whole real model in one executor, without mesh or broker: for figures that come from outside. */
-import { loadAddon, type ExecutorKind, type Isa, type StepDone } from '../../kernels/index.ts';
+import { loadAddon, outputNumbers, type ExecutorKind, type Isa, type StepDone } from '../../kernels/index.ts';
 import { catalogue } from '../../kernels/model-file/catalogue.ts';
 import { cachedModel } from '../../kernels/model-file/download.ts';
 import { openModel } from '../../kernels/model-file/model-file.ts';
@@ -83,7 +83,7 @@ export async function loadScoringModel(
         slots: Int32Array.of(0),
         blockTableOffsets: Int32Array.of(0, kvBlocks),
         blockTables: Int32Array.from({ length: kvBlocks }, (_, block) => block),
-        outputs: scores.map((score, index) => ({ row: ids.length - scores.length + index, slot: 0, score, banned: [] })),
+        outputs: outputNumbers(scores.map((score, index) => ({ row: ids.length - scores.length + index, score, banned: [] }))),
         waitTimeoutMs: 60_000,
       });
     });

@@ -19,7 +19,7 @@ const waitForever = `
   executor.openSlots([{ slot: 0, sampling, promptTokens: new Int32Array(), outputTokens: new Int32Array() }]);
   const one = (value) => Int32Array.of(value);
   executor.submit({ step: 1, tokenIds: one(3), tokenSteps: one(0), positions: one(0), rowSequence: one(0), slots: one(0),
-    blockTableOffsets: Int32Array.of(0, 1), blockTables: one(0), outputs: [], waitTimeoutMs: 600000 });
+    blockTableOffsets: Int32Array.of(0, 1), blockTables: one(0), outputs: new Int32Array(0), waitTimeoutMs: 600000 });
 `;
 
 const program = tinyProgram(tinyWeights(), twoRankCut, 0, 0);

@@ -4,6 +4,7 @@
  */
 import {
   loadAddon,
+  outputNumbers,
   type Addon,
   type Executor,
   type ExecutorKind,
@@ -552,7 +553,7 @@ export class TinyMesh {
     const outputs = sequences.flatMap((s) => {
       const first = row;
       row += rowsOf(s);
-      return s.outputs.map((o) => ({ row: first + o.row, slot: s.slot, score: o.score, banned: o.banned ?? [] }));
+      return s.outputs.map((o) => ({ row: first + o.row, score: o.score, banned: o.banned ?? [] }));
     });
     const offsets = [0];
     for (const s of sequences) offsets.push(offsets.at(-1)! + s.blocks.length);
@@ -565,7 +566,7 @@ export class TinyMesh {
       slots: Int32Array.from(sequences, (s) => s.slot),
       blockTableOffsets: Int32Array.from(offsets),
       blockTables: Int32Array.from(sequences.flatMap((s) => s.blocks)),
-      outputs,
+      outputs: outputNumbers(outputs),
       waitTimeoutMs,
     };
     const results = members.map(

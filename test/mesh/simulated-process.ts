@@ -99,8 +99,8 @@ export class SimulatedProcess {
   #receive(bytes: Uint8Array): void {
     const message: CoordinatorMessage = decodeCoordinatorMessage(bytes);
     switch (message.type) {
-      case 'step_plan':
-        return this.#plan(message);
+      case 'step_plans':
+        return message.plans.forEach((plan) => this.#plan(plan));
       case 'assign':
         return this.#load(message);
       case 'connect':

@@ -2,24 +2,34 @@ import fc from 'fast-check';
 import { pack } from 'msgpackr';
 import { describe, expect, test } from 'vitest';
 import { ProtocolError, ShardmeshError } from '../../../protocol/errors.ts';
+import { packStep } from '../../../protocol/step-codec.ts';
 import { commonProtocol } from '../../../protocol/handshake.ts';
 import { decodeCoordinatorMessage, decodeMessage, decodeWorkerMessage, encodeMessage } from '../../../protocol/message-codec.ts';
 import type { Message } from '../../../protocol/messages.ts';
+import type { StepPlan, StepPlans } from '../../../protocol/step-plan.ts';
 import { mutate, seededRandom } from './mutate.ts';
 import { samples, stepPlan } from './samples.ts';
 
 const all = Object.values(samples) as Message[];
+const plansOf = (plan: StepPlan): StepPlans => ({ type: 'step_plans', plans: [plan] });
 
 /** The plain value with one field changed, packed by somebody who checks nothing. */
 function packed(message: Message, path: (string | number)[], value: unknown): Uint8Array {
+  return packAny(changed(message, path, value));
+}
+
+function changed(message: Message, path: (string | number)[], value: unknown): Message {
   const copy = structuredClone(message);
   let target = copy as unknown as Record<string | number, unknown>;
   for (const part of path.slice(0, -1)) target = target[part] as Record<string | number, unknown>;
   const name = path.at(-1) ?? '';
   if (value === undefined) Reflect.deleteProperty(target, name);
   else target[name] = value;
-  return pack(copy);
+  return copy;
 }
+
+const packAny = (message: Message): Uint8Array =>
+  message.type === 'step_plans' || message.type === 'step_result' ? packStep(message) : pack(message);
 
 describe('message codec', () => {
   test.each(all.map((message) => [message.type, message] as const))('message codec - brings %s back as it was', (_, message) => {
@@ -27,8 +37,8 @@ describe('message codec', () => {
   });
 
   test('message codec - keeps seeds of 64 bits and doubles exact', () => {
-    const plan = decodeMessage(encodeMessage(stepPlan(1)));
-    expect(plan.type === 'step_plan' && plan.opened[0]?.sampling.seed).toBe(18_446_744_073_709_551_614n);
+    const plan = decodeMessage(encodeMessage(plansOf(stepPlan(1))));
+    expect(plan.type === 'step_plans' && plan.plans[0]?.opened[0]?.sampling.seed).toBe(18_446_744_073_709_551_614n);
     const result = decodeMessage(encodeMessage(samples.step_result));
     expect(result.type === 'step_result' && result.outputs[0]?.logprob).toBe(-0.6931471824645996);
   });
@@ -40,8 +50,8 @@ describe('message codec', () => {
         const opened = plan.opened[0];
         if (!opened) return false;
         opened.sampling.seed = seed;
-        const decoded = decodeMessage(encodeMessage(plan));
-        return decoded.type === 'step_plan' && decoded.opened[0]?.sampling.seed === seed;
+        const decoded = decodeMessage(encodeMessage(plansOf(plan)));
+        return decoded.type === 'step_plans' && decoded.plans[0]?.opened[0]?.sampling.seed === seed;
       }),
     );
   });
@@ -67,29 +77,34 @@ describe('message codec', () => {
     ],
     [
       'a token beyond any vocabulary',
-      samples.step_plan,
-      ['opened', 0, 'promptTokens', 1],
+      samples.step_plans,
+      ['plans', 0, 'opened', 0, 'promptTokens', 1],
       1_048_576,
-      'step_plan.opened[0].promptTokens[1]',
+      'step_plans.plans[0].opened[0].promptTokens[1]',
     ],
     [
       'a seed that is not a 64-bit integer',
-      samples.step_plan,
-      ['opened', 0, 'sampling', 'seed'],
+      samples.step_plans,
+      ['plans', 0, 'opened', 0, 'sampling', 'seed'],
       7,
-      'step_plan.opened[0].sampling.seed',
+      'step_plans.plans[0].opened[0].sampling.seed',
     ],
     [
       '21 log-probabilities',
-      samples.step_plan,
-      ['opened', 0, 'sampling', 'logprobs'],
+      samples.step_plans,
+      ['plans', 0, 'opened', 0, 'sampling', 'logprobs'],
       21,
-      'step_plan.opened[0].sampling.logprobs',
+      'step_plans.plans[0].opened[0].sampling.logprobs',
     ],
-    ['a row the sequence does not have', samples.step_plan, ['sequences', 1, 'outputs', 0, 'row'], 1, 'step_plan.sequences[1]'],
-    ['a slot planned twice', samples.step_plan, ['sequences', 1, 'slot'], 0, 'step_plan'],
-    ['a step that waits for itself', samples.step_plan, ['sequences', 1, 'after'], 7, 'step_plan'],
-    ['a chunk without tokens', samples.step_plan, ['sequences', 1, 'tokens'], [], 'step_plan.sequences[1]'],
+    [
+      'a row the sequence does not have',
+      samples.step_plans,
+      ['plans', 0, 'sequences', 1, 'outputs', 0, 'row'],
+      1,
+      'step_plans.plans[0].sequences[1]',
+    ],
+    ['a slot planned twice', samples.step_plans, ['plans', 0, 'sequences', 1, 'slot'], 0, 'step_plans.plans[0]'],
+    ['a step that waits for itself', samples.step_plans, ['plans', 0, 'sequences', 1, 'after'], 7, 'step_plans.plans[0]'],
     ['an address that is not host:port', samples.probe, ['grpcAddress'], 'unix:/tmp/x y:1', 'probe.grpcAddress'],
   ] as const)('message codec - rejects %s and names the field', (_, message, path, value, expected) => {
     const bytes = packed(message, [...path], value);
@@ -115,10 +130,47 @@ describe('message codec', () => {
     );
   });
 
+  test('message codec - refuses to send a chunk without tokens, a fraction, a log-probability that is no number', () => {
+    const wrong = (path: (string | number)[], value: unknown) => () => encodeMessage(changed(samples.step_plans, path, value));
+    expect(wrong(['plans', 0, 'sequences', 1, 'tokens'], [])).toThrow('step_plans.plans[0].sequences[1] has no rows');
+    expect(wrong(['plans', 1, 'sequences', 0, 'position'], 0.5)).toThrow('step_plans.plans[1].sequences[0].position must be');
+    expect(wrong(['plans', 1, 'sequences', 0, 'newBlocks'], 3)).toThrow('step_plans.plans[1].sequences[0].newBlocks must be');
+    expect(wrong(['plans'], [])).toThrow('step_plans.plans must be a list of 1 to 64');
+    const result = changed(samples.step_result, ['outputs', 0, 'logprob'], Number.NaN);
+    expect(() => encodeMessage(result)).toThrow('step_result.outputs[0].logprob must be');
+  });
+
+  test('message codec - a step message has one form: as MessagePack it is refused', () => {
+    expect(() => decodeMessage(pack(samples.step_plans))).toThrow('step_plans has a form of its own');
+    expect(() => decodeMessage(pack(samples.step_result))).toThrow('step_result has a form of its own');
+  });
+
+  test('message codec - counts of a step message are held against its bytes before anything is made of them', () => {
+    const bytes = encodeMessage(plansOf({ ...stepPlan(1), opened: [] }));
+    for (let at = 0; at + 4 <= bytes.length; at += 4) {
+      const broken = Buffer.from(bytes);
+      broken.writeUInt32LE(0xffff_ffff, at);
+      const before = process.memoryUsage().heapUsed;
+      try {
+        decodeMessage(broken);
+      } catch (error) {
+        expect(error).toBeInstanceOf(ProtocolError);
+      }
+      expect(process.memoryUsage().heapUsed - before).toBeLessThan(8 << 20);
+    }
+  });
+
+  test('message codec - a decode step of 16 sequences is about 44 bytes a sequence', () => {
+    const plan = { ...stepPlan(16), opened: [], closed: [] };
+    for (const sequence of plan.sequences)
+      Object.assign(sequence, { newBlocks: [], outputs: [{ row: 0, score: null, banned: [] }] });
+    expect(encodeMessage(plansOf(plan)).length).toBe(4 + 44 + 16 * 36);
+  });
+
   test('message codec - rejects more rows in a step than the limit, though each list is within its own', () => {
     const plan = stepPlan(2);
     plan.sequences = plan.sequences.map((sequence) => ({ ...sequence, tokens: new Array<number>(8_193).fill(1), outputs: [] }));
-    expect(() => encodeMessage(plan)).toThrow('has 16386 rows, the limit is 16384');
+    expect(() => encodeMessage(plansOf(plan))).toThrow('has 16386 rows, the limit is 16384');
   });
 
   test('message codec - rejects bytes beyond 1 MiB, trailing bytes and the empty message', () => {

@@ -179,5 +179,5 @@ export const samples: { [T in Message['type']]: Extract<Message, { type: T }> } 
   drain: { type: 'drain' },
   probe: { type: 'probe', id: 1, peer, grpcAddress: '127.0.0.1:40002', driver: 'grpc', bytes: 4_608, rounds: 100 },
   trace: { type: 'trace', id: 5, action: 'start' },
-  step_plan: stepPlan(2),
+  step_plans: { type: 'step_plans', plans: [stepPlan(2), { ...stepPlan(1), step: 8, opened: [] }] },
 };

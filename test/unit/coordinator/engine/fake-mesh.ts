@@ -23,9 +23,9 @@ export class FakeMesh implements StepTransport {
     this.#stages = stages;
   }
 
-  publishPlan(plan: StepPlan): void {
-    this.plans.push(plan);
-    this.worker!.publish(plan);
+  publishPlans(plans: StepPlan[]): void {
+    this.plans.push(...plans);
+    for (const plan of plans) this.worker!.publish(plan);
   }
 
   onResult(listener: (result: StepResult) => void): void {

@@ -34,7 +34,7 @@ export function fakeDetokenizer() {
 
 /** One stage and two steps in flight unless said otherwise; the mesh is up. */
 export function makeEngine({ stages = 1, endTokens = [], prefixCache = true, options = {}, ...worker }: MakeEngine = {}) {
-  const stepsInFlightMax = stages === 1 ? 2 : stages + 1;
+  const stepsInFlightMax = stages === 1 ? 2 : 2 * (stages + 1);
   const limits: SimulatedWorkerOptions = {
     blocks: 64,
     blockTokens: 4,
@@ -43,7 +43,7 @@ export function makeEngine({ stages = 1, endTokens = [], prefixCache = true, opt
     prefillChunkMax: 16,
     stepOutputsMax: 32,
     stepsInFlightMax,
-    sequenceStepsMax: stages === 1 ? stepsInFlightMax : 1,
+    sequenceStepsMax: Math.max(2, stages),
     ...worker,
   };
   const mesh = new FakeMesh(limits, stages);
@@ -59,6 +59,7 @@ export function makeEngine({ stages = 1, endTokens = [], prefixCache = true, opt
     stepTokensMax: limits.stepTokensMax,
     prefillChunkMax: limits.prefillChunkMax,
     stepOutputsMax: limits.stepOutputsMax,
+    stepsInFlightMax: limits.stepsInFlightMax,
     ...options,
   });
   mesh.begin();

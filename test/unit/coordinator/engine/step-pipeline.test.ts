@@ -55,6 +55,25 @@ describe('step pipeline', () => {
     expect(pipeline.waitTimeoutMs(100)).toBe(60_000);
   });
 
+  it('step pipeline - has as many micro-batches as stages, and one more for each stage time that a round spends on links', () => {
+    const pipeline = new StepPipeline();
+    expect(pipeline.microBatches).toBe(1);
+    pipeline.begin(2);
+    expect(pipeline.microBatches).toBe(2);
+    // Alone in the mesh: two stages of 3 ms in 6.4 ms leave 0.2 ms a hop, in 10.4 ms 2.2 ms a hop.
+    const alone = (step: number, ms: number) => {
+      pipeline.published(makePlan(step, 1), step * 1_000);
+      pipeline.completed(makeResult(step, { totalUs: 3_000 }), 1, step * 1_000 + ms);
+    };
+    alone(1, 10.4);
+    // 2 * 2.2 / 3 = 1.47
+    expect(pipeline.microBatches).toBe(3);
+    alone(2, 11.4);
+    expect(pipeline.microBatches).toBe(3);
+    alone(3, 6.4);
+    expect(pipeline.microBatches).toBe(2);
+  });
+
   it('step pipeline - calls a step overdue half a second after the workers should have', () => {
     const pipeline = new StepPipeline();
     pipeline.published(makePlan(1, 3), 1000);

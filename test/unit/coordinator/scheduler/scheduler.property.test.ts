@@ -11,7 +11,7 @@ import {
 } from './simulated-worker.ts';
 
 interface Workload {
-  options: SimulatedWorkerOptions & { ppSize: number; cache: boolean };
+  options: SimulatedWorkerOptions & { microBatches: () => number; prefillTokensMax: (rows: number) => number; cache: boolean };
   requests: {
     spec: SequenceSpec;
     choices: number;
@@ -32,7 +32,8 @@ const workload: fc.Arbitrary<Workload> = fc
     stepTokensMax: fc.integer({ min: 1, max: 24 }),
     prefillChunkMax: fc.integer({ min: 1, max: 24 }),
     stepOutputsMax: fc.integer({ min: 1, max: 24 }),
-    ppSize: fc.integer({ min: 1, max: 3 }),
+    parts: fc.integer({ min: 1, max: 4 }),
+    prefillBudget: fc.constantFrom(1, 5, 1_000),
     stepsInFlightMax: fc.integer({ min: 1, max: 4 }),
     sequenceStepsMax: fc.integer({ min: 1, max: 3 }),
     cache: fc.boolean(),
@@ -56,7 +57,8 @@ const workload: fc.Arbitrary<Workload> = fc
     ),
     turns: fc.array(fc.boolean(), { minLength: 1, maxLength: 40 }),
   })
-  .map(({ extraBlocks, requests, turns, ...options }) => {
+  .map(({ extraBlocks, requests, turns, parts, prefillBudget, ...others }) => {
+    const options = { ...others, microBatches: () => parts, prefillTokensMax: () => prefillBudget };
     const all = requests.map((request) => ({
       spec: {
         tenant: request.tenant,

@@ -297,7 +297,7 @@ describe('scheduler', () => {
   });
 
   it('scheduler - splits decoding sequences evenly over disjoint micro-batches', () => {
-    const { scheduler } = makeScheduler({ ppSize: 2, stepsInFlightMax: 3 });
+    const { scheduler } = makeScheduler({ microBatches: () => 3, stepsInFlightMax: 3 });
     for (let i = 0; i < 7; i++) scheduler.add(makeSequence({ promptTokens: 1, outputTokensMax: 9 }));
     scheduler.complete(resultOf(scheduler.schedule(0)!));
     const plans = [scheduler.schedule(0)!, scheduler.schedule(0)!, scheduler.schedule(0)!];
@@ -310,6 +310,38 @@ describe('scheduler', () => {
     expect(scheduler.schedule(0)).toBeNull();
     scheduler.complete(resultOf(plans[0]!));
     expect(rowsOf(scheduler.schedule(0))).toEqual(['0: 2..2', '1: 2..2', '2: 2..2']);
+  });
+
+  it('scheduler - two sequences on three micro-batches follow each other, each waiting for its own token only', () => {
+    const { scheduler } = makeScheduler({ microBatches: () => 3, stepsInFlightMax: 6, sequenceStepsMax: 2 });
+    for (let i = 0; i < 2; i++) scheduler.add(makeSequence({ promptTokens: 1, outputTokensMax: 9 }));
+    scheduler.complete(resultOf(scheduler.schedule(0)!));
+    const plans = Array.from({ length: 4 }, () => scheduler.schedule(0)!);
+    expect(plans.map(({ sequences }) => sequences.map(({ slot, after }) => [slot, after]))).toEqual([
+      [[0, 0]],
+      [[1, 0]],
+      [[0, 2]],
+      [[1, 3]],
+    ]);
+    expect(scheduler.schedule(0)).toBeNull();
+  });
+
+  it('scheduler - prompt tokens beside decode rows are bounded by what the rows allow, alone they are not', () => {
+    const { scheduler } = makeScheduler({ prefillTokensMax: (rows) => (rows === 0 ? 1_000 : 10 * rows) });
+    scheduler.add(makeSequence({ promptTokens: 40, outputTokensMax: 9 }));
+    const first = scheduler.schedule(0)!;
+    expect(rowsOf(first)).toEqual(['0: 0..39']);
+    scheduler.complete(resultOf(first));
+    scheduler.add(makeSequence({ promptTokens: 25, outputTokensMax: 9, firstToken: 500 }));
+    for (const rows of [
+      ['0: 40..40', '1: 0..9'],
+      ['0: 41..41', '1: 10..19'],
+      ['0: 42..42', '1: 20..24'],
+    ]) {
+      const plan = scheduler.schedule(0)!;
+      expect(rowsOf(plan)).toEqual(rows);
+      scheduler.complete(resultOf(plan));
+    }
   });
 
   it('scheduler - gives a paused sequence no rows, and takes its blocks before anybody waits for them', () => {

@@ -1,0 +1,60 @@
+/**
+ * What steps take, learned from those that came back, and what follows for the next one: how many prompt tokens it may have beside its decode rows so that
+ * the streams that decode keep their pace. Pure.
+ *
+ *   ms of a step  ~  decodeMs(rows)  +  prefill tokens * tokenMs       tokenMs is of the latest chunks: it grows with the position in the prompt
+ */
+
+/** Steps are told apart by powers of two of their decode rows: 1, 2, 3..4, 5..8 ... */
+const classOf = (rows: number): number => Math.ceil(Math.log2(rows));
+
+const decodeWeight = 0.1;
+const tokenWeight = 0.3;
+/** A chunk this small is no measure of what a token costs: it rides along. */
+const measuredTokensMin = 8;
+/** A chunk never is smaller: below a K/V block progress costs more than it spares the others. */
+const chunkTokensMin = 16;
+/** Before anything was measured. */
+const chunkTokensFirst = 64;
+/** Without a target of its own, prefill may make decode steps this much longer: half of the machine for each ... */
+const stretch = 2;
+/** ... and in any case up to 50 tokens a second for each stream: faster than anybody reads. */
+const unnoticedMs = 20;
+
+export class StepTimes {
+  readonly #decodeMs: (number | undefined)[] = [];
+  #tokenMs: number | null = null;
+
+  observe({ decodeRows, prefillTokens, ms }: { decodeRows: number; prefillTokens: number; ms: number }): void {
+    if (prefillTokens === 0 && decodeRows > 0) {
+      const index = classOf(decodeRows);
+      const before = this.#decodeMs[index];
+      this.#decodeMs[index] = before === undefined ? ms : before + decodeWeight * (ms - before);
+    } else if (prefillTokens >= measuredTokensMin) {
+      const tokenMs = Math.max(0, ms - (decodeRows === 0 ? 0 : (this.decodeMs(decodeRows) ?? 0))) / prefillTokens;
+      this.#tokenMs = this.#tokenMs === null ? tokenMs : this.#tokenMs + tokenWeight * (tokenMs - this.#tokenMs);
+    }
+  }
+
+  /** Of a step of this many rows and no prefill; of the most similar one seen when there was none. Null: nothing seen. */
+  decodeMs(rows: number): number | null {
+    const index = classOf(rows);
+    for (let distance = 0; distance < Math.max(this.#decodeMs.length, index + 1); distance++) {
+      const ms = this.#decodeMs[index - distance] ?? this.#decodeMs[index + distance];
+      if (ms !== undefined) return ms;
+    }
+    return null;
+  }
+
+  /**
+   * Most prompt tokens of a step with `decodeRows` rows of streams that decode.
+   * @param targetMs  how long such a step may take; null: twice a step without prefill, 20 ms at least
+   */
+  prefillTokensMax(decodeRows: number, targetMs: number | null): number {
+    if (decodeRows === 0) return Number.POSITIVE_INFINITY;
+    const decodeMs = this.decodeMs(decodeRows);
+    if (decodeMs === null || this.#tokenMs === null) return chunkTokensFirst;
+    const limitMs = targetMs ?? Math.max(stretch * decodeMs, unnoticedMs);
+    return Math.max(chunkTokensMin, Math.floor((limitMs - decodeMs) / Math.max(this.#tokenMs, 1e-6)));
+  }
+}
