@@ -1,0 +1,99 @@
+/**
+ * A worker that computes nothing: it joins the mesh as a real one does, over real NATS, and answers every plan at once with tokens that cost it nothing.
+ * What is measured with it is the coordinator.
+ */
+import { readCredentials } from '../../dist/protocol/credentials.js';
+import { decodeCoordinatorMessage, encodeMessage } from '../../dist/protocol/message-codec.js';
+import { connectNats } from '../../dist/protocol/nats-transport.js';
+import { meshSubjects } from '../../dist/protocol/subjects.js';
+
+const [credentialsFile, kvBlocks] = process.argv.slice(2);
+const credentials = readCredentials(credentialsFile);
+const worker = credentials.worker;
+const subjects = meshSubjects(credentials.mesh);
+const transport = await connectNats({ credentials, name: `worker-${worker}`, patienceMs: 10_000 });
+const stats = {
+  steps: 0,
+  busyUs: 0,
+  idleUs: 0,
+  collectiveUs: 0,
+  receiveUs: 0,
+  framesOut: 0,
+  bytesOut: 0,
+  staleFrames: 0,
+  corruptFrames: 0,
+};
+const timings = { totalUs: 1, collectiveUs: 0, receiveUs: 0, sampleUs: 0, idleUs: 0 };
+let state = 'idle';
+let epoch = 0;
+let plans = null;
+
+const subjectOf = { heartbeat: 'heartbeat', join: 'register', step_result: 'result' };
+const send = (message) => transport.publish(subjects[subjectOf[message.type] ?? 'event'](worker), encodeMessage(message));
+
+/** Ordinary words of the vocabulary, a few hundred of them. */
+const tokenOf = (slot, step) => 1_000 + ((slot * 31 + step * 7) % 500);
+
+function answer({ placement, epoch: ofEpoch, step, sequences }) {
+  const outputs = sequences.flatMap(({ slot, outputs: wanted }) =>
+    wanted.map(({ score }) => ({ slot, token: score ?? tokenOf(slot, step), logprob: null, top: [] })),
+  );
+  stats.steps++;
+  send({ type: 'step_result', placement, epoch: ofEpoch, step, outputs, ...timings });
+}
+
+async function receive(bytes) {
+  const message = decodeCoordinatorMessage(bytes);
+  switch (message.type) {
+    case 'step_plans':
+      return message.plans.forEach(answer);
+    case 'assign': {
+      const { placement, sliceSha256 } = message;
+      if (placement.epoch < epoch || (placement.epoch === epoch && state !== 'idle')) return;
+      epoch = placement.epoch;
+      plans ??= await transport.subscribe(subjects.plan(placement.id), (data) => void receive(data));
+      state = 'ready';
+      return send({
+        type: 'shard_ready',
+        worker,
+        epoch,
+        sliceSha256,
+        tablesChecksum: 'none',
+        kvBlocks: Number(kvBlocks),
+        bytesFetched: 0,
+        loadMs: 0,
+        segment: null,
+      });
+    }
+    case 'connect':
+      state = 'connected';
+      return send({ type: 'connected', worker, epoch });
+    case 'rejoin':
+      return join();
+    default:
+  }
+}
+
+function join() {
+  const facts = {
+    hostId: 'stand-in',
+    pid: process.pid,
+    cpuModel: 'none',
+    isa: 'portable',
+    cores: 1,
+    memoryBytes: 1,
+    executor: 'cpu',
+    arithmetic: 'none',
+    grpcAddress: '',
+    weightBytesPerSecond: 0,
+  };
+  send({ type: 'join', worker, protocolMin: 1, protocolMax: 1, epochSeen: epoch, facts });
+}
+
+await transport.subscribe(subjects.controls(worker), (bytes) => void receive(bytes));
+join();
+setInterval(
+  () =>
+    send({ type: 'heartbeat', worker, state, epoch, stepDone: 0, plansQueued: 0, rssBytes: process.memoryUsage.rss(), stats }),
+  500,
+);
