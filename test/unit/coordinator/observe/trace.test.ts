@@ -21,6 +21,12 @@ const process = (changes: Partial<ProcessTrace>): ProcessTrace => ({
   ...changes,
 });
 
+/** Without what garbage collection left in them. */
+const own = ({ names, spans }: Pick<ProcessTrace, 'names' | 'spans'>): (string | number)[][] =>
+  Array.from({ length: spans.length / 5 }, (_, i) => [names[spans[i * 5]!]!, ...spans.slice(i * 5 + 1, i * 5 + 5)]).filter(
+    ([name]) => name !== 'gc',
+  );
+
 /** Real worker traces behind a mesh without a broker; the clock of each is `ahead` microseconds ahead of ours. */
 function meshOf(workers: { id: string; recorder: TraceRecorder; ahead: number }[]): TraceMesh & { asked: Trace['action'][] } {
   let listener: ((message: TraceClock | TraceSpans) => void) | null = null;
@@ -51,21 +57,22 @@ function meshOf(workers: { id: string; recorder: TraceRecorder; ahead: number }[
 
 describe('trace', () => {
   it('trace - spans of all processes come back, with CPU times, in as many parts as they need', async () => {
-    const own = new TraceRecorder();
+    const ours = new TraceRecorder();
     const recorder = new TraceRecorder();
     const mesh = meshOf([{ id: worker, recorder, ahead: 0 }]);
-    const taken = takeTrace(mesh, own, 30);
+    const taken = takeTrace(mesh, ours, 30);
     await new Promise((resolve) => setTimeout(resolve, 15));
-    own.add('plan', 1, monotonicUs());
+    ours.add('plan', 1, monotonicUs());
     const count = traceLimits.spansPerMessageMax + 5;
     for (let i = 0; i < count; i++) recorder.add(i % 2 ? 'submit' : 'products', 1, 1_000_000 + i, 1_000_002 + i, 'compute');
     const [coordinator, only] = await taken;
-    expect(coordinator).toMatchObject({ name: 'coordinator', names: ['plan'], offsetUs: 0 });
-    expect(only).toMatchObject({ name: 'worker 0.0', names: ['products', 'submit'], dropped: 0 });
-    expect(only!.spans.length).toBe(count * 5);
-    expect(only!.spans.slice(-5)).toEqual([(count - 1) % 2, 1, 1, 1_000_000 + count - 1, 2]);
+    expect(coordinator).toMatchObject({ name: 'coordinator', offsetUs: 0 });
+    expect(own(coordinator!).map(([name, , step]) => [name, step])).toEqual([['plan', 1]]);
+    expect(only).toMatchObject({ name: 'worker 0.0', dropped: 0 });
+    expect(own(only!).length).toBe(count);
+    expect(own(only!).at(-1)).toEqual(['products', 1, 1, 1_000_000 + count - 1, 2]);
     expect(only!.cpu.processUs).toBeGreaterThan(0);
-    expect([own.on, recorder.on]).toEqual([false, false]);
+    expect([ours.on, recorder.on]).toEqual([false, false]);
   });
 
   it('trace - a clock of another host is brought to ours, within half a round trip; one of this host is left alone', async () => {
