@@ -28,7 +28,7 @@ export interface CoordinatorConfig {
   prefixCache: boolean;
   /** null: as many as keep the workers busy. */
   stepsInFlightMax: number | null;
-  /** null: twice the time without prefill. */
+  /** null: 1.6 times what it is without prefill. */
   itlTargetMs: number | null;
   cacheDirectory: string;
   /** Compiled main module of a worker process, and arguments of each. */

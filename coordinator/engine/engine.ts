@@ -46,7 +46,7 @@ export interface EngineOptions {
   stepOutputsMax?: number;
   /** Never more steps in flight than this; default 16, or twice the micro-batches of a pipeline. */
   stepsInFlightMax?: number;
-  /** Most time between two tokens of a stream while prompts are computed; default: twice what it is without, 20 ms at least. */
+  /** Most time between two tokens of a stream while prompts are computed; default: 1.6 times what it is without, 20 ms at least. */
   itlTargetMs?: number | null;
   /** Most requests that may wait for their first step. */
   waitingRequestsMax?: number;

@@ -101,17 +101,17 @@ export class StepPipeline {
 
   /**
    * Parts into which decoding sequences are split so that every stage has one while others are on the wire: stages + stages * time on a link / time in a
-   * stage. Rounded to the nearest: a part more costs every stage another walk through its weights, which a hop much shorter than a step is not worth.
+   * stage. Rounded down: a part more is another walk through the weights of every stage, which pays only when links hold up a round by a whole stage time.
    * 1 for a single stage.
    */
   get microBatches(): number {
     if (this.#ppSize === 1) return 1;
     const stageMs = this.#meanBusyUs / 1e3;
-    const onLinks = this.#hopMs === null || stageMs <= 0 ? 0 : Math.round((this.#ppSize * this.#hopMs) / stageMs);
+    const onLinks = this.#hopMs === null || stageMs <= 0 ? 0 : Math.floor((this.#ppSize * this.#hopMs) / stageMs);
     return Math.min(this.#ppSize + onLinks, microBatchesMax);
   }
 
-  /** Most prompt tokens beside so many decode rows; `targetMs`: most time between two tokens of a stream, null: twice what it is without prefill. */
+  /** Most prompt tokens beside so many decode rows; `targetMs`: most time between two tokens of a stream, null: 1.6 times what it is without prefill. */
   prefillTokensMax(decodeRows: number, targetMs: number | null): number {
     return this.#times.prefillTokensMax(decodeRows, targetMs === null ? null : targetMs / this.microBatches);
   }

@@ -113,7 +113,7 @@ const options = {
   itlTargetMs: () =>
     new Option(
       '--itl-target-ms <n>',
-      'most time between two tokens of a stream while prompts are computed (default: twice what it is without, 20 ms at least)',
+      'most time between two tokens of a stream while prompts are computed (default: 1.6 times what it is without, 20 ms at least)',
     ).argParser(integer(1, 60_000)),
   noLocalModel: () =>
     new Option('--no-local-model', 'fetch the weight slice from the coordinator even where the model file is on this host'),

@@ -12,8 +12,8 @@ describe('step times', () => {
     const times = new StepTimes();
     times.observe({ decodeRows: 16, prefillTokens: 0, ms: 30 });
     times.observe({ decodeRows: 16, prefillTokens: 50, ms: 80 });
-    // A token costs (80 - 30) / 50 = 1 ms. Twice a decode step: 30 ms of prefill.
-    expect(times.prefillTokensMax(16, null)).toBe(30);
+    // A token costs (80 - 30) / 50 = 1 ms; 0.6 of a decode step are 18 ms of prefill.
+    expect(times.prefillTokensMax(16, null)).toBe(18);
     expect(times.prefillTokensMax(16, 100)).toBe(70);
     // Never less than a block, whatever the target.
     expect(times.prefillTokensMax(16, 31)).toBe(16);
@@ -29,7 +29,8 @@ describe('step times', () => {
     for (let i = 0; i < 20; i++) times.observe({ decodeRows: 8, prefillTokens: 20, ms: 40 });
     const early = times.prefillTokensMax(8, null);
     for (let i = 0; i < 20; i++) times.observe({ decodeRows: 8, prefillTokens: 20, ms: 60 });
-    expect(early).toBe(20);
+    // 0.6 * 20 ms at 1 ms a token would be 12: a block at least.
+    expect(early).toBe(16);
     // Nearly 2 ms a token now.
     expect(times.prefillTokensMax(8, 120)).toBe(50);
   });
