@@ -15,7 +15,7 @@ describe('step times', () => {
     // A token costs (80 - 30) / 50 = 1 ms; 0.6 of a decode step are 18 ms of prefill.
     expect(times.prefillTokensMax(16, null)).toBe(18);
     expect(times.prefillTokensMax(16, 100)).toBe(70);
-    // Never less than a block, whatever the target.
+    // Never less than 16, whatever the target.
     expect(times.prefillTokensMax(16, 31)).toBe(16);
     // The most similar number of rows that was seen stands for others: 13 ms of rows, 20 ms are nobody's loss.
     times.observe({ decodeRows: 1, prefillTokens: 0, ms: 4 });
@@ -29,7 +29,7 @@ describe('step times', () => {
     for (let i = 0; i < 20; i++) times.observe({ decodeRows: 8, prefillTokens: 20, ms: 40 });
     const early = times.prefillTokensMax(8, null);
     for (let i = 0; i < 20; i++) times.observe({ decodeRows: 8, prefillTokens: 20, ms: 60 });
-    // 0.6 * 20 ms at 1 ms a token would be 12: a block at least.
+    // 0.6 * 20 ms at 1 ms a token would be 12.
     expect(early).toBe(16);
     // Nearly 2 ms a token now.
     expect(times.prefillTokensMax(8, 120)).toBe(50);
