@@ -22,7 +22,8 @@ export interface CoordinatorConfig {
   prefillChunkMax: number;
   blockTokens: number;
   kvCacheBytes: number;
-  kvType: 'auto' | 'int8' | 'f16';
+  activations: 'int8' | 'int16';
+  kvType: 'auto' | 'int8' | 'f16-int8' | 'f16';
   contextTokensMax: number | null;
   sequencesMax: number;
   prefixCache: boolean;

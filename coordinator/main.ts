@@ -82,7 +82,7 @@ async function start(
 ): Promise<Coordinator> {
   const event = (name: string, fields: Record<string, unknown>): void => log.info(fields, name);
 
-  const { tensorParallel, pipelineParallel, kvType, contextTokensMax } = config;
+  const { tensorParallel, pipelineParallel, activations, kvType, contextTokensMax } = config;
   // The broker and the worker processes start while the model is read; workers that join before the mesh listens are asked again.
   const placementId = config.broker?.placements[0] ?? newPlacementId();
   const meshId = config.broker?.mesh ?? newMeshId();
@@ -109,6 +109,7 @@ async function start(
   const plan = await planModel(facts, config.modelPath, config.cacheDirectory, {
     tensorParallel,
     pipelineParallel,
+    activations,
     kvType,
     contextTokensMax,
   });
@@ -170,6 +171,7 @@ async function start(
         blockTokens: config.blockTokens,
         kvBlocks: 0,
         kvCacheBytes: config.kvCacheBytes,
+        activations,
         kvType,
         contextTokensMax: context,
         stepTokensMax: config.stepTokensMax,
@@ -194,7 +196,8 @@ async function start(
     transport: service,
     recorder,
     modelSha256: facts.sourceSha256,
-    kvType: firstSeat.program.kv.key,
+    activations,
+    kvType: `${firstSeat.program.kv.key}/${firstSeat.program.kv.value}`,
     prefixCacheSecret: config.prefixCache ? randomBytes(32) : null,
     contextTokensMax: context,
     blockTokens: config.blockTokens,

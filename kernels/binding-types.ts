@@ -245,6 +245,7 @@ export interface KernelTest {
   /** [subtrees][tokens][rows] */
   linear(
     args: KernelTestMatrix & {
+      activations: 'int8' | 'int16';
       x: Float32Array;
       tokens: number;
       segments: number[];
@@ -291,6 +292,7 @@ export interface KernelTest {
   attention(
     args: KernelTestCall & {
       key: 'int8' | 'f16' | 'f32';
+      value: 'int8' | 'f16' | 'f32';
       heads: number;
       headSize: number;
       kvHeads: number;

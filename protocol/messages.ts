@@ -82,7 +82,8 @@ export interface Assign {
   /** 0: as many as `kvCacheBytes` holds. */
   kvBlocks: number;
   kvCacheBytes: number;
-  kvType: 'auto' | 'int8' | 'f16';
+  activations: 'int8' | 'int16';
+  kvType: 'auto' | 'int8' | 'f16-int8' | 'f16';
   contextTokensMax: number;
   stepTokensMax: number;
   sequencesMax: number;

@@ -51,8 +51,8 @@ export function shardKey(assign: Assign): string {
     layers,
     ranks: ranks.map(({ worker: _, ...units }) => units),
   }));
-  const { contextTokensMax, stepTokensMax, sequencesMax } = assign;
-  const limits = { blockTokens, kvBlocks, kvCacheBytes, kvType, contextTokensMax, stepTokensMax, sequencesMax };
+  const { activations, contextTokensMax, stepTokensMax, sequencesMax } = assign;
+  const limits = { blockTokens, kvBlocks, kvCacheBytes, activations, kvType, contextTokensMax, stepTokensMax, sequencesMax };
   return JSON.stringify({ stages, stage, rank, sliceSha256, executor, isa, cores, spin, limits });
 }
 
@@ -64,11 +64,9 @@ export async function loadShard(options: LoadShardOptions): Promise<Shard> {
   const { assign, addon, callbacks, signal } = options;
   const started = performance.now();
   const facts = parseModelFacts(assign.model);
-  const program = buildProgram(
-    facts,
-    { stages: assign.placement.stages },
-    { stage: assign.stage, rank: assign.rank, kvType: assign.kvType, contextTokensMax: assign.contextTokensMax },
-  );
+  const { stage, rank, activations, kvType, contextTokensMax } = assign;
+  const cut = { stages: assign.placement.stages };
+  const program = buildProgram(facts, cut, { stage, rank, activations, kvType, contextTokensMax });
   const kvBlocks = assign.kvBlocks || blocksThatFit(addon, program, assign);
   const slice = await options.openSlice(assign, facts, program, options.onProgress, signal);
   const executor = addon.createExecutor(executorOptions(assign, program, kvBlocks, options), callbacks);

@@ -32,8 +32,9 @@ import type { MeshEpoch, MeshFault, StepTransport } from './step-transport.ts';
 export interface EngineOptions {
   text: Pick<TextModel, 'detokenizer' | 'endTokens' | 'bosToken' | 'vocabularySize'>;
   transport: StepTransport;
-  /** sha256 of the model file, and the K/V type in use: what a cached block depends on besides its tokens. */
+  /** sha256 of the model file, types of activations and of K and V: what a cached block depends on besides its tokens. */
   modelSha256: string;
+  activations: string;
   kvType: string;
   /** 32 random bytes; null: no prefix cache. */
   prefixCacheSecret: Uint8Array | null;
@@ -489,7 +490,8 @@ export class ShardmeshEngine implements Engine {
     const ppSize = mesh.placement.stages.length;
     const stepsInFlightMax = options.stepsInFlightMax ?? (ppSize === 1 ? stepsAheadMax : Number.MAX_SAFE_INTEGER);
     const pool = new BlockPool(mesh.kvBlocks, (block) => this.#cache?.forget(block));
-    const identity = { modelSha256: options.modelSha256, kvType: options.kvType, arithmetic: mesh.arithmetic };
+    const { modelSha256, activations, kvType } = options;
+    const identity = { modelSha256, activations, kvType, arithmetic: mesh.arithmetic };
     const { blockTokens, prefixCacheSecret: secret } = options;
     this.#pipeline.begin(ppSize);
     this.#pool = pool;

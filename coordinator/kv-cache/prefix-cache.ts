@@ -2,7 +2,7 @@
  * Full blocks found again by what they hold. A block is named by a chained HMAC-SHA-256: its digest covers every token from position 0 to its end,
  * and the chain starts from a key of one tenant, so no tenant can find (or time) another's prompts, and nobody can construct a collision.
  *
- *   root     = HMAC(secret, tenant | model digest | K/V type | executor arithmetic)      each field with its length before it
+ *   root     = HMAC(secret, tenant | model digest | activations | K/V type | executor arithmetic)      each field with its length before it
  *   digest_i = HMAC(root, digest_{i-1} | tokens of block i as uint32 little-endian)      digest_{-1} is empty
  *
  * Only blocks whose step has come back are ever registered: a block of a step in flight may never be written when the step fails.
@@ -13,6 +13,7 @@ import type { BlockPool } from './block-pool.ts';
 /** What, besides the tokens, decides the bits of a block. */
 export interface CacheIdentity {
   modelSha256: string;
+  activations: string;
   kvType: string;
   /** `WorkerFacts.arithmetic` of the placement's workers. */
   arithmetic: string;
@@ -102,8 +103,8 @@ export class PrefixCache {
     let root = this.#roots.get(tenant);
     if (root === undefined) {
       const hmac = createHmac('sha256', this.#secret);
-      const { modelSha256, kvType, arithmetic } = this.#identity;
-      for (const field of [tenant, modelSha256, kvType, arithmetic]) {
+      const { modelSha256, activations, kvType, arithmetic } = this.#identity;
+      for (const field of [tenant, modelSha256, activations, kvType, arithmetic]) {
         const bytes = Buffer.from(field, 'utf8');
         const length = Buffer.allocUnsafe(4);
         length.writeUInt32LE(bytes.length);

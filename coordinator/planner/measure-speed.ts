@@ -16,7 +16,7 @@ import type { ModelFacts, TensorFacts } from '../../kernels/model-file/model-fac
 import { quantType, rowBytes } from '../../kernels/model-file/quant-types.ts';
 import { sliceOf } from '../../kernels/model-file/slice.ts';
 import { buildProgram, cutModel, unitsOfModel, type KvType } from '../../kernels/programs/index.ts';
-import type { Program, TensorType } from '../../kernels/programs/program.ts';
+import type { ActivationType, Program, TensorType } from '../../kernels/programs/program.ts';
 import type { KernelSpeed, LinkSpeed } from './speed-model.ts';
 
 export interface MeasureOptions {
@@ -24,6 +24,7 @@ export interface MeasureOptions {
   facts: ModelFacts;
   kind: 'cpu' | 'reference';
   isa: Isa | null;
+  activations: ActivationType;
   kvType: KvType;
   /** Logical cores that may compute. */
   cores: number[];
@@ -50,7 +51,7 @@ const repeatsMax = 12;
 export async function measureKernels(options: MeasureOptions): Promise<MeasuredKernels> {
   const { facts, cores } = options;
   const sample = sampleFacts(facts, options.sampleBytesMax ?? sampleBytesDefault);
-  const program = wholeProgram(sample, options.kvType);
+  const program = wholeProgram(sample, options);
   const bytes = matrixBytes(program, sample);
   const points: KernelSpeed[] = [];
   let stepSeconds = 0;
@@ -78,17 +79,17 @@ export async function measureKernels(options: MeasureOptions): Promise<MeasuredK
  * @returns null where it cannot be measured: with one core
  */
 export async function measureReduction(options: MeasureOptions): Promise<LinkSpeed | null> {
-  const { cores, kvType } = options;
+  const { cores, activations, kvType } = options;
   const [first, second] = cores;
   if (first === undefined || second === undefined) return null;
   const facts = linkFacts(options.facts);
   const cut = cutModel(unitsOfModel(facts), { count: 2, parts: null }, { count: 1, parts: null });
   const pair: MeasuredRank[] = [];
   const half = halfOf(facts);
-  const alone = await loadRank(options, half, wholeProgram(half, kvType), [first]);
+  const alone = await loadRank(options, half, wholeProgram(half, options), [first]);
   try {
     for (const [rank, core] of [first, second].entries()) {
-      const program = buildProgram(facts, cut, { stage: 0, rank, kvType, contextTokensMax: contextTokens });
+      const program = buildProgram(facts, cut, { stage: 0, rank, activations, kvType, contextTokensMax: contextTokens });
       pair.push(await loadRank(options, facts, program, [core]));
     }
     const segments = pair.map((rank) => rank.openSegment());
@@ -127,9 +128,9 @@ export function matrixBytes(program: Pick<Program, 'weights'>, facts: Pick<Model
 }
 
 /** The program of one rank that holds all of a model. */
-function wholeProgram(facts: ModelFacts, kvType: KvType): Program {
+function wholeProgram(facts: ModelFacts, { activations, kvType }: Pick<MeasureOptions, 'activations' | 'kvType'>): Program {
   const cut = cutModel(unitsOfModel(facts), { count: 1, parts: null }, { count: 1, parts: null });
-  return buildProgram(facts, cut, { stage: 0, rank: 0, kvType, contextTokensMax: contextTokens });
+  return buildProgram(facts, cut, { stage: 0, rank: 0, activations, kvType, contextTokensMax: contextTokens });
 }
 
 /** A model of the same shapes and types with as few layers as fit `bytesMax`; head and, where one layer is too large, feed-forward and heads shrink too. */

@@ -13,7 +13,7 @@ import {
   type KvType,
   type ModelCut,
 } from '../../kernels/programs/index.ts';
-import type { Program } from '../../kernels/programs/program.ts';
+import type { ActivationType, Program } from '../../kernels/programs/program.ts';
 import { ShardmeshError } from '../../protocol/errors.ts';
 import type { Seat } from '../mesh/mesh.ts';
 
@@ -32,6 +32,7 @@ export interface ModelPlan {
 export interface ModelPlanOptions {
   tensorParallel: CutShares;
   pipelineParallel: CutShares;
+  activations: ActivationType;
   kvType: KvType;
   contextTokensMax: number | null;
 }
@@ -60,6 +61,7 @@ export async function planModel(
       const program = buildProgram(facts, cut, {
         stage,
         rank,
+        activations: options.activations,
         kvType: options.kvType,
         contextTokensMax: options.contextTokensMax,
       });

@@ -15,7 +15,7 @@ import {
   type ModelCut,
   type RankUnits,
 } from '../../kernels/programs/index.ts';
-import type { KvSpec, Program, Range } from '../../kernels/programs/program.ts';
+import type { ActivationType, KvSpec, Program, Range } from '../../kernels/programs/program.ts';
 import { cutForShares } from './model-plan.ts';
 import { predictSpeed, type MachineSpeed, type PlacementLoad, type Prediction } from './speed-model.ts';
 
@@ -23,6 +23,7 @@ export interface PlannerOptions {
   facts: ModelFacts;
   tensorParallel: CutShares;
   pipelineParallel: CutShares;
+  activations: ActivationType;
   kvType: KvType;
   contextTokensMax: number | null;
   blockTokens: number;
@@ -77,7 +78,8 @@ export interface PlacementPlan {
 export interface PlanReport {
   model: { name: string; architecture: string; layers: number; weightBytes: number };
   units: { attention: number; feedForward: number; vocabulary: number };
-  kvType: KvSpec['key'];
+  activations: ActivationType;
+  kv: Pick<KvSpec, 'key' | 'value'>;
   contextTokensMax: number;
   /** The placement that was asked for. */
   asked: PlacementPlan;
@@ -121,7 +123,8 @@ export function planPlacements(options: PlannerOptions): PlanReport {
       weightBytes: facts.tensors.reduce((sum, tensor) => sum + tensor.bytes, 0),
     },
     units: { attention: units.attention.units, feedForward: units.feedForward.units, vocabulary: units.vocabulary.units },
-    kvType: programOf(options, cutForShares(facts, options), 0, 0).kv.key,
+    activations: options.activations,
+    kv: kvTypes(programOf(options, cutForShares(facts, options), 0, 0)),
     contextTokensMax: first ? Math.min(facts.contextTokensMax, options.contextTokensMax ?? facts.contextTokensMax) : 0,
     asked,
     placements,
@@ -141,8 +144,12 @@ function cutOrNull(facts: ModelFacts, tp: number, pp: number): ModelCut | null {
 
 const sharesText = ({ count, parts }: CutShares): string => parts?.join(':') ?? String(count);
 
-const programOf = ({ facts, kvType, contextTokensMax }: PlannerOptions, cut: ModelCut, stage: number, rank: number): Program =>
-  buildProgram(facts, cut, { stage, rank, kvType, contextTokensMax });
+const programOf = (options: PlannerOptions, cut: ModelCut, stage: number, rank: number): Program => {
+  const { facts, activations, kvType, contextTokensMax } = options;
+  return buildProgram(facts, cut, { stage, rank, activations, kvType, contextTokensMax });
+};
+
+const kvTypes = ({ kv: { key, value } }: Program): PlanReport['kv'] => ({ key, value });
 
 function placementPlan(
   options: PlannerOptions,
@@ -269,7 +276,7 @@ export const threeDigits = (value: number): string => String(Number(value.toPrec
 const mebibytes = (bytes: number): string => `${Math.ceil(bytes / 1024 ** 2)} MiB`;
 
 /** As the native addon lays a block out: K and V of each token, and a scale for each that is int8. For machines where the addon is not built. */
-export function kvBytesPerBlock({ layers, heads, headSize, key }: KvSpec, blockTokens: number): number {
-  const keyBytes = key === 'int8' ? headSize + 4 : 2 * headSize;
-  return layers * heads * blockTokens * (keyBytes + headSize + 4);
+export function kvBytesPerBlock({ layers, heads, headSize, key, value }: KvSpec, blockTokens: number): number {
+  const bytesOf = (type: 'int8' | 'f16'): number => (type === 'int8' ? headSize + 4 : 2 * headSize);
+  return layers * heads * blockTokens * (bytesOf(key) + bytesOf(value));
 }

@@ -97,8 +97,14 @@ const options = {
     new Option('--block-tokens <n>', 'tokens of a KV block: 16, 32, 48 or 64').default(16).argParser(integer(16, 64)),
   kvCacheBytes: () =>
     new Option('--kv-cache-bytes <size>', 'KV cache of each worker, e.g. 512m').default(256 * 1024 ** 2, '256m').argParser(bytes),
+  activations: () =>
+    new Option('--activations <type>', 'activations of quantised products; int16 is slower and a hundred times as exact')
+      .choices(['int8', 'int16'])
+      .default('int8'),
   kvType: () =>
-    new Option('--kv-type <type>', 'type of K in the KV cache (V is int8)').choices(['auto', 'int8', 'f16']).default('auto'),
+    new Option('--kv-type <type>', 'K and V in the KV cache; f16-int8: K f16, V int8 (default: what suits the model)')
+      .choices(['auto', 'int8', 'f16-int8', 'f16'])
+      .default('auto'),
   contextTokensMax: () =>
     new Option('--context-tokens-max <n>', "longest context (default: the model's own)").argParser(integer(16, 1_048_576)),
   cores: () => new Option('--cores <list>', 'cores to compute on, e.g. 0,2-3 (default: all)').argParser(cores),
@@ -151,7 +157,8 @@ export interface OptionValues {
   prefillChunkMax?: number;
   blockTokens: number;
   kvCacheBytes: number;
-  kvType: 'auto' | 'int8' | 'f16';
+  activations: 'int8' | 'int16';
+  kvType: 'auto' | 'int8' | 'f16-int8' | 'f16';
   contextTokensMax?: number;
   cores?: number[];
   sequencesMax: number;

@@ -68,6 +68,7 @@ async function plan(values: OptionValues): Promise<void> {
     facts,
     tensorParallel: values.tp,
     pipelineParallel: values.pp,
+    activations: values.activations,
     kvType: values.kvType,
     contextTokensMax: values.contextTokensMax ?? null,
     blockTokens: values.blockTokens,
@@ -112,6 +113,7 @@ async function measureMachine(
       facts,
       kind: values.executor === 'reference' ? ('reference' as const) : ('cpu' as const),
       isa: values.isa === 'auto' ? null : values.isa,
+      activations: values.activations,
       kvType: values.kvType,
       cores,
       // The reference is some hundred times slower.
@@ -206,7 +208,7 @@ export function planText(report: PlanReport, basis: readonly Basis[], blockToken
   const { model, units, asked } = report;
   const lines = [
     `${model.name} (${model.architecture}): ${model.layers} layers, ${mebibytes(model.weightBytes)} of weights`,
-    `units: ${units.attention} attention, ${units.feedForward} feed-forward, ${units.vocabulary} vocabulary; K ${report.kvType}, V int8; longest context ${report.contextTokensMax} tokens`,
+    `units: ${units.attention} attention, ${units.feedForward} feed-forward, ${units.vocabulary} vocabulary; activations ${report.activations}, K ${report.kv.key}, V ${report.kv.value}; longest context ${report.contextTokensMax} tokens`,
     '',
     `${asked.name}: ${asked.workers} ${asked.workers === 1 ? 'worker' : 'workers'}, ${bitsText(asked)}`,
     ...table(

@@ -111,7 +111,7 @@ Napi::Value read_rows(const Arguments& a) {
   return float_result(a.env, out);
 }
 
-// {.., x [tokens][columns], tokens, segments, subtrees: [first, count][], bias | null} -> [subtrees][tokens][rows]
+// {.., activations, x [tokens][columns], tokens, segments, subtrees: [first, count][], bias | null} -> [subtrees][tokens][rows]
 Napi::Value linear(const Arguments& a) {
   const KernelSet& set = a.set();
   Packed packed = pack_matrix(a, set);
@@ -130,8 +130,9 @@ Napi::Value linear(const Arguments& a) {
   }
   std::vector<float> bias;
   if (!a.at("bias").IsNull()) bias = a.floats("bias", rows);
-  Aligned quantized(set.activation_bytes(tokens, columns));
-  const Activations in{x.data(), columns, tokens, columns, quantized.data()};
+  const ActivationType type = text_of(a.at("activations"), "activations") == "int16" ? ActivationType::Int16 : ActivationType::Int8;
+  Aligned quantized(set.activation_bytes(type, tokens, columns));
+  const Activations in{x.data(), columns, tokens, columns, quantized.data(), type};
   std::vector<float> out(subtrees.size() * static_cast<size_t>(tokens * rows));
   if (!(packed.matrix.type == TensorType::F32 || packed.matrix.type == TensorType::F16 || packed.matrix.type == TensorType::BF16))
     each_part(parts, [&](Part part) { set.quantize_activations(in, part); });
@@ -205,12 +206,14 @@ Napi::Value finish_tree(const Arguments& a) {
 }
 
 // One sequence: k and v of positions 0.. are stored in one go, then attention of the rows whose q is given, which are the last ones.
-// {set, parts, key, heads, headSize, kvHead, scale, window | null, blockTokens, blockTable, k [n][kvHeads][headSize], v, q [rows][heads][headSize], rows, kvHeads, fill}
+// {set, parts, key, value, heads, headSize, kvHead, scale, window | null, blockTokens, blockTable, k [n][kvHeads][headSize], v, q [rows][heads][headSize], rows, kvHeads, fill}
 // `fill` is the byte that the cache is filled with before.
 Napi::Value attention(const Arguments& a) {
   const KernelSet& set = a.set();
   const std::string key = text_of(a.at("key"), "key");
   const KeyType type = key == "int8" ? KeyType::Int8 : key == "f16" ? KeyType::F16 : KeyType::F32;
+  const std::string value = text_of(a.at("value"), "value");
+  const ValueType value_type = value == "int8" ? ValueType::Int8 : value == "f16" ? ValueType::F16 : ValueType::F32;
   const int heads = static_cast<int>(a.integer("heads", 1, 1024)), head_size = static_cast<int>(a.integer("headSize", 32, 1024));
   const int kv_heads = static_cast<int>(a.integer("kvHeads", 1, 1024)), rows = static_cast<int>(a.integer("rows", 1, 4096)), parts = a.parts();
   const int block_tokens = static_cast<int>(a.integer("blockTokens", 16, 4096));
@@ -221,7 +224,7 @@ Napi::Value attention(const Arguments& a) {
   const std::vector<float> v = a.floats("v", tokens * kv_width), q = a.floats("q", rows * q_width);
   if (static_cast<int>(kv_head.size()) != heads || block_tokens % 16 || rows > tokens || table.size() * static_cast<size_t>(block_tokens) < static_cast<size_t>(tokens))
     throw std::runtime_error("kvHead, blockTokens, rows or blockTable do not fit");
-  const KvLayout layout = make_kv_layout(type, kv_heads, head_size, block_tokens);
+  const KvLayout layout = make_kv_layout(type, value_type, kv_heads, head_size, block_tokens);
   const size_t blocks = static_cast<size_t>(*std::max_element(table.begin(), table.end())) + 1;
   Aligned cache(blocks * layout.block_bytes);
   std::fill(cache.data(), cache.data() + blocks * layout.block_bytes, static_cast<uint8_t>(a.integer("fill", 0, 255)));

@@ -66,17 +66,17 @@ const KernelSet* find_kernel_set(const char* name, const char** why) {
   return refuse(why, "unknown kernel set; known are avx512, avx2, portable, reference, reference-f32 and auto");
 }
 
-KvLayout make_kv_layout(KeyType key, int heads, int head_size, int block_tokens) {
+KvLayout make_kv_layout(KeyType key, ValueType value, int heads, int head_size, int block_tokens) {
   const size_t d = static_cast<size_t>(head_size);
   KvLayout layout{};
   layout.key = key;
+  layout.value = value;
   layout.heads = heads;
   layout.head_size = head_size;
   layout.block_tokens = block_tokens;
   layout.key_bytes = 16 * d * (key == KeyType::Int8 ? 1 : key == KeyType::F16 ? 2 : 4);
-  layout.value_bytes = 16 * d * (key == KeyType::F32 ? 4 : 1);
-  // Key scales and value scales; f16 keys have none, fp32 has neither.
-  layout.scale_bytes = key == KeyType::Int8 ? 128 : key == KeyType::F16 ? 64 : 0;
+  layout.value_bytes = 16 * d * (value == ValueType::Int8 ? 1 : value == ValueType::F16 ? 2 : 4);
+  layout.scale_bytes = (key == KeyType::Int8 ? 64 : 0) + (value == ValueType::Int8 ? 64 : 0);
   layout.subblock_bytes = layout.key_bytes + layout.value_bytes + layout.scale_bytes;
   layout.head_bytes = layout.subblock_bytes * static_cast<size_t>(block_tokens / 16);
   layout.block_bytes = layout.head_bytes * static_cast<size_t>(heads);

@@ -42,6 +42,6 @@ namespace avx512 { SHARDMESH_DECLARE_OPERATIONS }
 size_t packed_bytes(const MatrixSource& source);
 void pack(const MatrixSource& source, PackedMatrix* out, Part part);
 void read_row(const PackedMatrix& matrix, int64_t row, float* out);
-size_t activation_bytes(int tokens_max, int64_t columns);
+size_t activation_bytes(ActivationType type, int tokens_max, int64_t columns);
 
 }  // namespace shardmesh

@@ -48,14 +48,18 @@ struct Subtree {
 };
 constexpr int kSegmentsMax = 16;
 
-// Activations of T tokens, quantised in groups of 32 for integer products: q (int8), sa, ms = sa * float(sum q). The layout of `data` is private to the
-// kernel set; `activation_bytes` sizes it. `x` stays valid beside it for float weights.
+// Activations of T tokens, quantised in groups of 32 for integer products: q, sa, ms = sa * float(sum q). int8: |q| <= 127. int16: |q| <= 32512 = 127 * 256, so
+// that q = 256 * high + low with both halves int8. The layout of `data` is private to the kernel set; `activation_bytes` sizes it. `x` stays valid beside it for
+// float weights.
+enum class ActivationType : int { Int8, Int16 };
+constexpr int kInt16Max = 127 * 256;
 struct Activations {
   const float* x;     // [T, x_stride]
   int64_t x_stride;
   int tokens;
   int64_t columns;    // K
   uint8_t* data;
+  ActivationType type;
 };
 
 struct LinearArguments {
@@ -74,18 +78,20 @@ struct LinearArguments {
 // KV cache of one layer: blocks of `block_tokens` tokens (multiple of 16), cut into subblocks of 16 tokens. For each KV head of a block, its subblocks
 // lie one after the other; one subblock of one head is, in this order:
 //   K int8: [D/4][16 tokens][4] int8        or K f16: [D][16 tokens] IEEE half        or (reference-f32 only) [D][16] fp32
-//   V int8: [16/4][D][4 tokens] int8                                                  or (reference-f32 only) [16][D] fp32
-//   key scales [16] fp32 (int8 K only), value scales [16] fp32
+//   V int8: [16/4][D][4 tokens] int8           or V f16: [16 tokens][D] IEEE half     or (reference-f32 only) [16][D] fp32
+//   key scales [16] fp32 (int8 K only), value scales [16] fp32 (int8 V only)
 // Values never written may be anything, NaN scales included: they are selected away, never multiplied.
 enum class KeyType : int { Int8, F16, F32 };
+enum class ValueType : int { Int8, F16, F32 };
 struct KvLayout {
   KeyType key;
+  ValueType value;
   int heads;
   int head_size;     // D, multiple of 32
   int block_tokens;
   size_t key_bytes, value_bytes, scale_bytes, subblock_bytes, head_bytes, block_bytes;  // of one layer
 };
-KvLayout make_kv_layout(KeyType key, int heads, int head_size, int block_tokens);
+KvLayout make_kv_layout(KeyType key, ValueType value, int heads, int head_size, int block_tokens);
 
 // Rows of a step, shared by all operations of it.
 struct StepRows {
@@ -130,7 +136,7 @@ struct KernelSet {
   void (*read_row)(const PackedMatrix& matrix, int64_t row, float* out);
 
   // --- operations
-  size_t (*activation_bytes)(int tokens_max, int64_t columns);
+  size_t (*activation_bytes)(ActivationType type, int tokens_max, int64_t columns);
   void (*quantize_activations)(const Activations& in, Part part);
   void (*linear)(const LinearArguments& arguments, Part part);
   void (*rms_norm)(const float* x, int64_t x_stride, const float* w, float epsilon, int64_t width, int tokens, float* out, int64_t out_stride, Part part);

@@ -67,6 +67,7 @@ struct Operation {
 struct KvSpec {
   int layers, heads, head_size;
   KeyType key;
+  ValueType value;
 };
 
 struct Program {
@@ -75,6 +76,7 @@ struct Program {
   int64_t hidden_size, vocabulary_size, context_tokens_max;
   std::vector<BufferSpec> buffers;
   std::vector<WeightSlice> weights;
+  ActivationType activations;
   KvSpec kv;
   std::vector<Operation> operations;
 };

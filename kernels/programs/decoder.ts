@@ -8,7 +8,7 @@
 import type { ModelFacts, TensorFacts } from '../model-file/model-facts.ts';
 import { ModelFileError } from '../model-file/model-file-error.ts';
 import { quantType } from '../model-file/quant-types.ts';
-import type { Program, Range } from './program.ts';
+import type { ActivationType, Program, Range } from './program.ts';
 import { ProgramBuilder } from './program-builder.ts';
 import {
   checkCut,
@@ -37,12 +37,14 @@ export interface DecoderTraits {
   ropeFactors: 'optional' | 'none';
 }
 
-export type KvType = 'auto' | 'int8' | 'f16';
+/** Types of K and V: both int8, K in f16 and V in int8, or both f16. */
+export type KvType = 'auto' | 'int8' | 'f16-int8' | 'f16';
 
 export interface ProgramOptions {
   stage: number;
   rank: number;
-  /** Type of K; `auto`: f16 where k has a bias, else int8. V is int8. */
+  activations: ActivationType;
+  /** `auto`: f16 beside int16 activations; else int8, but for K where k has a bias. */
   kvType: KvType;
   /** Longest context wanted; null, 0 or more than the model's own: the model's own. */
   contextTokensMax: number | null;
@@ -219,9 +221,14 @@ function shardOf(units: ModelUnits, cut: ModelCut, stage: number, rank: number):
 const length = (range: Range): number => range.to - range.from;
 const times = (range: Range, factor: number): Range => ({ from: range.from * factor, to: range.to * factor });
 
+function kvTypeOf(activations: ActivationType, keyBias: boolean): Exclude<KvType, 'auto'> {
+  if (activations === 'int16') return 'f16';
+  return keyBias ? 'f16-int8' : 'int8';
+}
+
 /** The program of one rank of one stage. @throws {CutError} the cut does not cover the model */
 export function buildDecoder(facts: ModelFacts, traits: DecoderTraits, cut: ModelCut, options: ProgramOptions): Program {
-  const { stage, rank, kvType } = options;
+  const { stage, rank, activations } = options;
   const shard = shardOf(modelUnits(decoderShape(facts)), cut, stage, rank);
   const builder = new ProgramBuilder(facts);
   addStart(builder, facts, shard);
@@ -231,11 +238,14 @@ export function buildDecoder(facts: ModelFacts, traits: DecoderTraits, cut: Mode
   }
   addEnd(builder, facts, shard);
   // One type for all layers of the model, so that every stage decides alike.
-  const key = kvType === 'auto' ? (builder.has(keyBiasName(0)) ? 'f16' : 'int8') : kvType;
+  const kvType = options.kvType === 'auto' ? kvTypeOf(activations, builder.has(keyBiasName(0))) : options.kvType;
+  const key = kvType === 'int8' ? 'int8' : 'f16';
+  const value = kvType === 'f16' ? 'f16' : 'int8';
   const quantised = facts.tensors.every((tensor) => tensor.shape.length === 1 || quantType(tensor.type).blockValues > 1);
   return {
     architecture: facts.architecture,
-    bits: quantised && key === 'int8' ? 'exact' : 'per-kind',
+    bits: quantised && kvType === 'int8' ? 'exact' : 'per-kind',
+    activations,
     stage,
     stages: cut.stages.length,
     rank,
@@ -246,7 +256,7 @@ export function buildDecoder(facts: ModelFacts, traits: DecoderTraits, cut: Mode
     contextTokensMax: Math.min(options.contextTokensMax || facts.contextTokensMax, facts.contextTokensMax),
     buffers: builder.buffers,
     weights: builder.weights,
-    kv: { layers: length(shard.layers), heads: length(shard.kvHeads), headSize: facts.headSize, key, value: 'int8' },
+    kv: { layers: length(shard.layers), heads: length(shard.kvHeads), headSize: facts.headSize, key, value },
     operations: builder.operations,
   };
 }

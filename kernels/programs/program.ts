@@ -107,20 +107,24 @@ export type Operation =
   /** Samples or scores each output row (rank 0 of the last stage), and sends the sampled ids to the ranks of stage 0. */
   | { op: 'sample'; logits: string };
 
-/** K/V cache of this rank. `int8`: a scale per head and token. `f16` K with int8 V where k has a bias (design: |K| is large there). */
+/** Activations of quantised products, in groups of 32 with a scale each. `int16`: two int8 halves, for twice the integer work and a hundredth of the error. */
+export type ActivationType = 'int8' | 'int16';
+
+/** K/V cache of this rank. `int8`: a scale per head and token. `f16` K with int8 V where k has a bias (|K| is large there). */
 export interface KvSpec {
   layers: number;
   /** KV heads held by this rank (a KV head whose query heads lie on two ranks is held by both). */
   heads: number;
   headSize: number;
   key: 'int8' | 'f16';
-  value: 'int8';
+  value: 'int8' | 'f16';
 }
 
 export interface Program {
   architecture: string;
-  /** `exact`: any executor gives the reference's bits. `per-kind`: only executors of one kind agree (float weights). */
+  /** `exact`: any executor gives the reference's bits. `per-kind`: only executors of one kind agree (float weights, K or V). */
   bits: 'exact' | 'per-kind';
+  activations: ActivationType;
   stage: number;
   stages: number;
   rank: number;

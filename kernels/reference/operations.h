@@ -5,7 +5,7 @@
 // Layout of a packed matrix: what the formula reads, in the plainest form.
 //   float types   fp32 [rows][K]
 //   others        int8 w [rows][K], fp32 S [rows][G], fp32 M [rows][G] (formats with a minimum), int8 half scales [rows][G][2] (Q6_K)
-// Layout of quantised activations: int8 q [T][K], fp32 sa [T][G], fp32 ms [T][G].
+// Layout of quantised activations: int16 q [T][K], fp32 sa [T][G], fp32 ms [T][G].
 #pragma once
 #include <math.h>
 
@@ -100,54 +100,56 @@ void reference_read_row(const PackedMatrix& matrix, int64_t row, float* out) {
 // ---------------------------------------------------------------- activations and products
 
 struct ActivationView {
-  int8_t* q;
+  int16_t* q;
   float* sa;
   float* ms;
 };
 
 size_t view_activations(int64_t tokens, int64_t columns, uint8_t* data, ActivationView* view) {
-  const size_t values = round_up_64(static_cast<size_t>(tokens * columns)), groups = round_up_64(static_cast<size_t>(tokens * columns / 32) * 4);
-  *view = {reinterpret_cast<int8_t*>(data), reinterpret_cast<float*>(data + values), reinterpret_cast<float*>(data + values + groups)};
+  const size_t values = round_up_64(static_cast<size_t>(tokens * columns) * 2), groups = round_up_64(static_cast<size_t>(tokens * columns / 32) * 4);
+  *view = {reinterpret_cast<int16_t*>(data), reinterpret_cast<float*>(data + values), reinterpret_cast<float*>(data + values + groups)};
   return values + 2 * groups;
 }
 
-size_t reference_activation_bytes(int tokens_max, int64_t columns) {
+size_t reference_activation_bytes(ActivationType, int tokens_max, int64_t columns) {
   ActivationView view;
   return view_activations(tokens_max, columns, nullptr, &view);
 }
 
-// q[i] = rne(x[i] * (127 / amax)); returns the scale amax / 127 (0 and all q = 0 when amax is too small to divide by).
-float quantize_signed(const float* x, int64_t count, int8_t* q) {
+// q[i] = rne(x[i] * (largest / amax)); returns the scale amax / largest (0 and all q = 0 when amax is too small to divide by).
+template <typename Integer>
+float quantize_signed(const float* x, int64_t count, float largest, Integer* q) {
   float amax = 0.0f;
   for (int64_t i = 0; i < count; i++) amax = larger(amax, fabsf(x[i]));
   if (!(amax >= kQuantizableMin)) {
-    std::memset(q, 0, static_cast<size_t>(count));
+    std::memset(q, 0, static_cast<size_t>(count) * sizeof(Integer));
     return 0.0f;
   }
-  const float inverse = 127.0f / amax;
-  for (int64_t i = 0; i < count; i++) q[i] = static_cast<int8_t>(round_even(x[i] * inverse));
-  return amax / 127.0f;
+  const float inverse = largest / amax;
+  for (int64_t i = 0; i < count; i++) q[i] = static_cast<Integer>(round_even(x[i] * inverse));
+  return amax / largest;
 }
 
 void reference_quantize_activations(const Activations& in, Part part) {
   ActivationView view;
   view_activations(in.tokens, in.columns, in.data, &view);
   const int64_t groups = in.columns / 32;
+  const float largest = in.type == ActivationType::Int8 ? 127.0f : static_cast<float>(kInt16Max);
   int64_t from, to;
   split(in.tokens * groups, part, &from, &to);
   for (int64_t i = from; i < to; i++) {
     const int64_t t = i / groups, g = i % groups;
-    int8_t* q = view.q + t * in.columns + g * 32;
-    view.sa[i] = quantize_signed(in.x + t * in.x_stride + g * 32, 32, q);
+    int16_t* q = view.q + t * in.columns + g * 32;
+    view.sa[i] = quantize_signed(in.x + t * in.x_stride + g * 32, 32, largest, q);
     int32_t sum = 0;
     for (int j = 0; j < 32; j++) sum += q[j];
     view.ms[i] = view.sa[i] * static_cast<float>(sum);
   }
 }
 
-int32_t dot_int8(const int8_t* a, const int8_t* b, int count) {
+int32_t integer_dot(const int8_t* w, const int16_t* q, int count) {
   int32_t sum = 0;
-  for (int i = 0; i < count; i++) sum += static_cast<int32_t>(a[i]) * static_cast<int32_t>(b[i]);
+  for (int i = 0; i < count; i++) sum += static_cast<int32_t>(w[i]) * static_cast<int32_t>(q[i]);
   return sum;
 }
 
@@ -163,14 +165,20 @@ float segment_sum(const PackedView& weight, const ActivationView& in, const Acti
   }
   for (int64_t g = from; g < to; g++) {
     const int8_t* w = weight.w + r * columns + g * 32;
-    const int8_t* q = in.q + t * columns + g * 32;
+    const int16_t* q = in.q + t * columns + g * 32;
     const int64_t wg = r * groups + g, ag = t * groups + g;
-    int32_t dot;
-    if (weight.half_scale)
-      dot = weight.half_scale[wg * 2] * dot_int8(w, q, 16) + weight.half_scale[wg * 2 + 1] * dot_int8(w + 16, q + 16, 16);
-    else
-      dot = dot_int8(w, q, 32);
-    acc = fmaf(static_cast<float>(dot), weight.s[wg] * in.sa[ag], acc);
+    const float scale = weight.s[wg] * in.sa[ag];
+    if (weight.half_scale) {
+      const int32_t first = weight.half_scale[wg * 2] * integer_dot(w, q, 16), second = weight.half_scale[wg * 2 + 1] * integer_dot(w + 16, q + 16, 16);
+      if (a.type == ActivationType::Int8) {
+        acc = fmaf(static_cast<float>(first + second), scale, acc);
+      } else {  // the sum of both would not fit 32 bits
+        acc = fmaf(static_cast<float>(first), scale, acc);
+        acc = fmaf(static_cast<float>(second), scale, acc);
+      }
+    } else {
+      acc = fmaf(static_cast<float>(integer_dot(w, q, 32)), scale, acc);
+    }
     if (weight.m) acc = fmaf(weight.m[wg], in.ms[ag], acc);
   }
   return acc;
@@ -276,6 +284,9 @@ TokenPlace place_of(const KvLayout& layout, const uint8_t* cache, const StepRows
 
 int8_t& key_int8(const TokenPlace& p, int d) { return reinterpret_cast<int8_t*>(p.subblock)[(d / 4) * 64 + p.column * 4 + d % 4]; }
 uint16_t& key_f16(const TokenPlace& p, int d) { return reinterpret_cast<uint16_t*>(p.subblock)[d * 16 + p.column]; }
+uint16_t& value_f16(const KvLayout& layout, const TokenPlace& p, int d) {
+  return reinterpret_cast<uint16_t*>(p.subblock + layout.key_bytes)[p.column * layout.head_size + d];
+}
 int8_t& value_int8(const KvLayout& layout, const TokenPlace& p, int d) {
   return reinterpret_cast<int8_t*>(p.subblock + layout.key_bytes)[(p.column / 4) * layout.head_size * 4 + d * 4 + p.column % 4];
 }
@@ -296,13 +307,17 @@ void reference_store_kv(const float* k, int64_t k_stride, const float* v, int64_
     const float* value = v + t * v_stride + static_cast<int64_t>(h) * D;
     int8_t q[1024];
     if (layout.key == KeyType::Int8) {
-      key_scale(layout, place) = quantize_signed(key, D, q);
+      key_scale(layout, place) = quantize_signed(key, D, 127.0f, q);
       for (int d = 0; d < D; d++) key_int8(place, d) = q[d];
     } else {
       for (int d = 0; d < D; d++) key_f16(place, d) = float_to_half(key[d]);
     }
-    value_scale(layout, place) = quantize_signed(value, D, q);
-    for (int d = 0; d < D; d++) value_int8(layout, place, d) = q[d];
+    if (layout.value == ValueType::Int8) {
+      value_scale(layout, place) = quantize_signed(value, D, 127.0f, q);
+      for (int d = 0; d < D; d++) value_int8(layout, place, d) = q[d];
+    } else {
+      for (int d = 0; d < D; d++) value_f16(layout, place, d) = float_to_half(value[d]);
+    }
   }
 }
 
@@ -353,13 +368,20 @@ void attend_step(const AttentionArguments& a, const Query& query, int sequence, 
     for (int d = 0; d < D; d++) state->o[d] = state->o[d] * c;
     state->m = m;
   }
+  for (int j = begin; j < end; j++) w[j] = exp_fixed(s[j] - m);
+  float partial[kAttentionStep];
+  std::memcpy(partial, w, sizeof w);
+  state->l = state->l + halving_sum(partial, kAttentionStep);
+  if (layout.value == ValueType::F16) {
+    for (int j = begin; j < end; j++)
+      for (int d = 0; d < D; d++) state->o[d] = fmaf(w[j], half_to_float(value_f16(layout, place[j], d)), state->o[d]);
+    return;
+  }
   float largest = 0.0f;
   for (int j = begin; j < end; j++) {
-    w[j] = exp_fixed(s[j] - m);
     x[j] = w[j] * value_scale(layout, place[j]);
     largest = larger(largest, x[j]);
   }
-  state->l = state->l + halving_sum(w, kAttentionStep);
   if (!(largest >= kQuantizableMin)) return;  // every u is 0
   const float sw = largest / 255.0f, inverse = 255.0f / largest;
   int32_t u[kAttentionStep];
@@ -386,7 +408,7 @@ void attend_row(const AttentionArguments& a, int64_t t, int h) {
   Query query;
   query.x = a.q + t * a.q_stride + static_cast<int64_t>(h) * D;
   query.scale = a.scale;
-  query.qs = quantize_signed(query.x, D, query.q8) * a.scale;
+  query.qs = quantize_signed(query.x, D, 127.0f, query.q8) * a.scale;
   float total_o[kHeadSizeMax] = {}, span_o[kHeadSizeMax];
   Softmax total{-INFINITY, 0.0f, total_o};
   bool first_span = true;

@@ -36,7 +36,7 @@ void f32_read_row(const PackedMatrix& matrix, int64_t row, float* out) {
   std::memcpy(out, matrix.data + row * matrix.columns * 4, static_cast<size_t>(matrix.columns) * 4);
 }
 
-size_t f32_activation_bytes(int, int64_t) { return 0; }
+size_t f32_activation_bytes(ActivationType, int, int64_t) { return 0; }
 void f32_quantize_activations(const Activations&, Part) {}
 
 // Products in 32 fp32 lanes, added up in double every 256 values; `count` is a multiple of 32.

@@ -442,7 +442,7 @@ std::unique_ptr<Executor> Executor::make(ExecutorConfig config, ExecutorEvents e
 
 size_t kv_bytes_per_block(const Program& program, int block_tokens) {
   expect(block_tokens >= 16 && block_tokens % 16 == 0 && block_tokens <= 4096, "blockTokens " + number(block_tokens) + " is not a multiple of 16 in 16..4096");
-  return static_cast<size_t>(program.kv.layers) * make_kv_layout(program.kv.key, program.kv.heads, program.kv.head_size, block_tokens).block_bytes;
+  return static_cast<size_t>(program.kv.layers) * make_kv_layout(program.kv.key, program.kv.value, program.kv.heads, program.kv.head_size, block_tokens).block_bytes;
 }
 
 const char* arithmetic_version() { return "shardmesh-arithmetic-1"; }

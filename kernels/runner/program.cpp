@@ -81,6 +81,9 @@ class ProgramParser {
     p_.context_tokens_max = json_.at("contextTokensMax").integer(1, 1 << 24);
     parse_buffers(json_.at("buffers"));
     parse_weights(json_.at("weights"));
+    const std::string& activations = json_.at("activations").text();
+    if (activations != "int8" && activations != "int16") json_.at("activations").fail("'" + activations + "' is neither 'int8' nor 'int16'");
+    p_.activations = activations == "int8" ? ActivationType::Int8 : ActivationType::Int16;
     parse_kv(json_.at("kv"));
     const Json& operations = json_.at("operations");
     if (operations.size() == 0 || operations.size() > 65535) operations.fail(std::to_string(operations.size()) + " operations; 1..65535 are possible");
@@ -129,7 +132,9 @@ class ProgramParser {
     const std::string& key = kv.at("key").text();
     if (key != "int8" && key != "f16") kv.at("key").fail("'" + key + "' is neither 'int8' nor 'f16'");
     p_.kv.key = key == "int8" ? KeyType::Int8 : KeyType::F16;
-    if (kv.at("value").text() != "int8") kv.at("value").fail("'" + kv.at("value").text() + "' is not 'int8'");
+    const std::string& value = kv.at("value").text();
+    if (value != "int8" && value != "f16") kv.at("value").fail("'" + value + "' is neither 'int8' nor 'f16'");
+    p_.kv.value = value == "int8" ? ValueType::Int8 : ValueType::F16;
   }
 
   int buffer(const Json& operation, const char* field) {

@@ -167,7 +167,8 @@ void Shard::plan_memory() {
   for (size_t i = 0; i < p.weights.size(); i++) weights_[i].matrix.data = weight_memory_.data() + offsets[i];
 
   // KV pool.
-  kv_layout_ = make_kv_layout(config_.kind == "reference-f32" ? KeyType::F32 : p.kv.key, p.kv.heads, p.kv.head_size, config_.block_tokens);
+  kv_layout_ = config_.kind == "reference-f32" ? make_kv_layout(KeyType::F32, ValueType::F32, p.kv.heads, p.kv.head_size, config_.block_tokens)
+                                                : make_kv_layout(p.kv.key, p.kv.value, p.kv.heads, p.kv.head_size, config_.block_tokens);
   kv_memory_ = Memory(static_cast<size_t>(p.kv.layers) * static_cast<size_t>(config_.kv_blocks) * kv_layout_.block_bytes, "the KV cache (kvBlocks)");
 
   // Buffers, with the quantised form of those that a quantised product reads, and the sums of partial products.
@@ -185,7 +186,7 @@ void Shard::plan_memory() {
     const bool read_quantized = std::any_of(actions_.begin(), actions_.end(), [&](const Action& a) { return a.kind == ActionKind::Quantize && a.buffer == static_cast<int>(i); });
     if (!read_quantized) continue;
     rooms.back().quantized = bytes + 1;  // + 1: zero means none
-    bytes += align(kernels_->activation_bytes(static_cast<int>(rows), b.width));
+    bytes += align(kernels_->activation_bytes(p.activations, static_cast<int>(rows), b.width));
   }
   // Also where hidden states are laid close together for a frame.
   size_t partial_bytes = std::min(T * static_cast<size_t>(p.hidden_size) * 4, std::max(kExchangePieceBytes, static_cast<size_t>(p.hidden_size) * 4));

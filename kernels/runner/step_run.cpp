@@ -379,7 +379,7 @@ void StepRun::check_finite(int buffer, Part part, std::atomic<bool>* bad) const 
 
 StepRun::Status StepRun::quantize(int index, int buffer) {
   const Buffer& b = shard_.buffer(buffer);
-  const Activations in{b.data, b.stride, rows_of(buffer), b.width, b.quantized};
+  const Activations in{b.data, b.stride, rows_of(buffer), b.width, b.quantized, program_.activations};
   std::atomic<bool> bad{false};
   share(4.0 * in.tokens * static_cast<double>(b.width), [&](Part part) {
     check_finite(buffer, part, &bad);
@@ -401,7 +401,7 @@ void StepRun::linear(const Action& action) {
       const Buffer& in = shard_.buffer(o.in);
       const Buffer& out = shard_.buffer(o.out);
       const Subtree whole{0, static_cast<int>(o.segments.size())};
-      const LinearArguments arguments{&shard_.matrix(o.weight), {in.data, in.stride, rows_of(o.in), in.width, in.quantized}, whole.count, o.segments.data(), 1, &whole,
+      const LinearArguments arguments{&shard_.matrix(o.weight), {in.data, in.stride, rows_of(o.in), in.width, in.quantized, program_.activations}, whole.count, o.segments.data(), 1, &whole,
                                       shard_.vector(o.bias), out.data, out.stride, 0};
       kernels_.linear(arguments, part);
     }
@@ -426,7 +426,7 @@ void StepRun::linear_partial(int index) {
     }
   }
   partial_subtree_stride_ = rows_.tokens * o.width;
-  const LinearArguments arguments{&shard_.matrix(o.weight), {in.data, in.stride, rows_.tokens, in.width, in.quantized}, static_cast<int>(o.segments.size()),
+  const LinearArguments arguments{&shard_.matrix(o.weight), {in.data, in.stride, rows_.tokens, in.width, in.quantized, program_.activations}, static_cast<int>(o.segments.size()),
                                   o.segments.data(), static_cast<int>(count), subtrees, nullptr, partial_, o.width, partial_subtree_stride_};
   share(static_cast<double>(o.width) * static_cast<double>(in.width), [&](Part part) { kernels_.linear(arguments, part); });
 }

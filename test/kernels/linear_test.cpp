@@ -195,7 +195,7 @@ std::string check_selection() {
 }
 
 std::string check_kv_layout() {
-  const KvLayout int8 = make_kv_layout(KeyType::Int8, 3, 64, 32), f16 = make_kv_layout(KeyType::F16, 2, 64, 16);
+  const KvLayout int8 = make_kv_layout(KeyType::Int8, ValueType::Int8, 3, 64, 32), f16 = make_kv_layout(KeyType::F16, ValueType::Int8, 2, 64, 16);
   if (int8.key_bytes != 1024 || int8.value_bytes != 1024 || int8.scale_bytes != 128 || int8.subblock_bytes != 2176 || int8.head_bytes != 4352 || int8.block_bytes != 13056)
     return "int8 keys: a size is wrong";
   if (f16.key_bytes != 2048 || f16.value_bytes != 1024 || f16.scale_bytes != 64 || f16.subblock_bytes != 3136 || f16.head_bytes != 3136 || f16.block_bytes != 6272)

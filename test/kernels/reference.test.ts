@@ -137,7 +137,15 @@ describe('reference, products', () => {
   const segments = [4, 7, 10];
   const whole: [number, number][] = [[0, 3]];
 
-  test.each(['Q4_0', 'Q4_1', 'Q8_0'] as const)('reference - a %s product is the written chain of fma, bit for bit', (type) => {
+  test.each([
+    ['Q4_0', 'int8'],
+    ['Q4_1', 'int8'],
+    ['Q8_0', 'int8'],
+    ['Q4_0', 'int16'],
+    ['Q4_1', 'int16'],
+    ['Q8_0', 'int16'],
+  ] as const)('reference - a %s product of %s activations is the written chain of fma, bit for bit', (type, activations) => {
+    const largest = activations === 'int8' ? 127 : 127 * 256;
     const tensor = randomTensor(type, rows, columns, 0.3, uniform(5));
     const bytes = tensor.blocks.length / (rows * 10);
     const view = new DataView(tensor.blocks.buffer);
@@ -163,8 +171,8 @@ describe('reference, products', () => {
           for (; g < segments[s]!; g++) {
             const group = x.subarray(t * columns + g * 32, t * columns + g * 32 + 32);
             const amax = Math.max(...group.map(Math.abs));
-            const sa = f(amax / 127);
-            const inverse = f(127 / amax);
+            const sa = f(amax / largest);
+            const inverse = f(largest / amax);
             const q = Array.from(group, (v) => roundEven(f(v * inverse)));
             const at = (r * 10 + g) * bytes;
             const d = one(view.getUint16(at, true));
@@ -174,21 +182,35 @@ describe('reference, products', () => {
               return (j < 16 ? byte & 15 : byte >> 4) - (type === 'Q4_0' ? 8 : 0);
             });
             const dot = w.reduce((sum, v, j) => sum + v * q[j]!, 0);
-            acc = fma(dot, f(d * sa), acc);
+            acc = fma(f(dot), f(d * sa), acc);
             if (type === 'Q4_1') acc = fma(one(view.getUint16(at + 2, true)), f(sa * q.reduce((a, b) => a + b, 0)), acc);
           }
           sums.push(acc);
         }
         expected.push(f(tree(sums) + bias[r]!));
       }
-    const args = { parts: 1, type, rows, from: 0, columns, data: tensor.blocks, x, tokens, segments, subtrees: whole, bias };
+    const args = {
+      parts: 1,
+      type,
+      rows,
+      from: 0,
+      columns,
+      data: tensor.blocks,
+      x,
+      tokens,
+      segments,
+      subtrees: whole,
+      bias,
+      activations,
+    };
     expect(Array.from(kernels.linear({ set: 'reference', ...args }))).toEqual(expected);
     expect(Array.from(kernels.linear({ set: 'reference', ...args, parts: 3 }))).toEqual(expected);
     // And it means the right thing.
     const exact = (t: number, r: number) =>
       tensor.values.subarray(r * columns, (r + 1) * columns).reduce((sum, w, k) => sum + w * x[t * columns + k]!, bias[r]!);
     for (let t = 0; t < tokens; t++)
-      for (let r = 0; r < rows; r++) expect(Math.abs(expected[t * rows + r]! - exact(t, r))).toBeLessThan(0.2);
+      for (let r = 0; r < rows; r++)
+        expect(Math.abs(expected[t * rows + r]! - exact(t, r))).toBeLessThan(activations === 'int8' ? 0.2 : 0.001);
     const plain = kernels.linear({ set: 'reference-f32', ...args });
     for (let t = 0; t < tokens; t++) for (let r = 0; r < rows; r++) expect(plain[t * rows + r]).toBeCloseTo(exact(t, r), 4);
   });
@@ -206,6 +228,7 @@ describe('reference, products', () => {
       data: tensor.blocks,
       x: input,
       tokens: 1,
+      activations: 'int8' as const,
       segments: [2],
       subtrees: [[0, 1]],
       bias: null,
@@ -226,6 +249,7 @@ describe('reference, products', () => {
       data: tensor.blocks,
       x,
       tokens,
+      activations: 'int8' as const,
       segments: [1, 2, 3, 4, 5, 6, 7, 8, 10],
       bias: null,
     };
@@ -265,6 +289,7 @@ describe('reference, products', () => {
       data,
       x: input,
       tokens: 1,
+      activations: 'int8' as const,
       segments: [2],
       subtrees: whole.map((): [number, number] => [0, 1]),
       bias: null,
@@ -397,42 +422,47 @@ describe('reference, attention', () => {
 
   test.each([1, 16, 17, 64, 65, 256, 257, 600])('reference - attention over %i keys is near the exact one', (tokens) => {
     const c = make(tokens, Math.min(tokens, 3));
-    expect(worst(kernels.attention({ set: 'reference-f32', key: 'f32', ...c }), exact(c))).toBeLessThan(1e-5);
-    expect(worst(kernels.attention({ set: 'reference', key: 'f16', ...c }), exact(c))).toBeLessThan(0.05);
-    expect(worst(kernels.attention({ set: 'reference', key: 'int8', ...c }), exact(c))).toBeLessThan(0.12);
+    expect(worst(kernels.attention({ set: 'reference-f32', key: 'f32', value: 'f32', ...c }), exact(c))).toBeLessThan(1e-5);
+    expect(worst(kernels.attention({ set: 'reference', key: 'f16', value: 'f16', ...c }), exact(c))).toBeLessThan(0.005);
+    expect(worst(kernels.attention({ set: 'reference', key: 'f16', value: 'int8', ...c }), exact(c))).toBeLessThan(0.05);
+    expect(worst(kernels.attention({ set: 'reference', key: 'int8', value: 'int8', ...c }), exact(c))).toBeLessThan(0.12);
   });
 
   test('reference - a window hides what is older, exactly', () => {
     const c = { ...make(300, 2), window: 70 };
-    expect(worst(kernels.attention({ set: 'reference', key: 'f16', ...c }), exact(c))).toBeLessThan(0.05);
+    expect(worst(kernels.attention({ set: 'reference', key: 'f16', value: 'int8', ...c }), exact(c))).toBeLessThan(0.05);
     // What lies before the window has no influence on any bit.
     const other = { ...c, k: c.k.slice(), v: c.v.slice() };
     other.k.fill(9, 0, 229 * 2 * headSize);
     other.v.fill(-9, 0, 229 * 2 * headSize);
-    expect(kernels.attention({ set: 'reference', key: 'int8', ...other })).toEqual(
-      kernels.attention({ set: 'reference', key: 'int8', ...c }),
+    expect(kernels.attention({ set: 'reference', key: 'int8', value: 'int8', ...other })).toEqual(
+      kernels.attention({ set: 'reference', key: 'int8', value: 'int8', ...c }),
     );
   });
 
-  test.each(['int8', 'f16'] as const)(
-    'reference - %s bits do not hang on blocks, chunks, parts or what was in the cache',
-    (key) => {
+  test.each([
+    { key: 'int8', value: 'int8' },
+    { key: 'f16', value: 'int8' },
+    { key: 'f16', value: 'f16' },
+  ] as const)(
+    'reference - bits of $key K and $value V do not hang on blocks, chunks, parts or what was in the cache',
+    (types) => {
       const c = make(300, 40);
-      const base = kernels.attention({ set: 'reference', key, ...c });
+      const base = kernels.attention({ set: 'reference', ...types, ...c });
       const blocks = c.blockTable.map((b) => (b * 7 + 3) % 19);
       expect(new Set(blocks).size).toBe(19);
-      expect(kernels.attention({ set: 'reference', key, ...c, blockTable: blocks })).toEqual(base);
-      expect(kernels.attention({ set: 'reference', key, ...c, blockTokens: 64, blockTable: [4, 0, 3, 1, 2] })).toEqual(base);
-      expect(kernels.attention({ set: 'reference', key, ...c, parts: 3 })).toEqual(base);
-      expect(kernels.attention({ set: 'reference', key, ...c, fill: 255 })).toEqual(base); // NaN scales in slots never written
-      const last = kernels.attention({ set: 'reference', key, ...c, rows: 1, q: c.q.slice(-heads * headSize) });
+      expect(kernels.attention({ set: 'reference', ...types, ...c, blockTable: blocks })).toEqual(base);
+      expect(kernels.attention({ set: 'reference', ...types, ...c, blockTokens: 64, blockTable: [4, 0, 3, 1, 2] })).toEqual(base);
+      expect(kernels.attention({ set: 'reference', ...types, ...c, parts: 3 })).toEqual(base);
+      expect(kernels.attention({ set: 'reference', ...types, ...c, fill: 255 })).toEqual(base); // NaN scales in slots never written
+      const last = kernels.attention({ set: 'reference', ...types, ...c, rows: 1, q: c.q.slice(-heads * headSize) });
       expect(last).toEqual(base.slice(-heads * headSize));
     },
   );
 
   test('reference - one key gives its value back', () => {
     const c = make(1, 1);
-    const out = kernels.attention({ set: 'reference', key: 'int8', ...c });
+    const out = kernels.attention({ set: 'reference', key: 'int8', value: 'int8', ...c });
     for (let h = 0; h < heads; h++)
       for (let d = 0; d < headSize; d++) {
         const value = c.v.subarray(kvHead[h]! * headSize, (kvHead[h]! + 1) * headSize);

@@ -15,6 +15,7 @@ import {
   type StepFailedError,
   type TinyMeshOptions,
   type TinyRows,
+  type TinyTypes,
 } from './tiny-model.ts';
 
 const weights = tinyWeights();
@@ -43,6 +44,7 @@ afterEach(async () => {
 });
 
 const prompt = randomTokens(100);
+const precise: TinyTypes = { activations: 'int16', key: 'f16', value: 'f16' };
 
 describe('step runner, against double precision', () => {
   const tokens = prompt.slice(0, 60);
@@ -50,27 +52,32 @@ describe('step runner, against double precision', () => {
     .slice(0, -1)
     .map((logits, i) => plainLogprob(logits, tokens[i + 1]!));
 
-  const differences = async (kind: 'reference' | 'reference-f32', key: 'int8' | 'f16') => {
-    const mesh = await start({ kind, key });
+  const differences = async (kind: 'reference' | 'reference-f32', types: TinyTypes) => {
+    const mesh = await start({ kind, ...types });
     mesh.open(0, { logprobs: 0 });
     const scores = (await mesh.score(tokens)).slice(0, tokens.length - 1);
     return scores.map((score, i) => Math.abs(score - expected[i]!));
   };
 
   test('step runner - fp32 reference agrees with a plain forward pass to 1e-4', async () => {
-    expect(Math.max(...(await differences('reference-f32', 'int8')))).toBeLessThan(1e-4);
+    expect(Math.max(...(await differences('reference-f32', {})))).toBeLessThan(1e-4);
   });
 
   test('step runner - int8 reference stays near a plain forward pass, and is not the fp32 one', async () => {
-    const all = await differences('reference', 'int8');
+    const all = await differences('reference', {});
     const mean = all.reduce((a, b) => a + b, 0) / all.length;
     expect(mean).toBeLessThan(0.12);
     expect(mean).toBeGreaterThan(1e-3);
   });
 
   test('step runner - f16 keys stay near a plain forward pass', async () => {
-    const all = await differences('reference', 'f16');
+    const all = await differences('reference', { key: 'f16' });
     expect(all.reduce((a, b) => a + b, 0) / all.length).toBeLessThan(0.12);
+  });
+
+  test('step runner - int16 activations with f16 K and V are thirty times nearer', async () => {
+    const all = await differences('reference', precise);
+    expect(all.reduce((a, b) => a + b, 0) / all.length).toBeLessThan(0.002);
   });
 });
 
@@ -99,7 +106,8 @@ describe('step runner, the same bits', () => {
 
   test.each(cpu)('step runner - kernel set %s equals the reference', async (isa) => {
     expect(await scoreOn({ kind: 'cpu', isa, threads: 2 }, prompt)).toEqual(await scoreOn({}, prompt));
-    expect(await scoreOn({ kind: 'cpu', isa, key: 'f16' }, prompt, { chunk: 9 })).toEqual(await scoreOn({ key: 'f16' }, prompt));
+    for (const types of [{ key: 'f16' }, precise, { activations: 'int16' }] satisfies TinyTypes[])
+      expect(await scoreOn({ kind: 'cpu', isa, ...types }, prompt, { chunk: 9 })).toEqual(await scoreOn(types, prompt));
   });
 
   test.each([

@@ -1,4 +1,5 @@
 /** A whole real model in one executor, without mesh or broker: for figures that come from outside. */
+import type { ActivationType } from '../../kernels/programs/program.ts';
 import { loadAddon, outputNumbers, type ExecutorKind, type Isa, type StepDone } from '../../kernels/index.ts';
 import { catalogue } from '../../kernels/model-file/catalogue.ts';
 import { cachedModel } from '../../kernels/model-file/download.ts';
@@ -29,10 +30,11 @@ export async function loadScoringModel(
   kind: ExecutorKind,
   isa: Isa | null = null,
   threads = 2,
+  activations: ActivationType = 'int8',
 ): Promise<ScoringModel> {
   const { facts } = await openModel(path);
   const cut = cutModel(unitsOfModel(facts), one, one);
-  const program = buildProgram(facts, cut, { stage: 0, rank: 0, kvType: 'auto', contextTokensMax: 512 });
+  const program = buildProgram(facts, cut, { stage: 0, rank: 0, activations, kvType: 'auto', contextTokensMax: 512 });
   let settle: { resolve: (done: StepDone) => void; reject: (error: Error) => void } | null = null;
   const blockTokens = 16;
   const kvBlocks = 512 / blockTokens;

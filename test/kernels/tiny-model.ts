@@ -183,12 +183,19 @@ function segmentsOf(columns: number): number[] {
   return ends;
 }
 
+/** Number types; int8 where nothing is said. */
+export interface TinyTypes {
+  activations?: 'int8' | 'int16';
+  key?: 'int8' | 'f16';
+  value?: 'int8' | 'f16';
+}
+
 export function tinyProgram(
   weights: TinyWeights,
   cut: TinyCut,
   stage: number,
   rank: number,
-  key: 'int8' | 'f16' = 'int8',
+  { activations = 'int8', key = 'int8', value = 'int8' }: TinyTypes = {},
 ): Program {
   const { hidden, kvHeads, headSize, feedForward, vocabulary, heads, epsilon } = tiny;
   const layers = cut.stages[stage]!;
@@ -288,6 +295,7 @@ export function tinyProgram(
   return {
     architecture: 'tiny',
     bits: 'exact',
+    activations,
     stage,
     stages: cut.stages.length,
     rank,
@@ -312,7 +320,7 @@ export function tinyProgram(
       output('logits', vocabulary),
     ],
     weights: slices,
-    kv: { layers: layers.to - layers.from, heads: kv.to - kv.from, headSize, key, value: 'int8' },
+    kv: { layers: layers.to - layers.from, heads: kv.to - kv.from, headSize, key, value },
     operations,
   };
 }
@@ -413,13 +421,12 @@ export const greedy: SlotSampling = {
   logprobs: 3,
 };
 
-export interface TinyMeshOptions {
+export interface TinyMeshOptions extends TinyTypes {
   /** An addon of another build; otherwise the project's own. */
   addon?: Addon;
   kind?: ExecutorKind;
   isa?: Isa | null;
   cut?: TinyCut;
-  key?: 'int8' | 'f16';
   threads?: number;
   blockTokens?: number;
   kvBlocks?: number;
@@ -474,7 +481,7 @@ export class TinyMesh {
     const members: Member[] = [];
     for (let stage = 0; stage < cut.stages.length; stage++)
       for (let rank = 0; rank < cut.heads.length; rank++) {
-        const program = tinyProgram(weights, cut, stage, rank, options.key);
+        const program = tinyProgram(weights, cut, stage, rank, options);
         const pending: Member['pending'] = new Map();
         const executor = (options.addon ?? loadAddon()).createExecutor(
           {

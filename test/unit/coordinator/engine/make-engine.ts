@@ -51,6 +51,7 @@ export function makeEngine({ stages = 1, endTokens = [], prefixCache = true, opt
     text: { detokenizer: fakeDetokenizer, endTokens, bosToken: 1, vocabularySize },
     transport: mesh,
     modelSha256: 'ab',
+    activations: 'int8',
     kvType: 'int8',
     prefixCacheSecret: prefixCache ? new Uint8Array(32) : null,
     contextTokensMax: 200,

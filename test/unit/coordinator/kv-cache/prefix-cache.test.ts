@@ -2,7 +2,7 @@ import { describe, expect, it } from 'vitest';
 import { BlockPool } from '../../../../coordinator/kv-cache/block-pool.ts';
 import { PrefixCache, type BlockDigest, type CacheIdentity } from '../../../../coordinator/kv-cache/prefix-cache.ts';
 
-const identity: CacheIdentity = { modelSha256: 'ab', kvType: 'int8', arithmetic: '1' };
+const identity: CacheIdentity = { modelSha256: 'ab', activations: 'int8', kvType: 'int8', arithmetic: '1' };
 
 function makeCache(blocks = 8, of: CacheIdentity = identity, secret: Uint8Array = new Uint8Array(32)) {
   const pool = new BlockPool(blocks, (block) => cache.forget(block));
@@ -54,6 +54,7 @@ describe('prefix cache', () => {
     const all = [
       digestOf(identity),
       digestOf({ ...identity, modelSha256: 'cd' }),
+      digestOf({ ...identity, activations: 'int16' }),
       digestOf({ ...identity, kvType: 'f16' }),
       digestOf({ ...identity, arithmetic: '2' }),
       digestOf(identity, new Uint8Array(32).fill(1)),

@@ -15,7 +15,13 @@ import { makeFacts } from './make-facts.ts';
 const MiB = 1024 ** 2;
 const one = { count: 1, parts: null };
 const programOf = (facts: ReturnType<typeof makeFacts>) =>
-  buildProgram(facts, cutModel(unitsOfModel(facts), one, one), { stage: 0, rank: 0, kvType: 'auto', contextTokensMax: 64 });
+  buildProgram(facts, cutModel(unitsOfModel(facts), one, one), {
+    stage: 0,
+    rank: 0,
+    activations: 'int8',
+    kvType: 'auto',
+    contextTokensMax: 64,
+  });
 const bytesOf = (facts: ReturnType<typeof makeFacts>): number => facts.tensors.reduce((sum, tensor) => sum + tensor.bytes, 0);
 
 describe('generated weights', () => {
@@ -79,6 +85,7 @@ describe('measured speed', () => {
     facts: makeFacts(),
     kind: 'cpu' as const,
     isa: null,
+    activations: 'int8' as const,
     kvType: 'auto' as const,
     cores,
     sampleBytesMax: 4 * MiB,
@@ -112,11 +119,11 @@ describe('measured speed', () => {
     expect(await measureReduction({ ...options, cores: [0] })).toBeNull();
   });
 
-  test.each(['int8', 'f16'] as const)('measured speed - KV blocks of %s are as large as the addon says', (kvType) => {
+  test.each(['int8', 'f16-int8', 'f16'] as const)('measured speed - KV blocks of %s are as large as the addon says', (kvType) => {
     const facts = makeFacts();
     for (const count of [1, 2, 3]) {
       const cut = cutModel(unitsOfModel(facts), { count, parts: null }, one);
-      const program = buildProgram(facts, cut, { stage: 0, rank: 0, kvType, contextTokensMax: null });
+      const program = buildProgram(facts, cut, { stage: 0, rank: 0, activations: 'int8', kvType, contextTokensMax: null });
       for (const blockTokens of [16, 48])
         expect(kvBytesPerBlock(program.kv, blockTokens)).toBe(addon.kvBytesPerBlock(program, blockTokens));
     }

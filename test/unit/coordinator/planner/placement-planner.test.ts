@@ -31,6 +31,7 @@ const options = (change: Partial<PlannerOptions> = {}): PlannerOptions => ({
   facts: makeFacts(),
   tensorParallel: shares(2),
   pipelineParallel: shares(1),
+  activations: 'int8',
   kvType: 'auto',
   contextTokensMax: null,
   blockTokens: 16,
@@ -44,11 +45,11 @@ const options = (change: Partial<PlannerOptions> = {}): PlannerOptions => ({
 
 describe('placement planner', () => {
   test('placement planner - counts bytes and KV room of every worker', () => {
-    const { asked, model, units, kvType } = planPlacements(options());
+    const { asked, model, units, activations, kv } = planPlacements(options());
     // Layer: 3,538,944 values of Q4_1 (20 bytes for 32) and two norms; embedding 49,152 x 576 of Q8_0; last norm.
     expect(model.weightBytes).toBe(30 * (2_211_840 + 4_608) + 30_081_024 + 2_304);
     expect(units).toEqual({ attention: 9, feedForward: 16, vocabulary: 48 });
-    expect(kvType).toBe('int8');
+    expect({ activations, kv }).toEqual({ activations: 'int8', kv: { key: 'int8', value: 'int8' } });
     expect(asked.shards.map(({ stage, rank, layers, units: own, kvHeads }) => ({ stage, rank, layers, own, kvHeads }))).toEqual([
       {
         stage: 0,
@@ -158,7 +159,7 @@ describe('placement planner', () => {
 
   test('placement planner - float weights promise their bits per kind only', () => {
     expect(planPlacements(options({ facts: makeFacts({}, 'F16', 'F16') })).asked.bits).toBe('per-kind');
-    expect(planPlacements(options({ kvType: 'f16' })).asked).toMatchObject({ bits: 'per-kind', kvTokens: 22_816 });
+    expect(planPlacements(options({ kvType: 'f16-int8' })).asked).toMatchObject({ bits: 'per-kind', kvTokens: 22_816 });
   });
 });
 

@@ -29,7 +29,7 @@ export function makeScheduler({ blocks = 64, cache: cached = false, ...options }
   const pool = new BlockPool(blocks, (block) => cache?.forget(block));
   const blockTokens = options.blockTokens ?? 16;
   if (cached) {
-    const identity = { modelSha256: 'ab', kvType: 'int8', arithmetic: '1' };
+    const identity = { modelSha256: 'ab', activations: 'int8', kvType: 'int8', arithmetic: '1' };
     cache = new PrefixCache({ pool, blockTokens, secret: new Uint8Array(32), identity });
   }
   const scheduler = new Scheduler({

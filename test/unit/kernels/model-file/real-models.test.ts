@@ -45,6 +45,7 @@ describe.each(catalogue.map((entry) => [entry.name, entry] as const))('%s', (nam
       buildProgram(facts, cutModel(units, { count: tp, parts: null }, { count: 1, parts: null }), {
         stage: 0,
         rank,
+        activations: 'int8',
         kvType: 'auto',
         contextTokensMax: null,
       });

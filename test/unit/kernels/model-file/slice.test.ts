@@ -19,7 +19,7 @@ function model(options: TinyModel = {}): { path: string; facts: ModelFacts; byte
 }
 function slice(facts: ModelFacts, tp: number, rank: number, pp = 1, stage = 0): Slice {
   const cut = cutModel(unitsOfModel(facts), { count: tp, parts: null }, { count: pp, parts: null });
-  return sliceOf(buildProgram(facts, cut, { stage, rank, kvType: 'auto', contextTokensMax: null }), facts);
+  return sliceOf(buildProgram(facts, cut, { stage, rank, activations: 'int8', kvType: 'auto', contextTokensMax: null }), facts);
 }
 /** The slice, put together the slow and obvious way. */
 const expected = (bytes: Buffer, { entries }: Slice): Buffer =>

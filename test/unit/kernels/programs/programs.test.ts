@@ -118,6 +118,7 @@ function program(
   return buildProgram(facts, cutModel(unitsOfModel(facts), shares, equal(pp)), {
     stage,
     rank,
+    activations: 'int8',
     kvType: 'auto',
     contextTokensMax: null,
     ...rest,
@@ -320,7 +321,11 @@ describe('qwen2 program', () => {
   it('qwen2 program - of a placement that does not cover the model is refused', () => {
     const cut = cutModel(unitsOfModel(qwen), equal(1), equal(2));
     expect(() =>
-      buildProgram(qwen, { stages: cut.stages.slice(0, 1) }, { stage: 0, rank: 0, kvType: 'auto', contextTokensMax: null }),
+      buildProgram(
+        qwen,
+        { stages: cut.stages.slice(0, 1) },
+        { stage: 0, rank: 0, activations: 'int8', kvType: 'auto', contextTokensMax: null },
+      ),
     ).toThrow('layers of the placement end at 12, the model has 24');
   });
 });
