@@ -4,7 +4,7 @@
 // Unit of work: a **tile**, some adjacent rows of one sequence times query heads of one KV head. A (row, head) pair of a tile is a **lane**; all lanes share every
 // load of K and V. Lanes are ordered by row, then head, so the lanes that a step of 64 keys concerns (causal border, window) are adjacent.
 //
-//   for each step of 64 positions:   scores (Dots, or an fp32 chain for f16 K)  ->  softmax of each lane, u8 weights  ->  values (Dots)
+//   for each step of 64 positions:   scores (Dots, or an fp32 chain for f16 K)  ->  softmax of each lane, weights  ->  values (Dots, or an fp32 chain for f16 V)
 //   at each border of 256:           the span's (m, l, o) is folded into the lane's total
 //
 // Masked keys: subblocks without an unmasked key are never read (they may lie beyond the block table); masked slots of others are selected away.
@@ -37,6 +37,7 @@ struct Scratch {
   float* total;     // [kTileLanes][D] o of the spans folded so far
   int32_t* dots;    // [kTileLanes][64] integer scores; fp32 chains for f16 K
   Dots::Weight* u;  // [kTileLanes][64]
+  float* w;         // [kTileLanes][64] softmax weights for f16 V
 };
 
 SHARDMESH_LANES size_t scratch_at(int head_size, uint8_t* base, Scratch* out) {
@@ -48,10 +49,10 @@ SHARDMESH_LANES size_t scratch_at(int head_size, uint8_t* base, Scratch* out) {
     return at;
   };
   const size_t q = take(lanes * D * sizeof(Dots::Query)), span = take(lanes * D * 4), total = take(lanes * D * 4), dots = take(lanes * kStepKeys * 4),
-               u = take(lanes * kStepKeys * sizeof(Dots::Weight));
+               u = take(lanes * kStepKeys * sizeof(Dots::Weight)), w = take(lanes * kStepKeys * 4);
   if (out)
     *out = {reinterpret_cast<Dots::Query*>(base + q), reinterpret_cast<float*>(base + span), reinterpret_cast<float*>(base + total),
-            reinterpret_cast<int32_t*>(base + dots), reinterpret_cast<Dots::Weight*>(base + u)};
+            reinterpret_cast<int32_t*>(base + dots), reinterpret_cast<Dots::Weight*>(base + u), reinterpret_cast<float*>(base + w)};
   return offset;
 }
 
@@ -61,7 +62,7 @@ struct StepBlocks {
   const uint8_t* keys[4];
   const uint8_t* values[4];
   const float* key_scales[4];  // int8 K only
-  const float* value_scales[4];
+  const float* value_scales[4];  // int8 V only
 };
 
 SHARDMESH_LANES const uint8_t* subblock_of(const KvLayout& kv, const uint8_t* cache, const int32_t* block_table, int64_t position, int head) {
@@ -182,16 +183,68 @@ SHARDMESH_LANES void weighted_values(const StepBlocks& blocks, int D, const Dots
   }
 }
 
+// o[l * D + d] = fma(w[l * 64 + j], V[j, d], o[l * D + d]) over the keys [from[l], to[l]) of the step, ascending, o times c[l] before; V in half precision. Lanes
+// share the loads of the keys that all of them see.
+template <int L>
+static __attribute__((noinline)) void half_values_of(const StepBlocks& blocks, int D, const float* w, const int* from, const int* to, const float* c, float* o) {
+  constexpr int V = L <= 2 ? 2 : 1;
+  int low = 0, high = kStepKeys;
+  for (int l = 0; l < L; l++) {
+    low = from[l] > low ? from[l] : low;
+    high = to[l] < high ? to[l] : high;
+  }
+  if (high < low) high = low;
+  for (int d = 0; d < D; d += 16 * V) {
+    const auto load = [&](int j, int v) { return Lanes::load_half(reinterpret_cast<const uint16_t*>(blocks.values[j / 16]) + static_cast<int64_t>(j % 16) * D + d + 16 * v); };
+    Lanes::F acc[L][V];
+    SHARDMESH_UNROLL
+    for (int l = 0; l < L; l++) {
+      SHARDMESH_UNROLL
+      for (int v = 0; v < V; v++) {
+        acc[l][v] = Lanes::mul(Lanes::load(o + l * D + d + 16 * v), Lanes::set(c[l]));
+        for (int j = from[l]; j < to[l] && j < low; j++) acc[l][v] = Lanes::fma(Lanes::set(w[l * kStepKeys + j]), load(j, v), acc[l][v]);
+      }
+    }
+    for (int j = low; j < high; j++) {
+      Lanes::F x[V];
+      SHARDMESH_UNROLL
+      for (int v = 0; v < V; v++) x[v] = load(j, v);
+      SHARDMESH_UNROLL
+      for (int l = 0; l < L; l++) {
+        const Lanes::F by = Lanes::set(w[l * kStepKeys + j]);
+        SHARDMESH_UNROLL
+        for (int v = 0; v < V; v++) acc[l][v] = Lanes::fma(by, x[v], acc[l][v]);
+      }
+    }
+    SHARDMESH_UNROLL
+    for (int l = 0; l < L; l++) {
+      SHARDMESH_UNROLL
+      for (int v = 0; v < V; v++) {
+        for (int j = from[l] > high ? from[l] : high; j < to[l]; j++) acc[l][v] = Lanes::fma(Lanes::set(w[l * kStepKeys + j]), load(j, v), acc[l][v]);
+        Lanes::store(o + l * D + d + 16 * v, acc[l][v]);
+      }
+    }
+  }
+}
+
+static __attribute__((noinline)) void half_values(const StepBlocks& blocks, int D, const float* w, const int* from, const int* to, const float* c, int lanes, float* o) {
+  int l = 0;
+  for (; l + 4 <= lanes; l += 4) half_values_of<4>(blocks, D, w + l * kStepKeys, from + l, to + l, c + l, o + static_cast<int64_t>(l) * D);
+  for (; l + 2 <= lanes; l += 2) half_values_of<2>(blocks, D, w + l * kStepKeys, from + l, to + l, c + l, o + static_cast<int64_t>(l) * D);
+  if (l < lanes) half_values_of<1>(blocks, D, w + l * kStepKeys, from + l, to + l, c + l, o + static_cast<int64_t>(l) * D);
+}
+
 // Running softmax of one lane within a span.
 struct LaneState {
   float m, l;
   float sw, decay;  // of the last step: scale of the u8 weights, factor on o
 };
 
-// One lane's softmax over a step: updates m and l, writes the u8 weights and their scale. Keys [begin, end) of the step's 64 are unmasked (begin < end).
-// All: begin = 0 and end = 64.
+// One lane's softmax over a step: updates m and l, writes the u8 weights and their scale, or for f16 V the weights as they are into `half_weights`. Keys
+// [begin, end) of the step's 64 are unmasked (begin < end). All: begin = 0 and end = 64.
 template <bool All>
-SHARDMESH_LANES void softmax_step(const StepBlocks& blocks, bool int8_keys, int begin, int end, const int32_t* dots, float scale, LaneState* state, Dots::Weight* u) {
+SHARDMESH_LANES void softmax_step(const StepBlocks& blocks, bool int8_keys, int begin, int end, const int32_t* dots, float scale, LaneState* state, Dots::Weight* u,
+                                  float* half_weights) {
   using F = Lanes::F;
   const F none = Lanes::set(-INFINITY), zero = Lanes::set(0.0f), factor = Lanes::set(scale);
   F s[4];
@@ -223,20 +276,30 @@ SHARDMESH_LANES void softmax_step(const StepBlocks& blocks, bool int8_keys, int 
   }
   const F m = Lanes::set(state->m);
   F w[4], x[4];
-  F largest = zero;
   SHARDMESH_UNROLL
   for (int b = 0; b < 4; b++) {
     if (!All && (b < blocks.from || b >= blocks.to)) {
-      w[b] = x[b] = zero;
+      w[b] = zero;
       continue;
     }
     w[b] = exp_lanes(Lanes::sub(s[b], m));
     if (!All) w[b] = Lanes::select(open[b], w[b], zero);
+  }
+  state->l = state->l + Lanes::halving_sum(Lanes::add(Lanes::add(w[0], w[2]), Lanes::add(w[1], w[3])));
+  if (half_weights) {
+    SHARDMESH_UNROLL
+    for (int b = 0; b < 4; b++) Lanes::store(half_weights + 16 * b, w[b]);
+    return;
+  }
+  F largest = zero;
+  SHARDMESH_UNROLL
+  for (int b = 0; b < 4; b++) {
+    x[b] = zero;
+    if (!All && (b < blocks.from || b >= blocks.to)) continue;
     x[b] = Lanes::mul(w[b], Lanes::load(blocks.value_scales[b]));
     if (!All) x[b] = Lanes::select(open[b], x[b], zero);
     largest = Lanes::max(largest, x[b]);
   }
-  state->l = state->l + Lanes::halving_sum(Lanes::add(Lanes::add(w[0], w[2]), Lanes::add(w[1], w[3])));
   const float X = Lanes::highest(largest);
   if (!(X >= kQuantizableMin)) {
     state->sw = -0.0f;  // fma(0, -0, o) is o, whatever its sign
@@ -292,7 +355,7 @@ SHARDMESH_LANES float quantize_query(const float* x, int D, Dots::Query* q, int3
 SHARDMESH_LANES int64_t oldest_key(int64_t position, int window) { return window > 0 && position >= window ? position - window + 1 : 0; }
 
 static __attribute__((noinline)) void attend_tile(const AttentionArguments& a, const Tile& tile, const Scratch& scratch) {
-  const bool int8_keys = a.layout->key == KeyType::Int8;
+  const bool int8_keys = a.layout->key == KeyType::Int8, int8_values = a.layout->value == ValueType::Int8;
   const int D = a.layout->head_size, lanes = tile.to - tile.from;
   if (lanes < 1) return;
   const int32_t* block_table = a.rows->block_tables + a.rows->block_offsets[tile.sequence];
@@ -304,6 +367,7 @@ static __attribute__((noinline)) void attend_tile(const AttentionArguments& a, c
   LaneState state[kTileLanes];
   LaneTotal total[kTileLanes];
   float sw[kTileLanes], decay[kTileLanes];
+  int first_key[kTileLanes], end_key[kTileLanes];  // unmasked keys of the step
   for (int i = 0; i < lanes; i++) {
     const int64_t row = tile.row + (tile.from + i) / tile.heads, head = tile.head + (tile.from + i) % tile.heads;
     position[i] = a.rows->positions[row];
@@ -350,14 +414,21 @@ static __attribute__((noinline)) void attend_tile(const AttentionArguments& a, c
       const int to = position[i] - start >= kStepKeys ? kStepKeys : static_cast<int>(position[i] - start) + 1;
       const int32_t* lane_dots = scratch.dots + i * kStepKeys;
       Dots::Weight* u = scratch.u + i * kStepKeys;
+      float* w = int8_values ? nullptr : scratch.w + i * kStepKeys;
       if (from == 0 && to == kStepKeys)
-        softmax_step<true>(blocks, int8_keys, from, to, lane_dots, scale[i], &state[i], u);
+        softmax_step<true>(blocks, int8_keys, from, to, lane_dots, scale[i], &state[i], u, w);
       else
-        softmax_step<false>(blocks, int8_keys, from, to, lane_dots, scale[i], &state[i], u);
+        softmax_step<false>(blocks, int8_keys, from, to, lane_dots, scale[i], &state[i], u, w);
       sw[i] = state[i].sw;
       decay[i] = state[i].decay;
+      first_key[i] = from;
+      end_key[i] = to;
     }
-    weighted_values(blocks, D, scratch.u + begin * kStepKeys, sw + begin, decay + begin, active, scratch.span + static_cast<int64_t>(begin) * D);
+    float* o = scratch.span + static_cast<int64_t>(begin) * D;
+    if (int8_values)
+      weighted_values(blocks, D, scratch.u + begin * kStepKeys, sw + begin, decay + begin, active, o);
+    else
+      half_values(blocks, D, scratch.w + begin * kStepKeys, first_key + begin, end_key + begin, decay + begin, active, o);
   }
 
   for (int i = 0; i < lanes; i++) {
@@ -449,6 +520,11 @@ SHARDMESH_LANES void store_token(const float* k, const float* v, const KvLayout&
       Lanes::store_half(half, Lanes::load(k + d));
       for (int i = 0; i < 16; i++, at += 16) *at = half[i];
     }
+  }
+  if (kv.value == ValueType::F16) {
+    uint16_t* at = reinterpret_cast<uint16_t*>(subblock + kv.key_bytes) + static_cast<int64_t>(column) * D;
+    for (int d = 0; d < D; d += 16) Lanes::store_half(at + d, Lanes::load(v + d));
+    return;
   }
   scales[0] = quantize_head(v, D, q);
   int8_t* at = reinterpret_cast<int8_t*>(subblock + kv.key_bytes) + static_cast<int64_t>(column / 4) * D * 4 + column % 4;

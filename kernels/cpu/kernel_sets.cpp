@@ -11,10 +11,23 @@
 namespace shardmesh {
 namespace {
 
+// Products by the type of their activations.
+template <void (*int8)(const Activations&, Part), void (*int16)(const Activations&, Part)>
+void quantize_activations(const Activations& in, Part part) {
+  (in.type == ActivationType::Int8 ? int8 : int16)(in, part);
+}
+template <void (*int8)(const LinearArguments&, Part), void (*int16)(const LinearArguments&, Part)>
+void linear(const LinearArguments& arguments, Part part) {
+  const TensorType type = arguments.weight->type;
+  const bool is_float = type == TensorType::F32 || type == TensorType::F16 || type == TensorType::BF16;
+  (is_float || arguments.in.type == ActivationType::Int8 ? int8 : int16)(arguments, part);
+}
+
 #define SHARDMESH_KERNEL_SET(isa)                                                                                                             \
   {                                                                                                                                           \
-    #isa, packed_bytes, pack, read_row, activation_bytes, isa::quantize_activations, isa::linear, isa::rms_norm, isa::rope, isa::store_kv,    \
-        isa::attention_scratch_bytes, isa::attention, isa::gated_activation, isa::finish_tree, isa::all_finite                                \
+    #isa, packed_bytes, pack, read_row, activation_bytes, quantize_activations<isa::quantize_int8, isa::quantize_int16>,                      \
+        linear<isa::linear_int8, isa::linear_int16>, isa::rms_norm, isa::rope, isa::store_kv, isa::attention_scratch_bytes, isa::attention,   \
+        isa::gated_activation, isa::finish_tree, isa::all_finite                                                                              \
   }
 
 constexpr KernelSet kPortable = SHARDMESH_KERNEL_SET(portable);

@@ -66,29 +66,42 @@ struct Lanes16 {
     }
   }
 
-  template <class W, int M>
+  // The whole of P parts: 256 * high + low.
+  template <int P>
+  SHARDMESH_LANES I join_parts(const I* parts) {
+    if constexpr (P == 1) return parts[0];
+    return L::add_int(L::shift_left(parts[0], 8), parts[1]);
+  }
+
+  template <class W, int M, int P>
   SHARDMESH_LANES void accumulate(const uint8_t* record, const uint8_t* head, const TokenGroup* in, F* acc) {
-    I dot[M];
+    constexpr int N = M * P;
+    I dot[N];
+    I second_dot[M];  // int16 activations under half scales: the sum of both halves would not fit 32 bits
     if constexpr (W::half_scales) {
       I first, second;
       half_scales<W>(record, &first, &second);
-      I c[2][M];
+      I c[2][N];
       SHARDMESH_UNROLL
       for (int half = 0; half < 2; half++) {
         SHARDMESH_UNROLL
-        for (int t = 0; t < M; t++) c[half][t] = L::set_int(-32 * in[t].halves[half]);
+        for (int t = 0; t < N; t++) c[half][t] = L::set_int(-32 * in[t].halves[half]);
         SHARDMESH_UNROLL
         for (int j = 4 * half; j < 4 * half + 4; j++) {
           const I w = weights<W>(record, j);
           SHARDMESH_UNROLL
-          for (int t = 0; t < M; t++) c[half][t] = L::dot4(c[half][t], w, L::broadcast4(in[t].q + 4 * j));
+          for (int t = 0; t < N; t++) c[half][t] = L::dot4(c[half][t], w, L::broadcast4(in[t].q + 4 * j));
         }
       }
       SHARDMESH_UNROLL
-      for (int t = 0; t < M; t++) dot[t] = L::add_int(L::mul_int(c[0][t], first), L::mul_int(c[1][t], second));
+      for (int t = 0; t < M; t++) {
+        const I a = L::mul_int(join_parts<P>(&c[0][t * P]), first), b = L::mul_int(join_parts<P>(&c[1][t * P]), second);
+        dot[t] = P == 1 ? L::add_int(a, b) : a;
+        second_dot[t] = b;
+      }
     } else {
       SHARDMESH_UNROLL
-      for (int t = 0; t < M; t++) {
+      for (int t = 0; t < N; t++) {
         if constexpr (W::zero_shift >= 0)
           dot[t] = L::sub_int(L::set_int(0), L::shift_left(L::broadcast4(&in[t].sum), W::zero_shift));
         else
@@ -99,16 +112,22 @@ struct Lanes16 {
         const int j = W::panel || W::bits == 8 ? i : i / 2 + 4 * (i % 2);  // both nibbles of a register, one after the other
         const I w = weights<W>(record, j);
         SHARDMESH_UNROLL
-        for (int t = 0; t < M; t++) dot[t] = L::dot4(dot[t], w, L::broadcast4(in[t].q + 4 * j));
+        for (int t = 0; t < N; t++) dot[t] = L::dot4(dot[t], w, L::broadcast4(in[t].q + 4 * j));
       }
+      SHARDMESH_UNROLL
+      for (int t = 0; t < M; t++) dot[t] = join_parts<P>(&dot[t * P]);
     }
     const F s = scale<W>(record, head);
     SHARDMESH_UNROLL
-    for (int t = 0; t < M; t++) acc[t] = L::fma(L::to_float(dot[t]), L::mul(s, L::set(in[t].sa)), acc[t]);
+    for (int t = 0; t < M; t++) {
+      const F by = L::mul(s, L::set(in[t * P].sa));
+      acc[t] = L::fma(L::to_float(dot[t]), by, acc[t]);
+      if constexpr (W::half_scales && P == 2) acc[t] = L::fma(L::to_float(second_dot[t]), by, acc[t]);
+    }
     if constexpr (W::minimum) {
       const F m = minimum<W>(record, head);
       SHARDMESH_UNROLL
-      for (int t = 0; t < M; t++) acc[t] = L::fma(m, L::set(in[t].ms), acc[t]);
+      for (int t = 0; t < M; t++) acc[t] = L::fma(m, L::set(in[t * P].ms), acc[t]);
     }
   }
 
@@ -143,23 +162,38 @@ struct Lanes16 {
     for (int t = 0; t < M; t++) out[t] = acc[t];
   }
 
-  SHARDMESH_LANES void quantize_group(const float* x, TokenGroup* out) {
-    const F a = L::load(x), b = L::load(x + 16);
-    const float largest = L::highest(L::max(L::abs(a), L::abs(b)));
-    if (!(largest >= kQuantizableMin)) {
-      std::memset(out, 0, sizeof *out);
-      return;
-    }
-    const F inverse = L::set(127.0f / largest);
-    const I p = L::to_int(L::mul(a, inverse)), q = L::to_int(L::mul(b, inverse));
+  // Writes 32 integers of a part and their sums.
+  SHARDMESH_LANES void store_part(I p, I q, TokenGroup* out) {
     L::store_int8(out->q, p);
     L::store_int8(out->q + 16, q);
     const int32_t first = L::sum_int(p), second = L::sum_int(q);
-    out->sa = largest / 127.0f;
     out->sum = first + second;
-    out->ms = out->sa * static_cast<float>(out->sum);
     out->halves[0] = static_cast<int16_t>(first);
     out->halves[1] = static_cast<int16_t>(second);
+  }
+
+  template <int P>
+  SHARDMESH_LANES void quantize_group(const float* x, TokenGroup* out) {
+    const F a = L::load(x), b = L::load(x + 16);
+    const float amax = L::highest(L::max(L::abs(a), L::abs(b)));
+    if (!(amax >= kQuantizableMin)) {
+      std::memset(out, 0, P * sizeof *out);
+      return;
+    }
+    constexpr float largest = P == 1 ? 127.0f : static_cast<float>(kInt16Max);
+    const F inverse = L::set(largest / amax);
+    const I p = L::to_int(L::mul(a, inverse)), q = L::to_int(L::mul(b, inverse));
+    out->sa = amax / largest;
+    if constexpr (P == 1) {
+      store_part(p, q, out);
+      out->ms = out->sa * static_cast<float>(out->sum);
+    } else {
+      const I round = L::set_int(128);
+      const I ph = L::shift_right_signed(L::add_int(p, round), 8), qh = L::shift_right_signed(L::add_int(q, round), 8);
+      store_part(ph, qh, out);
+      store_part(L::sub_int(p, L::shift_left(ph, 8)), L::sub_int(q, L::shift_left(qh, 8)), out + 1);
+      out->ms = out->sa * static_cast<float>(256 * out[0].sum + out[1].sum);
+    }
   }
 };
 

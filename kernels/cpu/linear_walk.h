@@ -2,7 +2,7 @@
 // instruction set's, a class `Isa` with:
 //   F                                          16 fp32 lanes, one row each
 //   zero() load(p) store(p, f) add(a, b)
-//   accumulate<W, M>(record, head, in, acc)    one group of 32 columns and M tokens into acc[M]; W is Direct<type> or Panel<type>
+//   accumulate<W, M, P>(record, head, in, acc) one group of 32 columns and M tokens of P parts each into acc[M]; W is Direct<type> or Panel<type>
 //   accumulate_float<type, M>(w, x, stride, count, acc)
 //   expand<type>(record, head, panel)          one record as Panel<type> has it
 //   kPanelStrips                               strips multiplied at once when they are expanded
@@ -80,8 +80,8 @@ __attribute__((noinline)) void finish_segments(typename Isa::F* segments, const 
   }
 }
 
-// S strips times the M tokens of one tile. `in` [groups][M].
-template <class Isa, class W, int M, int S>
+// S strips times the M tokens of one tile. `in` [groups][M][P].
+template <class Isa, class W, int P, int M, int S>
 __attribute__((noinline)) void multiply_tile(const Strip* strips, const TokenGroup* in, const LinearArguments& a, int64_t row, int64_t token, int prefetch_bytes) {
   typename Isa::F segments[kSegmentsMax * S * M];
   int group = 0;
@@ -91,7 +91,7 @@ __attribute__((noinline)) void multiply_tile(const Strip* strips, const TokenGro
     for (int s = 0; s < S; s++)
       SHARDMESH_UNROLL
       for (int t = 0; t < M; t++) acc[s][t] = Isa::zero();
-    for (const int end = a.segment_ends[segment]; group < end; group++, in += M) {
+    for (const int end = a.segment_ends[segment]; group < end; group++, in += M * P) {
       SHARDMESH_UNROLL
       for (int s = 0; s < S; s++) {
         const uint8_t* record = strips[s].records + static_cast<size_t>(group) * W::record_bytes;
@@ -101,7 +101,7 @@ __attribute__((noinline)) void multiply_tile(const Strip* strips, const TokenGro
           if (prefetch_bytes)
             for (size_t z = 0; z < W::record_bytes; z += 64) __builtin_prefetch(record + prefetch_bytes + z, 0, 3);
         }
-        Isa::template accumulate<W, M>(record, head, in, acc[s]);
+        Isa::template accumulate<W, M, P>(record, head, in, acc[s]);
       }
     }
     SHARDMESH_UNROLL
@@ -112,31 +112,40 @@ __attribute__((noinline)) void multiply_tile(const Strip* strips, const TokenGro
   finish_segments<Isa, M, S>(segments, a, row, token);
 }
 
-template <class Isa, class W, int S>
+template <class Isa, class W, int P, int S>
 void multiply_strips(const Strip* strips, const TokenGroup* in, const LinearArguments& a, int64_t row, Tile tile, int prefetch_bytes) {
   switch (tile.count) {
-    case 1: return multiply_tile<Isa, W, 1, S>(strips, in, a, row, tile.first, prefetch_bytes);
-    case 2: return multiply_tile<Isa, W, 2, S>(strips, in, a, row, tile.first, prefetch_bytes);
-    case 3: return multiply_tile<Isa, W, 3, S>(strips, in, a, row, tile.first, prefetch_bytes);
-    case 4: return multiply_tile<Isa, W, 4, S>(strips, in, a, row, tile.first, prefetch_bytes);
-    case 5: return multiply_tile<Isa, W, 5, S>(strips, in, a, row, tile.first, prefetch_bytes);
-    case 6: return multiply_tile<Isa, W, 6, S>(strips, in, a, row, tile.first, prefetch_bytes);
-    default: return;
+    case 1: return multiply_tile<Isa, W, P, 1, S>(strips, in, a, row, tile.first, prefetch_bytes);
+    case 2: return multiply_tile<Isa, W, P, 2, S>(strips, in, a, row, tile.first, prefetch_bytes);
+    case 3: return multiply_tile<Isa, W, P, 3, S>(strips, in, a, row, tile.first, prefetch_bytes);
+  }
+  if constexpr (P == 1) {
+    switch (tile.count) {
+      case 4: return multiply_tile<Isa, W, P, 4, S>(strips, in, a, row, tile.first, prefetch_bytes);
+      case 5: return multiply_tile<Isa, W, P, 5, S>(strips, in, a, row, tile.first, prefetch_bytes);
+      case 6: return multiply_tile<Isa, W, P, 6, S>(strips, in, a, row, tile.first, prefetch_bytes);
+    }
   }
 }
 
-// Panels hold tiles of 4 to 6 tokens only (many tokens, tiles as equal as can be).
-template <class Isa, class W, int S>
+// Panels hold tiles of 4 to 6 parts only (many tokens, tiles as equal as can be).
+template <class Isa, class W, int P, int S>
 void multiply_panel(const Strip* strips, const TokenGroup* in, const LinearArguments& a, int64_t row, Tile tile) {
-  switch (tile.count) {
-    case 4: return multiply_tile<Isa, W, 4, S>(strips, in, a, row, tile.first, 0);
-    case 5: return multiply_tile<Isa, W, 5, S>(strips, in, a, row, tile.first, 0);
-    case 6: return multiply_tile<Isa, W, 6, S>(strips, in, a, row, tile.first, 0);
-    default: return;
+  if constexpr (P == 1) {
+    switch (tile.count) {
+      case 4: return multiply_tile<Isa, W, P, 4, S>(strips, in, a, row, tile.first, 0);
+      case 5: return multiply_tile<Isa, W, P, 5, S>(strips, in, a, row, tile.first, 0);
+      case 6: return multiply_tile<Isa, W, P, 6, S>(strips, in, a, row, tile.first, 0);
+    }
+  } else {
+    switch (tile.count) {
+      case 2: return multiply_tile<Isa, W, P, 2, S>(strips, in, a, row, tile.first, 0);
+      case 3: return multiply_tile<Isa, W, P, 3, S>(strips, in, a, row, tile.first, 0);
+    }
   }
 }
 
-constexpr int kPanelTokensMin = 16;  // from here on every tile has 4 tokens or more
+constexpr int kPanelTokensMin = 16;  // from here on every tile has 4 parts or more
 template <int strips>
 alignas(64) thread_local uint8_t panel_buffer[strips * kPanelGroupsMax * kPanelBytes];
 
@@ -158,54 +167,57 @@ void expand_strip(const PackedMatrix& matrix, int64_t index, uint8_t* panel) {
   }
 }
 
-// One tile of 1 to 4 tokens on processors that want several streams of memory: strips from `from` on, as many as fill whole runs. Returns the first not done.
-template <class Isa, class W>
+// One tile of 1 to 4 parts on processors that want several streams of memory: strips from `from` on, as many as fill whole runs. Returns the first not done.
+template <class Isa, class W, int P>
 int64_t multiply_streams(const LinearArguments& a, int64_t from, int64_t to, const TokenGroup* in) {
   const LinearTuning& tuning = linear_tuning();
   const PackedMatrix& matrix = *a.weight;
   const int tokens = a.in.tokens;
   int64_t s = from;
-  if (tokens == 1 && tuning.strips_one == 4) {
+  if (tokens * P == 1 && tuning.strips_one == 4) {
     for (; s + 4 <= to; s += 4) {
       Strip strips[4];
       for (int i = 0; i < 4; i++) strips[i] = strip_at<W::type>(matrix, s + i);
-      multiply_tile<Isa, W, 1, 4>(strips, in, a, s * kStripRows, 0, tuning.prefetch_bytes);
+      multiply_tile<Isa, W, P, 1, 4>(strips, in, a, s * kStripRows, 0, tuning.prefetch_bytes);
     }
-  } else if (tokens >= 2 && tokens <= 4 && tuning.strips_few == 2) {
+  } else if (tokens * P >= 2 && tokens * P <= 4 && tuning.strips_few == 2) {
     for (; s + 2 <= to; s += 2) {
       const Strip strips[2] = {strip_at<W::type>(matrix, s), strip_at<W::type>(matrix, s + 1)};
-      if (tokens == 2) multiply_tile<Isa, W, 2, 2>(strips, in, a, s * kStripRows, 0, tuning.prefetch_bytes);
-      if (tokens == 3) multiply_tile<Isa, W, 3, 2>(strips, in, a, s * kStripRows, 0, tuning.prefetch_bytes);
-      if (tokens == 4) multiply_tile<Isa, W, 4, 2>(strips, in, a, s * kStripRows, 0, tuning.prefetch_bytes);
+      if (tokens == 1) multiply_tile<Isa, W, P, 1, 2>(strips, in, a, s * kStripRows, 0, tuning.prefetch_bytes);
+      if (tokens == 2) multiply_tile<Isa, W, P, 2, 2>(strips, in, a, s * kStripRows, 0, tuning.prefetch_bytes);
+      if constexpr (P == 1) {
+        if (tokens == 3) multiply_tile<Isa, W, P, 3, 2>(strips, in, a, s * kStripRows, 0, tuning.prefetch_bytes);
+        if (tokens == 4) multiply_tile<Isa, W, P, 4, 2>(strips, in, a, s * kStripRows, 0, tuning.prefetch_bytes);
+      }
     }
   }
   return s;
 }
 
 // Strips [from, to), all tokens.
-template <class Isa, TensorType type>
+template <class Isa, int P, TensorType type>
 void multiply_quantized(const LinearArguments& a, int64_t from, int64_t to) {
   using W = Direct<type>;
   const LinearTuning& tuning = linear_tuning();
   const PackedMatrix& matrix = *a.weight;
-  const int tokens = a.in.tokens, tiles = tile_count(tokens);
+  const int tokens = a.in.tokens, tiles = tile_count<P>(tokens);
   const int64_t groups = matrix.columns / 32;
   const TokenGroup* in = reinterpret_cast<const TokenGroup*>(a.in.data);
-  const auto tile_input = [&](Tile tile) { return in + tile_offset(tile, groups); };
+  const auto tile_input = [&](Tile tile) { return in + tile_offset<P>(tile, groups); };
 
   if (tiles == 1) {
-    const Tile tile = tile_at(tokens, 0);
+    const Tile tile = tile_at<P>(tokens, 0);
     int64_t s = from;
-    if constexpr (Isa::kStreams) s = multiply_streams<Isa, W>(a, from, to, in);
+    if constexpr (Isa::kStreams) s = multiply_streams<Isa, W, P>(a, from, to, in);
     for (; s < to; s++) {
       const Strip strip = strip_at<type>(matrix, s);
-      multiply_strips<Isa, W, 1>(&strip, in, a, s * kStripRows, tile, tuning.prefetch_bytes);
+      multiply_strips<Isa, W, P, 1>(&strip, in, a, s * kStripRows, tile, tuning.prefetch_bytes);
     }
     return;
   }
 
   const bool expand = tokens >= tuning.panel_tokens && tokens >= kPanelTokensMin && groups <= kPanelGroupsMax;
-  const int64_t tile_bytes = kTileTokensMax * groups * static_cast<int64_t>(sizeof(TokenGroup));
+  const int64_t tile_bytes = kTilePartsMax * groups * static_cast<int64_t>(sizeof(TokenGroup));
   const int block_tiles = tile_bytes * 2 > static_cast<int64_t>(kTokenBlockBytes) ? 2 : static_cast<int>(static_cast<int64_t>(kTokenBlockBytes) / tile_bytes);
   for (int first = 0; first < tiles; first += block_tiles) {
     const int last = first + block_tiles < tiles ? first + block_tiles : tiles;
@@ -220,16 +232,16 @@ void multiply_quantized(const LinearArguments& a, int64_t from, int64_t to) {
           strips[i] = {panel, nullptr, 0};
         }
         for (int i = first; i < last; i++) {
-          const Tile tile = tile_at(tokens, i);
-          multiply_panel<Isa, Panel<type>, kStrips>(strips, tile_input(tile), a, s * kStripRows, tile);
+          const Tile tile = tile_at<P>(tokens, i);
+          multiply_panel<Isa, Panel<type>, P, kStrips>(strips, tile_input(tile), a, s * kStripRows, tile);
         }
       }
     }
     for (; s < to; s++) {
       const Strip strip = strip_at<type>(matrix, s);
       for (int i = first; i < last; i++) {
-        const Tile tile = tile_at(tokens, i);
-        multiply_strips<Isa, W, 1>(&strip, tile_input(tile), a, s * kStripRows, tile, i == first ? tuning.prefetch_bytes : 0);
+        const Tile tile = tile_at<P>(tokens, i);
+        multiply_strips<Isa, W, P, 1>(&strip, tile_input(tile), a, s * kStripRows, tile, i == first ? tuning.prefetch_bytes : 0);
       }
     }
   }
@@ -254,12 +266,12 @@ void multiply_float_tile(const uint8_t* strip, const LinearArguments& a, int64_t
 template <class Isa, TensorType type>
 void multiply_float(const LinearArguments& a, int64_t from, int64_t to) {
   const size_t strip_bytes = strip_shape(type, a.weight->columns, 0).strip_bytes;
-  const int tiles = tile_count(a.in.tokens);
+  const int tiles = tile_count<1>(a.in.tokens);
   for (int64_t s = from; s < to; s++) {
     const uint8_t* strip = a.weight->data + static_cast<size_t>(s) * strip_bytes;
     const int64_t row = s * kStripRows;
     for (int i = 0; i < tiles; i++) {
-      const Tile tile = tile_at(a.in.tokens, i);
+      const Tile tile = tile_at<1>(a.in.tokens, i);
       switch (tile.count) {
         case 1: multiply_float_tile<Isa, type, 1>(strip, a, row, tile.first); break;
         case 2: multiply_float_tile<Isa, type, 2>(strip, a, row, tile.first); break;
@@ -272,38 +284,44 @@ void multiply_float(const LinearArguments& a, int64_t from, int64_t to) {
   }
 }
 
-// This part's share: a contiguous range of strips.
-template <class Isa>
+// This part's share: a contiguous range of strips. Float weights take no notice of P and are built with P = 1.
+template <class Isa, int P>
 void multiply(const LinearArguments& a, Part part) {
   if (a.in.tokens < 1) return;
   const int64_t strips = strip_count(a.weight->rows), from = strips * part.index / part.count, to = strips * (part.index + 1) / part.count;
   switch (a.weight->type) {
-    case TensorType::F32: return multiply_float<Isa, TensorType::F32>(a, from, to);
-    case TensorType::F16: return multiply_float<Isa, TensorType::F16>(a, from, to);
-    case TensorType::BF16: return multiply_float<Isa, TensorType::BF16>(a, from, to);
-    case TensorType::Q4_0: return multiply_quantized<Isa, TensorType::Q4_0>(a, from, to);
-    case TensorType::Q4_1: return multiply_quantized<Isa, TensorType::Q4_1>(a, from, to);
-    case TensorType::Q5_0: return multiply_quantized<Isa, TensorType::Q5_0>(a, from, to);
-    case TensorType::Q5_1: return multiply_quantized<Isa, TensorType::Q5_1>(a, from, to);
-    case TensorType::Q8_0: return multiply_quantized<Isa, TensorType::Q8_0>(a, from, to);
-    case TensorType::Q4_K: return multiply_quantized<Isa, TensorType::Q4_K>(a, from, to);
-    case TensorType::Q5_K: return multiply_quantized<Isa, TensorType::Q5_K>(a, from, to);
-    case TensorType::Q6_K: return multiply_quantized<Isa, TensorType::Q6_K>(a, from, to);
+    case TensorType::Q4_0: return multiply_quantized<Isa, P, TensorType::Q4_0>(a, from, to);
+    case TensorType::Q4_1: return multiply_quantized<Isa, P, TensorType::Q4_1>(a, from, to);
+    case TensorType::Q5_0: return multiply_quantized<Isa, P, TensorType::Q5_0>(a, from, to);
+    case TensorType::Q5_1: return multiply_quantized<Isa, P, TensorType::Q5_1>(a, from, to);
+    case TensorType::Q8_0: return multiply_quantized<Isa, P, TensorType::Q8_0>(a, from, to);
+    case TensorType::Q4_K: return multiply_quantized<Isa, P, TensorType::Q4_K>(a, from, to);
+    case TensorType::Q5_K: return multiply_quantized<Isa, P, TensorType::Q5_K>(a, from, to);
+    case TensorType::Q6_K: return multiply_quantized<Isa, P, TensorType::Q6_K>(a, from, to);
+    default: break;
+  }
+  if constexpr (P == 1) {
+    switch (a.weight->type) {
+      case TensorType::F32: return multiply_float<Isa, TensorType::F32>(a, from, to);
+      case TensorType::F16: return multiply_float<Isa, TensorType::F16>(a, from, to);
+      case TensorType::BF16: return multiply_float<Isa, TensorType::BF16>(a, from, to);
+      default: break;
+    }
   }
 }
 
-// This part's share of the T x G groups: `quantize_group(x, out)` for each.
-template <class QuantizeGroup>
+// This part's share of the T x G groups: `quantize_group(x, out)` for each, which writes P TokenGroups.
+template <int P, class QuantizeGroup>
 void quantize_each(const Activations& in, Part part, QuantizeGroup quantize_group) {
   const int64_t groups = in.columns / 32, count = in.tokens * groups;
   const int64_t from = count * part.index / part.count, to = count * (part.index + 1) / part.count;
   TokenGroup* out = reinterpret_cast<TokenGroup*>(in.data);
   for (int64_t i = from; i < to;) {
     const int64_t token = i / groups;
-    const Tile tile = tile_of_token(in.tokens, static_cast<int>(token));
+    const Tile tile = tile_of_token<P>(in.tokens, static_cast<int>(token));
     const int64_t row_end = (token + 1) * groups < to ? (token + 1) * groups : to;
-    TokenGroup* column = out + tile_offset(tile, groups) + (token - tile.first);
-    for (int64_t g = i - token * groups; i < row_end; i++, g++) quantize_group(in.x + token * in.x_stride + g * 32, column + g * tile.count);
+    TokenGroup* column = out + tile_offset<P>(tile, groups) + (token - tile.first) * P;
+    for (int64_t g = i - token * groups; i < row_end; i++, g++) quantize_group(in.x + token * in.x_stride + g * 32, column + g * tile.count * P);
   }
 }
 

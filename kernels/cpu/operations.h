@@ -15,8 +15,11 @@ namespace shardmesh {
 
 #define SHARDMESH_DECLARE_OPERATIONS                                                                                                              \
   /* linear_*.cpp, pack.cpp */                                                                                                                    \
-  void quantize_activations(const Activations& in, Part part);                                                                                    \
-  void linear(const LinearArguments& arguments, Part part);                                                                                       \
+  void quantize_int8(const Activations& in, Part part);                                                                                           \
+  void linear_int8(const LinearArguments& arguments, Part part);                                                                                  \
+  /* linear_int16_*.cpp */                                                                                                                        \
+  void quantize_int16(const Activations& in, Part part);                                                                                          \
+  void linear_int16(const LinearArguments& arguments, Part part);                                                                                 \
   /* elementwise_*.cpp */                                                                                                                         \
   void rms_norm(const float* x, int64_t x_stride, const float* w, float epsilon, int64_t width, int tokens, float* out, int64_t out_stride,       \
                 Part part);                                                                                                                       \

@@ -11,7 +11,8 @@
 // `phase` (0..7) is the slice's first group within its super-block. S = d * sc and M = -dmin * mn are exact in fp32.
 // Float types: [K][16] values, no records.
 //
-// Activations: tokens in tiles of at most 6, tile after tile; in a tile [groups][tokens of the tile] TokenGroup.
+// Activations: tokens in tiles of at most 6 / parts, tile after tile; in a tile [groups][tokens of the tile][parts] TokenGroup. int8: one part. int16: two, the
+// high half of q first (q = 256 * high + low); sa and ms are the whole's and stand with the high half.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -54,22 +55,27 @@ struct TokenGroup {
 };
 static_assert(sizeof(TokenGroup) == 48);
 
-constexpr int kTileTokensMax = 6;
+// A tile's parts of all tokens: what a kernel holds accumulators for.
+constexpr int kTilePartsMax = 6;
 
-// Tokens [first, first + count) of tile i; as equal as can be, the longer first.
+// Tokens [first, first + count) of tile i; as equal as can be, the longer first. P parts an activation.
 struct Tile {
   int first, count;
 };
-[[maybe_unused]] inline int tile_count(int tokens) { return (tokens + kTileTokensMax - 1) / kTileTokensMax; }
-[[maybe_unused]] inline Tile tile_at(int tokens, int i) {
-  const int tiles = tile_count(tokens), size = tokens / tiles, longer = tokens % tiles;
+template <int P>
+inline int tile_count(int tokens) { return (tokens * P + kTilePartsMax - 1) / kTilePartsMax; }
+template <int P>
+inline Tile tile_at(int tokens, int i) {
+  const int tiles = tile_count<P>(tokens), size = tokens / tiles, longer = tokens % tiles;
   return i < longer ? Tile{i * (size + 1), size + 1} : Tile{longer * (size + 1) + (i - longer) * size, size};
 }
-// Where the groups of a tile begin, and where one group of one token lies.
-[[maybe_unused]] inline size_t tile_offset(Tile tile, int64_t groups) { return static_cast<size_t>(tile.first) * static_cast<size_t>(groups); }
-[[maybe_unused]] inline Tile tile_of_token(int tokens, int token) {
-  const int tiles = tile_count(tokens), size = tokens / tiles, longer = tokens % tiles;
-  return tile_at(tokens, token < longer * (size + 1) ? token / (size + 1) : longer + (token - longer * (size + 1)) / size);
+// Where the groups of a tile begin.
+template <int P>
+inline size_t tile_offset(Tile tile, int64_t groups) { return static_cast<size_t>(tile.first) * P * static_cast<size_t>(groups); }
+template <int P>
+inline Tile tile_of_token(int tokens, int token) {
+  const int tiles = tile_count<P>(tokens), size = tokens / tiles, longer = tokens % tiles;
+  return tile_at<P>(tokens, token < longer * (size + 1) ? token / (size + 1) : longer + (token - longer * (size + 1)) / size);
 }
 
 // Sizes of a packed matrix. `layout` of PackedMatrix is the phase.

@@ -12,6 +12,7 @@ const run = promisify(execFile);
 const names = (set: string) => [
   `attention ${set} - matches the reference for every head size, group size and context with int8 K`,
   `attention ${set} - matches the reference for every head size, group size and context with f16 K`,
+  `attention ${set} - matches the reference for every head size, group size and context with f16 K and V`,
   `attention ${set} - matches the reference for several sequences, block sizes, windows and parts`,
   `attention ${set} - matches the reference when query heads lie unevenly over KV heads`,
   `attention ${set} - matches the reference on extreme, equal, steep and zero K and V`,

@@ -84,8 +84,17 @@ struct SequenceShape {
   int rows;     // the last of them are rows of the step
 };
 
+struct KvTypes {
+  KeyType key;
+  ValueType value;
+  const char* name;
+};
+const KvTypes kInt8 = {KeyType::Int8, ValueType::Int8, "int8 K and V"}, kHalfKey = {KeyType::F16, ValueType::Int8, "f16 K, int8 V"},
+              kHalf = {KeyType::F16, ValueType::F16, "f16 K and V"};
+const KvTypes kKvTypes[] = {kInt8, kHalfKey, kHalf, {KeyType::Int8, ValueType::F16, "int8 K, f16 V"}};
+
 struct Shape {
-  KeyType key = KeyType::Int8;
+  KvTypes types = kInt8;
   int head_size = 64;
   std::vector<int> kv_head = {0, 0, 0};
   int kv_heads = 1;
@@ -117,6 +126,8 @@ void garbage(Random& random, std::vector<uint8_t>& bytes, const KvLayout& layout
     for (size_t i = 0; i < layout.scale_bytes / 4; i++) scales[i] = i % 3 == 0 ? INFINITY : NAN;
     if (layout.key == KeyType::F16)
       for (size_t i = 0; i < layout.key_bytes / 2; i += 5) reinterpret_cast<uint16_t*>(&bytes[at])[i] = 0x7e00;
+    if (layout.value == ValueType::F16)
+      for (size_t i = 0; i < layout.value_bytes / 2; i += 5) reinterpret_cast<uint16_t*>(&bytes[at + layout.key_bytes])[i] = 0x7e00;
   }
 }
 
@@ -160,7 +171,7 @@ Scene make_scene(const Shape& shape, uint64_t seed, Fill fill = Fill::Normal) {
   Random random{seed};
   Scene scene;
   scene.shape = shape;
-  scene.layout = make_kv_layout(shape.key, shape.kv_heads, shape.head_size, shape.block_tokens);
+  scene.layout = make_kv_layout(shape.types.key, shape.types.value, shape.kv_heads, shape.head_size, shape.block_tokens);
   int blocks = 0;
   for (const SequenceShape& s : shape.sequences) blocks += (s.context + shape.block_tokens - 1) / shape.block_tokens;
   std::vector<int32_t> ids;
@@ -211,7 +222,7 @@ std::vector<float> attend(const KernelSet& set, const Scene& scene, int parts) {
 
 std::string describe(const Shape& s, int parts) {
   char text[256];
-  std::snprintf(text, sizeof text, "%s K, D %d, %zu heads over %d, context %d, rows %d, block %d, window %d, parts %d", s.key == KeyType::Int8 ? "int8" : "f16", s.head_size,
+  std::snprintf(text, sizeof text, "%s, D %d, %zu heads over %d, context %d, rows %d, block %d, window %d, parts %d", s.types.name, s.head_size,
                 s.kv_head.size(), s.kv_heads, s.sequences[0].context, s.sequences[0].rows, s.block_tokens, s.window, parts);
   return text;
 }
@@ -240,14 +251,14 @@ const int kBlockSizes[] = {16, 32, 64};
 const int kWindows[] = {0, 1, 40, 64, 300};
 
 // Every head size x group size x context; block size, window, rows, KV heads and parts go round with them.
-void attention_shapes(const KernelSet& set, KeyType key) {
+void attention_shapes(const KernelSet& set, const KvTypes& types) {
   int n = 0;
   for (int head_size : kHeadSizes)
     for (int group = 1; group <= 8; group++)
       for (int context : kContexts) {
         n++;
         Shape shape;
-        shape.key = key;
+        shape.types = types;
         shape.head_size = head_size;
         shape.kv_heads = 1 + n % 2;
         shape.kv_head = grouped(shape.kv_heads, group);
@@ -277,9 +288,9 @@ void attention_block_sizes(const KernelSet& set) {
 void attention_head_maps(const KernelSet& set) {
   const std::vector<std::vector<int>> maps = {{0, 0, 0, 1, 1, 2}, {1, 1, 2, 2, 2, 2, 2}, {2}, {0, 1, 2}, grouped(1, 40), {0, 2, 2}};
   for (const std::vector<int>& map : maps)
-    for (KeyType key : {KeyType::Int8, KeyType::F16}) {
+    for (const KvTypes& types : kKvTypes) {
       Shape shape;
-      shape.key = key;
+      shape.types = types;
       shape.kv_heads = 3;
       shape.kv_head = map;
       shape.sequences = {{130, 9}, {300, 2}};
@@ -288,12 +299,12 @@ void attention_head_maps(const KernelSet& set) {
 }
 
 void attention_extremes(const KernelSet& set) {
-  for (KeyType key : {KeyType::Int8, KeyType::F16})
+  for (const KvTypes& types : kKvTypes)
     for (Fill fill : {Fill::Extreme, Fill::Equal, Fill::Steep, Fill::Zero})
       for (float scale : {0.125f, 30.0f, 1e-6f})
         for (int head_size : {32, 128, 256}) {
           Shape shape;
-          shape.key = key;
+          shape.types = types;
           shape.head_size = head_size;
           shape.scale = scale;
           shape.kv_head = grouped(1, 5);
@@ -327,10 +338,10 @@ void attention_vanishing_weights(const KernelSet& set) {
 
 // The same row alone, in chunks, in one piece, and beside other sequences.
 void attention_chunks(const KernelSet& set) {
-  for (KeyType key : {KeyType::Int8, KeyType::F16})
+  for (const KvTypes& types : kKvTypes)
     for (int window : {0, 50}) {
       Shape shape;
-      shape.key = key;
+      shape.types = types;
       shape.window = window;
       shape.kv_heads = 2;
       shape.kv_head = grouped(2, 3);
@@ -354,10 +365,10 @@ void attention_chunks(const KernelSet& set) {
 
 // What lies in slots that a row may not see must not matter, NaN included.
 void attention_masked(const KernelSet& set) {
-  for (KeyType key : {KeyType::Int8, KeyType::F16})
+  for (const KvTypes& types : kKvTypes)
     for (int window : {0, 20}) {
       Shape shape;
-      shape.key = key;
+      shape.types = types;
       shape.block_tokens = 32;
       shape.window = window;
       shape.sequences = {{85, 6}, {3, 1}};
@@ -373,11 +384,14 @@ void attention_masked(const KernelSet& set) {
           const size_t block = static_cast<size_t>(dirty.block_tables[static_cast<size_t>(dirty.block_offsets[s] + p / 32)]);
           const size_t base = block * l.block_bytes + static_cast<size_t>(p % 32 / 16) * l.subblock_bytes, column = static_cast<size_t>(p % 16), D = static_cast<size_t>(l.head_size);
           const auto keep = [&](size_t at, size_t bytes) { std::memcpy(&dirty.pool[base + at], &before[base + at], bytes); };
-          if (key == KeyType::Int8)
+          if (types.key == KeyType::Int8)
             for (size_t d = 0; d < D; d += 4) keep(d * 16 + column * 4, 4);
           else
             for (size_t d = 0; d < D; d++) keep(d * 32 + column * 2, 2);
-          for (size_t d = 0; d < D; d++) keep(l.key_bytes + column / 4 * D * 4 + d * 4 + column % 4, 1);
+          if (types.value == ValueType::Int8)
+            for (size_t d = 0; d < D; d++) keep(l.key_bytes + column / 4 * D * 4 + d * 4 + column % 4, 1);
+          else
+            keep(l.key_bytes + column * D * 2, D * 2);
           for (size_t at = l.key_bytes + l.value_bytes; at < l.subblock_bytes; at += 64) keep(at + column * 4, 4);
         }
       if (before == dirty.pool) FAIL("the second pool is no different from the first");
@@ -389,12 +403,12 @@ void attention_masked(const KernelSet& set) {
 // ---------------------------------------------------------------- store_kv
 
 void store_kv_matches(const KernelSet& set) {
-  for (KeyType key : {KeyType::Int8, KeyType::F16})
+  for (const KvTypes& types : kKvTypes)
     for (int head_size : kHeadSizes)
       for (int block_tokens : kBlockSizes)
         for (int parts : {1, 2, 3}) {
           Shape shape;
-          shape.key = key;
+          shape.types = types;
           shape.head_size = head_size;
           shape.block_tokens = block_tokens;
           shape.kv_heads = 3;
@@ -417,7 +431,7 @@ void store_kv_matches(const KernelSet& set) {
           if (expected == scene.pool) FAIL("store_kv wrote nothing");
           if (actual != expected) {
             const auto at = std::mismatch(actual.begin(), actual.end(), expected.begin()).first - actual.begin();
-            FAIL("store_kv %s K, D %d, block %d, parts %d: byte %td (%td of its subblock) is %d, the reference has %d", key == KeyType::Int8 ? "int8" : "f16", head_size,
+            FAIL("store_kv %s, D %d, block %d, parts %d: byte %td (%td of its subblock) is %d, the reference has %d", types.name, head_size,
                  block_tokens, parts, at, at % static_cast<ptrdiff_t>(scene.layout.subblock_bytes), actual[static_cast<size_t>(at)], expected[static_cast<size_t>(at)]);
           }
         }
@@ -588,13 +602,13 @@ void bench(const KernelSet& set) {
   };
   const BenchShape shapes[] = {{64, 3, 3}, {128, 6, 2}, {128, 4, 8}, {64, 7, 2}, {64, 3, 1}, {128, 4, 1}};
   std::printf("%s, one thread, best of 9, block 16, random block order\n", set.name);
-  for (KeyType key : {KeyType::Int8, KeyType::F16})
+  for (const KvTypes& types : kKvTypes)
     for (const BenchShape& b : shapes)
       for (int batch : {1, 4})
         for (int context : {128, 512, 2048, 8192}) {
           if (batch > 1 && context > 512) continue;
           Shape shape;
-          shape.key = key;
+          shape.types = types;
           shape.head_size = b.head_size;
           shape.kv_heads = b.kv_heads;
           shape.kv_head = grouped(b.kv_heads, b.group);
@@ -602,7 +616,7 @@ void bench(const KernelSet& set) {
           const Scene scene = make_scene(shape, 1);
           const double seconds = best_seconds([&] { attend(set, scene, 1); });
           const double bytes = static_cast<double>(scene.layout.subblock_bytes) / 16 * b.kv_heads * context * batch;
-          std::printf("decode  %s K  D %3d G %d HK %d B %d ctx %5d  %9.1f us  %6.2f GB/s\n", key == KeyType::Int8 ? "int8" : "f16 ", b.head_size, b.group, b.kv_heads, batch,
+          std::printf("decode  %-13s D %3d G %d HK %d B %d ctx %5d  %9.1f us  %6.2f GB/s\n", types.name, b.head_size, b.group, b.kv_heads, batch,
                       context, seconds * 1e6, bytes / seconds / 1e9);
         }
   for (const BenchShape& b : shapes)
@@ -629,8 +643,9 @@ struct Test {
 
 const std::vector<Test>& tests() {
   static const std::vector<Test> all = {
-      {"matches the reference for every head size, group size and context with int8 K", "attention", [](const KernelSet& s) { attention_shapes(s, KeyType::Int8); }},
-      {"matches the reference for every head size, group size and context with f16 K", "attention", [](const KernelSet& s) { attention_shapes(s, KeyType::F16); }},
+      {"matches the reference for every head size, group size and context with int8 K", "attention", [](const KernelSet& s) { attention_shapes(s, kInt8); }},
+      {"matches the reference for every head size, group size and context with f16 K", "attention", [](const KernelSet& s) { attention_shapes(s, kHalfKey); }},
+      {"matches the reference for every head size, group size and context with f16 K and V", "attention", [](const KernelSet& s) { attention_shapes(s, kHalf); }},
       {"matches the reference for several sequences, block sizes, windows and parts", "attention", attention_block_sizes},
       {"matches the reference when query heads lie unevenly over KV heads", "attention", attention_head_maps},
       {"matches the reference on extreme, equal, steep and zero K and V", "attention", attention_extremes},

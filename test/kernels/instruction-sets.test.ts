@@ -11,7 +11,8 @@ const operations = (set: string, names: string[]) => names.map((name) => `shardm
 const ofSet = (set: string): Record<string, string[]> => ({
   [`attention_${set}.cpp.o`]: operations(set, ['attention', 'attention_scratch_bytes', 'store_kv']),
   [`elementwise_${set}.cpp.o`]: operations(set, ['all_finite', 'finish_tree', 'gated_activation', 'rms_norm', 'rope']),
-  [`linear_${set}.cpp.o`]: operations(set, ['linear', 'quantize_activations']),
+  [`linear_${set}.cpp.o`]: operations(set, ['linear_int8', 'quantize_int8']),
+  [`linear_int16_${set}.cpp.o`]: operations(set, ['linear_int16', 'quantize_int16']),
 });
 /** All that such an object may define for others. */
 const entryPoints: Record<string, string[]> = {

@@ -206,9 +206,9 @@ void measure(const KernelSet& set, TensorType type, BenchShape shape, int tokens
   for (int i = 1; i < copies; i++) std::memcpy(pages.data() + bytes * static_cast<size_t>(i), pages.data(), bytes);
 
   const std::vector<float> x = make_activations(static_cast<size_t>(shape.columns * tokens), Values::Random, random);
-  AlignedBytes activations(set.activation_bytes(tokens, shape.columns) + 64, 0);
+  AlignedBytes activations(set.activation_bytes(ActivationType::Int8, tokens, shape.columns) + 64, 0);
   std::vector<float> out(static_cast<size_t>(shape.rows * tokens));
-  const Activations in{x.data(), shape.columns, tokens, shape.columns, activations.data()};
+  const Activations in{x.data(), shape.columns, tokens, shape.columns, activations.data(), ActivationType::Int8};
   set.quantize_activations(in, {0, 1});
   // Segments of a column-parallel product.
   const int groups = static_cast<int>(shape.columns / 32), wanted = (groups + 7) / 8 < 8 ? (groups + 7) / 8 : 8;

@@ -15,6 +15,8 @@ const checks = [
   'packs without loss and reads rows back',
   "has the reference's bits for any shape, batch, segments and parts",
   "has the reference's bits where every product is extreme",
+  "has the reference's bits for any shape, batch, segments and parts, int16 activations",
+  "has the reference's bits where every product is extreme, int16 activations",
   'does not depend on tuning',
   "has the reference's bits where a row is longer than a panel",
 ];

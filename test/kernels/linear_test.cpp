@@ -42,11 +42,12 @@ struct Product {
   std::vector<int> ends;
   std::vector<Subtree> subtrees;
   bool bias;
+  ActivationType activations = ActivationType::Int8;
 };
 
 std::string describe(const Product& p, Values values, uint64_t seed) {
-  char text[240];
-  std::snprintf(text, sizeof text, "K %lld N %lld skip %lld T %d parts %d segments %zu subtrees %zu bias %d values %s seed %llu", static_cast<long long>(p.shape.columns),
+  char text[260];
+  std::snprintf(text, sizeof text, "%s activations, K %lld N %lld skip %lld T %d parts %d segments %zu subtrees %zu bias %d values %s seed %llu", p.activations == ActivationType::Int8 ? "int8" : "int16", static_cast<long long>(p.shape.columns),
                 static_cast<long long>(p.shape.rows), static_cast<long long>(p.shape.skip), p.tokens, p.parts, p.ends.size(), p.subtrees.size(), p.bias ? 1 : 0, name_of(values),
                 static_cast<unsigned long long>(seed));
   return text;
@@ -74,8 +75,9 @@ void cut(Random& random, int64_t groups, int count, int trees, Product* p) {
 
 // Runs one product with `set` and returns everything it wrote, with the poison around it.
 std::vector<float> run(const KernelSet& set, const PackedMatrix& weight, const Product& p, const std::vector<float>& x, int64_t x_stride, const std::vector<float>& bias) {
-  AlignedBytes activations(set.activation_bytes(p.tokens, p.shape.columns) + 64, 0xcd);
-  const Activations in{x.data(), x_stride, p.tokens, p.shape.columns, activations.data()};
+  const size_t activation_bytes = set.activation_bytes(p.activations, p.tokens, p.shape.columns);
+  AlignedBytes activations(activation_bytes + 64, 0xcd);
+  const Activations in{x.data(), x_stride, p.tokens, p.shape.columns, activations.data(), p.activations};
   const int64_t out_stride = p.shape.rows + 5, subtree_stride = out_stride * p.tokens + 7;
   std::vector<float> out(static_cast<size_t>(subtree_stride) * p.subtrees.size() + 9, -12345.0f);
   const LinearArguments arguments{&weight, in, static_cast<int>(p.ends.size()), p.ends.data(), static_cast<int>(p.subtrees.size()), p.subtrees.data(),
@@ -84,7 +86,7 @@ std::vector<float> run(const KernelSet& set, const PackedMatrix& weight, const P
     for (int i = 0; i < p.parts; i++) set.quantize_activations(in, {i, p.parts});
   for (int i = p.parts - 1; i >= 0; i--) set.linear(arguments, {i, p.parts});
   for (int i = 0; i < 64; i++)
-    if (activations.data()[set.activation_bytes(p.tokens, p.shape.columns) + static_cast<size_t>(i)] != 0xcd) out[0] = 77777.0f;  // wrote past its activations
+    if (activations.data()[activation_bytes + static_cast<size_t>(i)] != 0xcd) out[0] = 77777.0f;  // wrote past its activations
   return out;
 }
 
@@ -114,7 +116,7 @@ std::string compare(const KernelSet& set, TensorType type, Values values, const 
 
 constexpr Values kValues[] = {Values::Random, Values::Extreme, Values::Zero, Values::Tiny};
 
-std::string compare_shapes(const KernelSet& set, TensorType type) {
+std::string compare_shapes(const KernelSet& set, TensorType type, ActivationType activations) {
   const Shape shapes[] = {{32, 1, 0}, {32, 16, 32}, {64, 17, 224}, {96, 33, 96}, {256, 40, 0}, {288, 19, 160}, {576, 50, 0}, {1536, 20, 0}};
   const int tokens[] = {1, 2, 3, 4, 5, 6, 7, 8, 11, 13, 16, 17, 24, 31, 40};
   uint64_t seed = 1000;
@@ -122,7 +124,7 @@ std::string compare_shapes(const KernelSet& set, TensorType type) {
     for (const int t : tokens) {
       Random random(++seed);
       const Values values = kValues[seed % 4];
-      Product p{shape, t, 1 + static_cast<int>(seed % 3), {}, {}, seed % 5 == 0};
+      Product p{shape, t, 1 + static_cast<int>(seed % 3), {}, {}, seed % 5 == 0, activations};
       cut(random, shape.columns / 32, 1 + static_cast<int>(random.below(16)), 1 + static_cast<int>(random.below(4)), &p);
       const std::string what = compare(set, type, values, p, seed);
       if (!what.empty()) return what;
@@ -131,11 +133,11 @@ std::string compare_shapes(const KernelSet& set, TensorType type) {
 }
 
 // All weights at an end of their range and all activations at +-127: what an instruction that saturates would get wrong.
-std::string compare_extremes(const KernelSet& set, TensorType type) {
+std::string compare_extremes(const KernelSet& set, TensorType type, ActivationType activations) {
   uint64_t seed = 5000;
   for (const int t : {1, 3, 6, 18})
     for (int i = 0; i < 6; i++) {
-      Product p{{256, 32, 0}, t, 1, {8}, {{0, 1}}, false};
+      Product p{{256, 32, 0}, t, 1, {8}, {{0, 1}}, false, activations};
       const std::string what = compare(set, type, Values::Extreme, p, ++seed);
       if (!what.empty()) return what;
     }
@@ -148,19 +150,22 @@ std::string compare_tuning(const KernelSet& set, TensorType type) {
   uint64_t seed = 7000;
   std::string what;
   for (const LinearTuning& t : {LinearTuning{1, 1, 0, 16}, LinearTuning{4, 2, 2048, 1000}, LinearTuning{4, 1, 512, 16}})
-    for (const int tokens : {1, 2, 3, 4, 16, 19, 30}) {
-      tuning = t;
-      Product p{{352, 149, 0}, tokens, 2, {4, 8, 11}, {{0, 3}}, true};
-      if (what.empty()) what = compare(set, type, Values::Random, p, ++seed);
-    }
+    for (const int tokens : {1, 2, 3, 4, 16, 19, 30})
+      for (const ActivationType activations : {ActivationType::Int8, ActivationType::Int16}) {
+        tuning = t;
+        Product p{{352, 149, 0}, tokens, 2, {4, 8, 11}, {{0, 3}}, true, activations};
+        if (what.empty()) what = compare(set, type, Values::Random, p, ++seed);
+      }
   tuning = before;
   return what;
 }
 
 // More groups than a panel holds.
 std::string compare_long(const KernelSet& set, TensorType type) {
-  const Product p{{8224, 17, 0}, 24, 1, {100, 200, 257}, {{0, 3}}, false};
-  return compare(set, type, Values::Random, p, 9000);
+  std::string what;
+  for (const ActivationType activations : {ActivationType::Int8, ActivationType::Int16})
+    if (what.empty()) what = compare(set, type, Values::Random, {{8224, 17, 0}, 24, 1, {100, 200, 257}, {{0, 3}}, false, activations}, 9000);
+  return what;
 }
 
 std::string compare_rows(const KernelSet& set, TensorType type) {
@@ -200,6 +205,8 @@ std::string check_kv_layout() {
     return "int8 keys: a size is wrong";
   if (f16.key_bytes != 2048 || f16.value_bytes != 1024 || f16.scale_bytes != 64 || f16.subblock_bytes != 3136 || f16.head_bytes != 3136 || f16.block_bytes != 6272)
     return "f16 keys: a size is wrong";
+  const KvLayout half = make_kv_layout(KeyType::F16, ValueType::F16, 2, 64, 16);
+  if (half.key_bytes != 2048 || half.value_bytes != 2048 || half.scale_bytes != 0 || half.subblock_bytes != 4096) return "f16 keys and values: a size is wrong";
   return "";
 }
 
@@ -220,8 +227,11 @@ int main(int argc, char** argv) {
     for (const TensorType type : kTypes) {
       const std::string head = std::string("linear ") + name + " " + name_of(type) + " - ";
       test_case(head + "packs without loss and reads rows back", [&] { return compare_rows(*set, type); });
-      test_case(head + "has the reference's bits for any shape, batch, segments and parts", [&] { return compare_shapes(*set, type); });
-      test_case(head + "has the reference's bits where every product is extreme", [&] { return compare_extremes(*set, type); });
+      for (const ActivationType activations : {ActivationType::Int8, ActivationType::Int16}) {
+        const std::string of = activations == ActivationType::Int8 ? "" : ", int16 activations";
+        test_case(head + "has the reference's bits for any shape, batch, segments and parts" + of, [&] { return compare_shapes(*set, type, activations); });
+        test_case(head + "has the reference's bits where every product is extreme" + of, [&] { return compare_extremes(*set, type, activations); });
+      }
       test_case(head + "does not depend on tuning", [&] { return compare_tuning(*set, type); });
       test_case(head + "has the reference's bits where a row is longer than a panel", [&] { return compare_long(*set, type); });
     }

@@ -14,7 +14,8 @@ const path = await cachedModelPath('smollm2-135m-instruct-q4_1');
 describe.skipIf(path === null)('reference figures of the default model', async () => {
   const exact = path === null ? null : await loadScoringModel(path, 'reference-f32');
   const quantised = path === null ? null : await loadScoringModel(path, 'cpu');
-  afterAll(() => Promise.all([exact?.close(), quantised?.close()]));
+  const precise = path === null ? null : await loadScoringModel(path, 'cpu', { activations: 'int16' });
+  afterAll(() => Promise.all([exact?.close(), quantised?.close(), precise?.close()]));
 
   it('reference executor with fp32 activations - matches every token of the text and of a sample to 1e-3', async () => {
     const { tokens, maxAbsolute } = await deviationOf(exact!, [...figures.text, ...figures.samples.slice(0, 1)]);
@@ -36,6 +37,12 @@ describe.skipIf(path === null)('reference figures of the default model', async (
     expect(tokens).toBe(3427);
     expect(meanAbsolute).toBeLessThan(0.085);
     expect(Math.abs(perplexityRatio - 1)).toBeLessThan(0.015);
+  });
+
+  it('cpu executor with int16 activations, f16 K and V - stays within 0.003 of fp32 on average', async () => {
+    const { tokens, meanAbsolute } = await deviationOf(precise!, [...figures.text, ...figures.samples.slice(0, 1)]);
+    expect(tokens).toBe(556);
+    expect(meanAbsolute).toBeLessThan(0.003);
   });
 
   it('cpu executor - gives the greedy tokens of each chat as long as the choice is clear', async () => {

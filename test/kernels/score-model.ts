@@ -28,9 +28,7 @@ export interface ScoringModel {
 export async function loadScoringModel(
   path: string,
   kind: ExecutorKind,
-  isa: Isa | null = null,
-  threads = 2,
-  activations: ActivationType = 'int8',
+  { isa = null, threads = 2, activations = 'int8' }: { isa?: Isa | null; threads?: number; activations?: ActivationType } = {},
 ): Promise<ScoringModel> {
   const { facts } = await openModel(path);
   const cut = cutModel(unitsOfModel(facts), one, one);

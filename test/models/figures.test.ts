@@ -37,6 +37,14 @@ for (const { name, gate } of models) {
       await model.close();
     });
 
+    it(`${name} cpu with int16 activations, f16 K and V - stays within 0.003 of fp32 on average`, async () => {
+      const model = await loadScoringModel(path!, 'cpu', { activations: 'int16' });
+      const deviation = await deviationOf(model, everything);
+      console.log(name, 'cpu int16', deviation);
+      expect(deviation.meanAbsolute).toBeLessThan(0.003);
+      await model.close();
+    });
+
     it(`${name} reference with fp32 activations - matches every token to 1e-3`, async () => {
       const model = await loadScoringModel(path!, 'reference-f32');
       const deviation = await deviationOf(model, everything);
