@@ -116,7 +116,8 @@ describe('step runner, the same bits', () => {
     ['three uneven ranks, two stages, shared memory', threeRankTwoStageCut, false],
     ['three uneven ranks, two stages, host driver', threeRankTwoStageCut, true],
   ] as const)('step runner - %s equal one worker', async (_, cut, host) => {
-    expect(await scoreOn({ cut, host }, prompt, { chunk: 41 })).toEqual(await scoreOn({}, prompt));
+    for (const types of [{}, precise])
+      expect(await scoreOn({ ...types, cut, host }, prompt, { chunk: 41 })).toEqual(await scoreOn(types, prompt));
   });
 
   test('step runner - a sequence among others equals the sequence alone', async () => {
