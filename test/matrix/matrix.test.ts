@@ -18,6 +18,9 @@ const { isas } = loadAddon().cpuFeatures();
 const everyCompany: Company[] = [0, 8].flatMap((others) => [false, true].map((cached) => ({ others, cached })));
 const alone = everyCompany.slice(0, 2);
 
+/** Chunks are cut before a link is met: every size goes over shared memory, each other link has its own. */
+const chunksOf = { auto: [256, 7, 64, 129], shm: [256, 7, 64, 129], grpc: [7, 129], nats: [64] };
+
 interface MeshCells {
   shape: MeshShape;
   companies: Company[];
@@ -30,11 +33,8 @@ function allMeshes(): MeshCells[] {
     for (const pp of ['1', '2', '3']) {
       const cut = { ...plainShape, tp, pp };
       for (const link of tp === '1' && pp === '1' ? (['auto'] as const) : (['shm', 'grpc', 'nats'] as const))
-        for (const prefillChunk of [256, 7, 64, 129]) {
-          // Over the broker a token of a wide cut takes tenths of a second: company says enough there with one chunk size.
-          const companies = link === 'nats' && prefillChunk !== 64 ? alone : everyCompany;
-          meshes.push({ shape: { ...cut, link, prefillChunk }, companies });
-        }
+        for (const prefillChunk of chunksOf[link])
+          meshes.push({ shape: { ...cut, link, prefillChunk }, companies: everyCompany });
       meshes.push({ shape: { ...cut, isa: 'avx512' }, companies: alone });
       if (isas.includes('avx512')) meshes.push({ shape: { ...cut, isa: 'avx2' }, companies: alone });
       meshes.push({ shape: { ...cut, isa: 'portable' }, companies: alone });
