@@ -45,7 +45,7 @@ describe('prefix cache', () => {
     expect(made.cache.find('b', tokens, [], 3)).toEqual([]);
   });
 
-  it('prefix cache - names blocks by model, K/V type, arithmetic and secret too', () => {
+  it('prefix cache - names blocks by model, activations, K/V type, arithmetic and secret too', () => {
     const digestOf = (of: CacheIdentity, secret?: Uint8Array, tenant = 'a'): BlockDigest => {
       const digests: BlockDigest[] = [];
       makeCache(1, of, secret).cache.extendDigests(tenant, tokens, digests, 1);
@@ -62,8 +62,8 @@ describe('prefix cache', () => {
       digestOf({ ...identity, modelSha256: 'b' }, undefined, 'aa'),
       digestOf({ ...identity, modelSha256: 'ab' }, undefined, 'a'),
     ];
-    expect(all[0]).toBe(all[6]);
-    expect(new Set(all).size).toBe(6);
+    expect(all[0]).toBe(all[7]);
+    expect(new Set(all).size).toBe(7);
     expect(all[0]).toHaveLength(32);
   });
 
