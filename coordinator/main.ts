@@ -183,6 +183,7 @@ async function start(
   cleanup.add(() => service.stop());
   if (local) {
     const { broker } = local;
+    transport.onEvent(({ type }) => void (type === 'disconnected' && broker.replaceIfFrozen()));
     const stopWatch = await watchDisconnects(
       broker.systemCredentials(),
       (nkey) => broker.workerOf(nkey),

@@ -28,6 +28,8 @@ export type BrokerEvent =
   | { type: 'warning'; message: string }
   /** It died by itself; a restart is under way. `output`: its last lines. */
   | { type: 'exited'; cause: string; output: string }
+  /** It runs but answers nobody; it is killed, and `exited` and `restarted` follow. */
+  | { type: 'frozen'; message: string }
   | { type: 'restarted'; attempt: number; downMs: number }
   | { type: 'restart_failed'; attempt: number; error: Error };
 
@@ -49,6 +51,9 @@ export interface BrokerOptions {
 const pollMs = 15;
 const outputCharactersMax = 8_192;
 const stopGraceMs = 3_000;
+/** Of a server that clients have lost, before it is taken for frozen. */
+const frozenMs = 500;
+const greetingsMax = 2;
 /** A server that ran this long ends a row of failures. */
 const stableMs = 10_000;
 
@@ -183,6 +188,20 @@ export class Broker {
     this.#placements.push(placement);
     await this.#reload();
     for (const worker of this.#workers.keys()) writeCredentials(this.credentialsFile(worker), this.credentialsOf(worker));
+  }
+
+  /**
+   * Whoever has lost the connection to the server asks for this: a server that runs but does not even greet (stopped, or stuck) is killed, and started again
+   * on its port with its users. One that is merely slow to others has greeted within a few milliseconds.
+   */
+  async replaceIfFrozen(): Promise<void> {
+    const child = this.#child;
+    if (!child || !isRunning(child) || this.#stopping || this.#restarting || this.#startedAt === 0) return;
+    for (let attempt = 0; attempt < greetingsMax; attempt++) if ((await greeting(this.#port, frozenMs)) !== null) return;
+    if (this.#child !== child || !isRunning(child) || this.#stopping) return;
+    const message = `nats-server (process ${child.pid}) runs but has not greeted within ${greetingsMax} times ${frozenMs} ms`;
+    this.#options.onEvent({ type: 'frozen', message });
+    child.kill('SIGKILL');
   }
 
   /** Ends the server and removes its folder. Safe to call twice. */
@@ -364,7 +383,7 @@ const isRunning = (child: ChildProcess): boolean =>
   child.pid !== undefined && child.exitCode === null && child.signalCode === null;
 
 /** The name in a server's first line (INFO); null when nothing there speaks NATS. */
-function greeting(port: number): Promise<string | null> {
+function greeting(port: number, timeoutMs = 2_000): Promise<string | null> {
   return new Promise((resolve) => {
     const socket = createConnection({ host: '127.0.0.1', port });
     let text = '';
@@ -372,7 +391,7 @@ function greeting(port: number): Promise<string | null> {
       socket.destroy();
       resolve(name);
     };
-    socket.setTimeout(2_000, () => done(null));
+    socket.setTimeout(timeoutMs, () => done(null));
     socket.on('error', () => done(null));
     socket.on('close', () => done(null));
     socket.setEncoding('utf8').on('data', (part: string) => {

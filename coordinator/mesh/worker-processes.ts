@@ -1,6 +1,9 @@
 /**
  * The local workers of `shardmesh serve`: child processes, restarted with backoff when they die. A child notices the death of its parent by its IPC channel and
  * exits, so that nothing is left behind by a SIGKILL of the coordinator.
+ *
+ * Ctrl-C, or a `kill` of the whole process group, is meant for the coordinator, which drains first: a child has a session of its own, ignores SIGINT and
+ * SIGTERM while its parent lives (`deploy/cli/worker.ts`), and ends when it is told so over the IPC channel.
  */
 import { fork, type ChildProcess } from 'node:child_process';
 
@@ -14,6 +17,9 @@ export interface WorkerProcessesOptions {
   backoffBaseMs?: number;
   backoffMaxMs?: number;
 }
+
+/** What a local worker is told over its IPC channel; it says good-bye and ends. */
+export const stopMessage = 'stop';
 
 interface Slot {
   worker: string;
@@ -50,7 +56,7 @@ export class WorkerProcesses {
     return new Map(this.#slots.flatMap((slot) => (slot.child?.pid ? [[slot.worker, slot.child.pid] as const] : [])));
   }
 
-  /** Asks all workers to end (SIGTERM), kills what is left after `graceMs`. */
+  /** Asks all workers to end, kills what is left after `graceMs`. */
   async stop(graceMs: number): Promise<void> {
     this.#stopping = true;
     await Promise.all(
@@ -59,8 +65,9 @@ export class WorkerProcesses {
         const { child } = slot;
         if (!child || child.exitCode !== null || child.signalCode !== null) return;
         const ended = new Promise<void>((resolve) => child.once('exit', () => resolve()));
-        child.kill('SIGTERM');
-        // A stopped process takes no SIGTERM until it is continued.
+        // One that is ending already has no channel any more.
+        if (child.connected) child.send(stopMessage, () => undefined);
+        // A stopped process reads nothing until it is continued.
         child.kill('SIGCONT');
         const timer = setTimeout(() => child.kill('SIGKILL'), graceMs);
         await ended;
@@ -75,6 +82,7 @@ export class WorkerProcesses {
     const child = fork(this.#options.module, slot.args, {
       stdio: ['ignore', 'inherit', 'inherit', 'ipc'],
       execArgv: ['--enable-source-maps'],
+      detached: true,
     });
     slot.child = child;
     this.#options.event('worker_started', { worker: slot.worker, pid: child.pid });

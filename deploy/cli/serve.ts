@@ -14,6 +14,8 @@ import { findModel } from './find-model.ts';
 import { addOptions, type OptionName, type OptionValues } from './options.ts';
 
 const drainGraceMs = 10_000;
+/** Signals this close together are one wish. */
+const sameSignalMs = 500;
 
 export const serveOptions: OptionName[] = [
   'model',
@@ -143,8 +145,14 @@ async function serve(values: OptionValues): Promise<void> {
     })();
     return stopping;
   };
-  // A second signal means now; the workers and the broker notice that their owner is gone.
-  const onSignal = (signal: string): void => void (stopping ? process.exit(1) : stop(signal, 0));
+  // A second signal means now; the workers and the broker notice that their owner is gone. One Ctrl-C under npm comes twice: from the terminal to the whole
+  // process group, and once more from npm, which hands on what it got.
+  let firstAt = 0;
+  const onSignal = (signal: string): void => {
+    if (stopping) return void (performance.now() - firstAt > sameSignalMs && process.exit(1));
+    firstAt = performance.now();
+    void stop(signal, 0);
+  };
   process.on('SIGINT', () => onSignal('SIGINT'));
   process.on('SIGTERM', () => onSignal('SIGTERM'));
   const started = performance.now();

@@ -1,6 +1,7 @@
 /** `shardmesh worker`: one shard worker, until it is told to stop. */
 import { Command } from 'commander';
 import { availableParallelism, cpus, totalmem } from 'node:os';
+import { stopMessage } from '../../coordinator/mesh/worker-processes.ts';
 import { createLog } from '../../coordinator/observe/log.ts';
 import { loadAddon } from '../../kernels/index.ts';
 import { defaultCacheDirectory } from '../../kernels/model-file/cache-directory.ts';
@@ -88,9 +89,9 @@ async function runWorker({ nats, credentials: file, cores, localModel, logLevel 
     log: (level, name, fields) => log[level](fields, name),
     logSteps: log.isLevelEnabled('debug'),
   });
-  process.once('SIGTERM', () => void stop(0));
-  process.once('SIGINT', () => void (process.channel ? undefined : stop(0)));
-  // Started by `serve`: when that process is gone, however it went, so is this one.
+  // Started by `serve`: it decides when this ends, and when that process is gone, however it went, so is this one.
+  process.on('message', (message) => void (message === stopMessage && stop(0)));
   process.once('disconnect', () => process.exit(exitLostParent));
+  for (const signal of ['SIGTERM', 'SIGINT'] as const) process.on(signal, () => void (process.channel ? undefined : stop(0)));
   await new Promise(() => undefined);
 }

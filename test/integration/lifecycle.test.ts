@@ -62,6 +62,22 @@ describe('a local mesh', () => {
     await nothingLeft(marked, 500);
   });
 
+  it('lifecycle - SIGINT to the whole process group, twice as under npm, lets a running stream finish all the same', async () => {
+    served = await startServe(['--tp', '2', ...small], { env: marked.env, detached: true });
+    const stream = await openStream(served, { ...long, max_tokens: 60 });
+    await stream.reached(3);
+    const group = served.child.pid ?? 0;
+    process.kill(-group, 'SIGINT');
+    process.kill(-group, 'SIGINT');
+    // What an init system that ends a whole control group sends to each worker besides.
+    for (const event of served.events('worker_started')) signal(Number(event['pid']), 'SIGTERM');
+    expect(await stream.ended).toEqual({ done: true });
+    expect(stream.finishReason()).toBe('length');
+    expect(stream.errors()).toEqual([]);
+    expect(await served.exited).toBe(0);
+    await nothingLeft(marked, 500);
+  });
+
   it('lifecycle - SIGKILL of serve leaves no process, no temporary folder and no shared memory', async () => {
     served = await startServe(['--tp', '2', ...small], { env: marked.env });
     const stream = await openStream(served, long);
