@@ -1,6 +1,6 @@
 import { defineConfig } from 'vitest/config';
 
-/** Each project is one kind of test; `npm test` runs all but `models`, `matrix` and `long`. See ARCHITECTURE.md, "Tests". */
+/** Each project is one kind of test; `npm test` runs all but `models`, `matrix`, `long` and `hosts`. See ARCHITECTURE.md, "Tests". */
 const project = (name: string, include: string[], testTimeout: number) => ({
   test: { name, include, testTimeout, hookTimeout: testTimeout, exclude: ['dist/**', 'node_modules/**'], pool: 'forks' as const },
 });
@@ -16,6 +16,7 @@ export default defineConfig({
       project('models', ['test/models/**/*.test.ts'], 1_200_000),
       project('matrix', ['test/matrix/**/*.test.ts'], 3_600_000),
       project('long', ['test/long/**/*.test.ts'], 1_200_000),
+      project('hosts', ['test/hosts/**/*.test.ts'], 300_000),
       project('gpu', ['test/gpu/**/*.test.ts'], 600_000),
     ],
   },

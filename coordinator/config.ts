@@ -1,4 +1,5 @@
 /** What a coordinator is started with: checked by the command line, frozen, and never read from the environment below this point. */
+import type { Address } from '../protocol/addresses.ts';
 import type { Credentials } from '../protocol/credentials.ts';
 import type { LinkDriver } from '../protocol/placement.ts';
 import type { CutShares } from '../kernels/programs/units.ts';
@@ -16,6 +17,10 @@ export interface CoordinatorConfig {
   http: { host: string; port: number; apiKeys: string[] };
   /** A running broker and who we are on it; null: a private broker and local workers. */
   broker: Credentials | null;
+  /** Workers of other hosts may join: where they reach this host (three ports from `port` on), and the folder that remembers the mesh. */
+  hosts: { address: Address; meshFolder: string } | null;
+  /** Seats that local workers take; null: all. */
+  localWorkers: number | null;
   /** Logical cores that local workers may compute on; null: all this process may use. */
   cores: number[] | null;
   stepTokensMax: number;

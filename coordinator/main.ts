@@ -1,6 +1,7 @@
 /** Wires a coordinator together: model, broker, mesh, engine, HTTP, local workers. Decides nothing itself. */
 import { randomBytes } from 'node:crypto';
 import { availableParallelism } from 'node:os';
+import type { Address } from '../protocol/addresses.ts';
 import { openModel } from '../kernels/model-file/model-file.ts';
 import { ShardmeshError } from '../protocol/errors.ts';
 import { newMeshId, newPlacementId, newWorkerId, type MeshId, type PlacementId, type WorkerId } from '../protocol/ids.ts';
@@ -8,6 +9,9 @@ import { protocolVersionMax, protocolVersionMin } from '../protocol/limits.ts';
 import { TraceRecorder } from '../protocol/trace.ts';
 import { connectNats } from '../protocol/nats-transport.ts';
 import { meshSubjects } from '../protocol/subjects.ts';
+import { admitHosts } from './authority/admit-hosts.ts';
+import { checkFolderIsFree } from './authority/control-socket.ts';
+import { MeshAuthority } from './authority/mesh-authority.ts';
 import type { CoordinatorConfig } from './config.ts';
 import { ShardmeshEngine } from './engine/engine.ts';
 import { createHttpServer, type HttpServer } from './http/server.ts';
@@ -84,8 +88,10 @@ async function start(
 
   const { tensorParallel, pipelineParallel, activations, kvType, contextTokensMax } = config;
   // The broker and the worker processes start while the model is read; workers that join before the mesh listens are asked again.
-  const placementId = config.broker?.placements[0] ?? newPlacementId();
-  const meshId = config.broker?.mesh ?? newMeshId();
+  if (config.hosts) await checkFolderIsFree(config.hosts.meshFolder);
+  const authority = config.hosts && MeshAuthority.open(config.hosts.meshFolder);
+  const placementId = config.broker?.placements[0] ?? authority?.placement ?? newPlacementId();
+  const meshId = config.broker?.mesh ?? authority?.mesh ?? newMeshId();
   const seatCount = tensorParallel.count * pipelineParallel.count;
   const cores = config.cores ?? availableCores();
   const spin = seatCount <= cores.length;
@@ -94,9 +100,10 @@ async function start(
     ? null
     : await startLocal({
         config,
+        authority,
         meshId,
         placementId,
-        seatCount,
+        workerCount: config.localWorkers ?? seatCount,
         cores,
         event,
         cleanup,
@@ -127,12 +134,16 @@ async function start(
     cleanup.add(await claimMesh({ transport, subject, id: randomBytes(8).toString('hex'), onLost: onFatal }));
   }
 
-  const weights = new WeightServer(credentials.secret, {
-    onSent: (sent) => event('slice_sent', sent),
-    onRefused: (refused) => event('slice_refused', refused),
-  });
+  const { secret, tls } = credentials;
+  const weights = new WeightServer(
+    { secret, mesh: meshId, tls },
+    {
+      onSent: (sent) => event('slice_sent', sent),
+      onRefused: (refused) => event('slice_refused', refused),
+    },
+  );
   for (const seat of plan.seats) weights.offer(seat.slice, config.modelPath);
-  const weightsAddress = await weights.listen();
+  const weightsAddress = await weights.listen(config.hosts ? portFrom(config.hosts.address, 2) : {});
   cleanup.add(() => weights.close());
 
   const seatPlan = ({ stage, rank }: { stage: number; rank: number }) => {
@@ -145,6 +156,7 @@ async function start(
     transport,
     recorder,
     meshId,
+    revoked: authority?.revoked() ?? [],
     onFatal,
     event,
     mesh: {
@@ -191,6 +203,18 @@ async function start(
     );
     cleanup.add(stopWatch);
   }
+  if (local && authority && config.hosts)
+    cleanup.add(
+      await admitHosts({
+        authority,
+        folder: config.hosts.meshFolder,
+        address: portFrom(config.hosts.address, 1),
+        broker: local.broker,
+        weights,
+        service,
+        log,
+      }),
+    );
 
   const engine = new ShardmeshEngine({
     text,
@@ -267,36 +291,47 @@ async function start(
   };
 }
 
+/** NATS listens on the advertised port, enrollment on the next, the weight server on the one after. */
+const portFrom = ({ host, port }: Address, offset: number): Address => ({ host, port: port + offset });
+
 interface LocalOptions {
   config: CoordinatorConfig;
+  authority: MeshAuthority | null;
   meshId: MeshId;
   placementId: PlacementId;
-  seatCount: number;
+  workerCount: number;
   cores: readonly number[];
   event: (name: string, fields: Record<string, unknown>) => void;
   cleanup: Cleanup;
   onWorkerExit: (worker: WorkerId, cause: string) => void;
 }
 
-/** A private broker, and one worker process a seat. */
+/** A private broker, and the local worker processes. */
 async function startLocal(options: LocalOptions): Promise<{ broker: Broker; workers: WorkerProcesses }> {
-  const { config, meshId, placementId, seatCount, cores, event, cleanup, onWorkerExit } = options;
-  const ids = Array.from({ length: seatCount }, () => newWorkerId());
+  const { config, authority, meshId, placementId, workerCount, cores, event, cleanup, onWorkerExit } = options;
+  const ids = Array.from({ length: workerCount }, () => newWorkerId());
   const broker = await startBroker({
     server: await findNatsServer(),
     mesh: meshId,
     workers: ids,
     placements: [placementId],
+    ...(authority &&
+      config.hosts && {
+        listener: { ...config.hosts.address, identityOf: (name) => authority.identityOf(name) },
+        secret: authority.secret,
+        enrolled: authority.workers.filter(({ revokedAt }) => revokedAt === null),
+      }),
     onEvent: ({ type, ...fields }) => event(`broker_${type}`, fields),
   });
   cleanup.add(() => broker.stop());
-  const shares = coreShares(cores, seatCount);
+  const shares = coreShares(cores, workerCount);
   const workers = new WorkerProcesses({
     module: config.workerModule,
     workers: ids.map((worker, index) => ({
       worker,
       args: [
         ...['worker', '--credentials', broker.credentialsFile(worker), '--log-level', config.logLevel],
+        ...(config.hosts ? ['--advertise', config.hosts.address.host] : []),
         ...(shares ? ['--cores', (shares[index] ?? []).join(',')] : []),
       ],
     })),

@@ -1,15 +1,18 @@
 /**
- * Credential files: who a process is on the broker, and the secret of its mesh for gRPC links. Written 0600, and a file that others can read is refused.
+ * Credential files: who a process is on the broker and, where a mesh has more than one host, its certificate; and the secret of its mesh for gRPC links.
+ * Written 0600, and a file that others can read is refused.
  * `shardmesh worker --credentials FILE` and `shardmesh serve --nats URL --credentials FILE` read them.
  */
+import { createPrivateKey, X509Certificate } from 'node:crypto';
 import { closeSync, constants, fstatSync, openSync, readFileSync, unlinkSync, writeSync } from 'node:fs';
 import { ShardmeshError } from './errors.ts';
+import type { TlsIdentity } from './tls.ts';
 import { isId, type MeshId, type PlacementId, type WorkerId } from './ids.ts';
 
 export interface Credentials {
   version: 1;
   role: 'coordinator' | 'worker' | 'system';
-  /** nats://host:port */
+  /** nats://host:port, or tls://host:port */
   url: string;
   /** `server_name` that the broker must have; null = any. Tells a stranger's server on the same port from ours. */
   serverName: string | null;
@@ -23,6 +26,8 @@ export interface Credentials {
   worker: WorkerId | null;
   /** The placements whose plans the broker lets workers read: a coordinator picks one of these, so that permissions need no change. */
   placements: PlacementId[];
+  /** Certificate of the mesh's authority, own certificate, own key; null: this mesh stays on one host, in plaintext on loopback. */
+  tls: TlsIdentity | null;
 }
 
 const fileBytesMax = 64 * 1024;
@@ -75,9 +80,9 @@ function checkCredentials(path: string, text: string): Credentials {
   }
   if (typeof value !== 'object' || value === null || Array.isArray(value)) return fail('it does not hold an object');
   const fields = value as Record<string, unknown>;
-  const known = ['version', 'role', 'url', 'serverName', 'nkey', 'seed', 'mesh', 'secret', 'worker', 'placements'];
+  const known = ['version', 'role', 'url', 'serverName', 'nkey', 'seed', 'mesh', 'secret', 'worker', 'placements', 'tls'];
   for (const name of Object.keys(fields)) if (!known.includes(name)) fail(`unknown key ${JSON.stringify(name.slice(0, 40))}`);
-  const { version, role, url, serverName, nkey, seed, mesh, secret, worker, placements } = fields;
+  const { version, role, url, serverName, nkey, seed, mesh, secret, worker, placements, tls = null } = fields;
   if (version !== 1) return fail('version must be 1');
   if (role !== 'coordinator' && role !== 'worker' && role !== 'system') return fail('role must be coordinator, worker or system');
   if (typeof url !== 'string' || !/^(nats|tls):\/\/[^\s/@]{1,260}$/.test(url)) return fail('url must be nats://host:port');
@@ -90,6 +95,10 @@ function checkCredentials(path: string, text: string): Credentials {
   if (role === 'worker' ? !isId(worker) : worker !== null) return fail('worker must be an id for a worker, else null');
   if (!Array.isArray(placements) || placements.length > 1_024 || !placements.every(isId))
     return fail('placements must be a list of ids');
+  if (tls !== null && !isTlsIdentity(tls))
+    return fail(
+      'tls must be null, or the PEM texts authority, certificate and key, the certificate by that authority and for that key',
+    );
   return {
     version,
     role,
@@ -101,5 +110,19 @@ function checkCredentials(path: string, text: string): Credentials {
     secret,
     worker: worker as WorkerId | null,
     placements: placements as PlacementId[],
+    tls,
   };
+}
+
+/** Three texts that fit each other. Whether they are still valid is for whoever uses them to say. */
+function isTlsIdentity(value: unknown): value is TlsIdentity {
+  const { authority, certificate, key, ...others } = value as Record<string, unknown>;
+  if (typeof authority !== 'string' || typeof certificate !== 'string' || typeof key !== 'string') return false;
+  if (Object.keys(others).length > 0) return false;
+  try {
+    const own = new X509Certificate(certificate);
+    return own.verify(new X509Certificate(authority).publicKey) && own.checkPrivateKey(createPrivateKey(key));
+  } catch {
+    return false;
+  }
 }

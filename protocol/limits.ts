@@ -45,6 +45,8 @@ export const meshLimits = {
   stagesMax: 64,
   ranksMax: 16,
   workersMax: 256,
+  /** Revoked workers whose certificates are not over yet. */
+  revokedMax: 4_096,
   layersMax: 1_024,
   unitsMax: 1 << 20,
   coresMax: 1_024,
@@ -115,6 +117,20 @@ export const traceLimits = {
   namesMax: 256,
   clockRounds: 9,
   answerTimeoutMs: 5_000,
+} as const;
+
+/** Enrollment of workers on other hosts. */
+export const enrollmentLimits = {
+  minutesMax: 15,
+  /** Tokens that may be open at a time, and that are remembered once they are not, for a better answer than "unknown". */
+  openTokensMax: 64,
+  rememberedTokensMax: 256,
+  /** Wrong secrets for one token before it is void; requests of everybody a minute. */
+  attemptsMax: 5,
+  requestsPerMinuteMax: 60,
+  bodyBytesMax: 8 * KiB,
+  connectionsMax: 32,
+  timeoutMs: 10_000,
 } as const;
 
 /** Timers of the control plane, milliseconds. Clocks are monotonic. */

@@ -41,6 +41,7 @@ import type {
   ProbeResult,
   Rejoin,
   Release,
+  Revoked,
   ShardReady,
   Trace,
   TraceClock,
@@ -414,6 +415,7 @@ const coordinatorChecks: Checks<CoordinatorMessage> = {
     ),
   }),
   release: record<Release>({ type: type('release'), epoch }),
+  revoked: record<Revoked>({ type: type('revoked'), workers: list(id, meshLimits.revokedMax) }),
   rejoin: record<Rejoin>({ type: type('rejoin') }),
   drain: record<Drain>({ type: type('drain') }),
   probe: record<Probe>({

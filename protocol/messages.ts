@@ -151,6 +151,12 @@ export interface Release {
   epoch: number;
 }
 
+/** Coordinator -> worker, at its join and whenever there is one more: workers whose access was taken away. Streams with them end, none is taken from them. */
+export interface Revoked {
+  type: 'revoked';
+  workers: string[];
+}
+
 /** Coordinator -> worker: send `join` again. */
 export interface Rejoin {
   type: 'rejoin';
@@ -222,5 +228,5 @@ export type WorkerMessage =
   | TraceClock
   | TraceSpans
   | StepResult;
-export type CoordinatorMessage = Assign | Connect | Release | Rejoin | Drain | Probe | Trace | StepPlans;
+export type CoordinatorMessage = Assign | Connect | Release | Revoked | Rejoin | Drain | Probe | Trace | StepPlans;
 export type Message = WorkerMessage | CoordinatorMessage;

@@ -7,11 +7,15 @@ import {
   connect,
   nkeyAuthenticator,
   PermissionViolationError,
+  type ConnectionOptions,
   type NatsConnection,
   type Status,
   type Subscription,
 } from 'nats';
+import { isLoopback, parseAddress } from './addresses.ts';
 import type { Credentials } from './credentials.ts';
+import type { MeshId } from './ids.ts';
+import { brokerName, tlsVersionMin, type TlsIdentity } from './tls.ts';
 import { ShardmeshError } from './errors.ts';
 import { messageLimits, meshTimers } from './limits.ts';
 import { inboxPrefix } from './subjects.ts';
@@ -19,7 +23,7 @@ import { serverAdvice } from './nats-version.ts';
 import type { MessageHandler, Transport, TransportCounters, TransportEvent, TransportSubscription } from './transport.ts';
 
 export interface NatsTransportOptions {
-  credentials: Pick<Credentials, 'url' | 'serverName' | 'seed' | 'role' | 'worker'>;
+  credentials: Pick<Credentials, 'url' | 'serverName' | 'seed' | 'role' | 'worker' | 'mesh' | 'tls'>;
   /** In the server's logs; must tell processes apart. */
   name: string;
   /** Keep trying to reach the server for this long at the start; 0 = one try. */
@@ -29,10 +33,12 @@ export interface NatsTransportOptions {
 /**
  * Connects, checks that the server is the one meant, and stays connected from then on: endless reconnects, 100 to 250 ms apart.
  *
- * @throws {ShardmeshError} `broker_lost`: not reachable within `patienceMs`; `broker_refused`: it does not know these credentials, or it is another server
+ * @throws {ShardmeshError} `broker_lost`: not reachable within `patienceMs`; `broker_refused`: it does not know these credentials, or it is another server;
+ *   `config_invalid`: plaintext beyond loopback
  */
 export async function connectNats(options: NatsTransportOptions): Promise<NatsTransport> {
   const { credentials, name, patienceMs = 0 } = options;
+  checkEncrypted(credentials);
   const until = performance.now() + patienceMs;
   for (;;) {
     try {
@@ -45,6 +51,13 @@ export async function connectNats(options: NatsTransportOptions): Promise<NatsTr
           `the NATS server at ${credentials.url} refused the credentials of this ${credentials.role}; are they of another mesh, or revoked?`,
           { cause: error },
         );
+      const tlsTrouble = tlsTroubleOf(error);
+      if (tlsTrouble)
+        throw new ShardmeshError(
+          'broker_refused',
+          `the NATS server at ${credentials.url} and this ${credentials.role} do not trust each other: ${tlsTrouble}`,
+          { cause: error },
+        );
       if (performance.now() >= until)
         throw new ShardmeshError('broker_lost', `no NATS server answers at ${credentials.url}: ${(error as Error).message}`, {
           cause: error,
@@ -52,6 +65,28 @@ export async function connectNats(options: NatsTransportOptions): Promise<NatsTr
       await new Promise((resolve) => setTimeout(resolve, reconnectDelayMs()));
     }
   }
+}
+
+/** Prompts and activations are data of users: they leave this host encrypted, or not at all. */
+function checkEncrypted({ url, tls, role }: NatsTransportOptions['credentials']): void {
+  const address = parseAddress(url);
+  if (!address)
+    throw new ShardmeshError('config_invalid', `${url} is not the address of a NATS server; nats://host:port is needed`);
+  if (tls === null && !isLoopback(address.host))
+    throw new ShardmeshError(
+      'config_invalid',
+      `${url} is beyond loopback and the credentials of this ${role} hold no certificate: plaintext is refused there. Enroll this host: run \`shardmesh enroll\` where the coordinator runs`,
+    );
+}
+
+/** What is wrong between two ends that reached each other but do not agree on TLS; null for any other trouble. */
+function tlsTroubleOf(error: unknown): string | null {
+  for (let one: unknown = error; one instanceof Error; one = one.cause) {
+    const { code = '' } = one as NodeJS.ErrnoException;
+    if (/^(ERR_TLS|ERR_SSL|CERT_|UNABLE_TO_|SELF_SIGNED|DEPTH_ZERO|INVALID_|EPROTO)/.test(code))
+      return `${one.message} (${code})`;
+  }
+  return null;
 }
 
 const dial = (credentials: NatsTransportOptions['credentials'], name: string): Promise<NatsConnection> =>
@@ -69,7 +104,20 @@ const dial = (credentials: NatsTransportOptions['credentials'], name: string): P
     ignoreClusterUpdates: true,
     noAsyncTraces: true,
     resolve: false,
+    ...(credentials.tls && { tls: tlsOptions(credentials.tls, credentials.mesh) }),
   });
+
+/** The handshake comes before the server's first word (`handshake_first`), so that nothing of it can be forged. The library hands all of this to Node. */
+const tlsOptions = ({ authority, certificate, key }: TlsIdentity, mesh: MeshId): ConnectionTls => ({
+  handshakeFirst: true,
+  ca: authority,
+  cert: certificate,
+  key,
+  servername: brokerName(mesh),
+  minVersion: tlsVersionMin,
+});
+
+type ConnectionTls = NonNullable<ConnectionOptions['tls']> & { servername: string; minVersion: string };
 
 function reconnectDelayMs(): number {
   const { reconnectMinMs, reconnectMaxMs } = meshTimers;

@@ -5,6 +5,7 @@
 import type { ExecutorCallbacks, NativeAddon, PeerAddress, StepDone } from '../kernels/binding-types.ts';
 import type { Credentials } from '../protocol/credentials.ts';
 import { ShardmeshError, toShardmeshError } from '../protocol/errors.ts';
+import type { GrpcListener } from '../protocol/grpc/index.ts';
 import type { PlacementId, WorkerId } from '../protocol/ids.ts';
 import { meshTimers, protocolVersionMax, protocolVersionMin } from '../protocol/limits.ts';
 import { decodeCoordinatorMessage, encodeMessage } from '../protocol/message-codec.ts';
@@ -41,6 +42,8 @@ export interface WorkerOptions {
   cores: number[];
   threads: number;
   openSlice: LoadShardOptions['openSlice'];
+  /** Of the gRPC server: where peers reach this worker, and its certificate. */
+  listener: GrpcListener;
   /** The worker cannot go on at all (credentials, permissions). */
   onFatal(error: Error): void;
   log(level: 'debug' | 'info' | 'warn' | 'error', event: string, fields: Record<string, unknown>): void;
@@ -90,7 +93,13 @@ export class ShardWorker {
   static async start(options: WorkerOptions): Promise<ShardWorker> {
     const { mesh, secret, worker: id } = options.credentials;
     if (id === null) throw new ShardmeshError('config_invalid', 'these credentials are not those of a worker');
-    const links = await WorkerLinks.open({ mesh, worker: id, secret, transport: options.frameTransport });
+    const links = await WorkerLinks.open({
+      mesh,
+      worker: id,
+      secret,
+      transport: options.frameTransport,
+      listener: options.listener,
+    });
     const worker = new ShardWorker(options, id, links);
     await options.transport.subscribe(worker.#subjects.controls(id), (bytes) => worker.#receive(bytes));
     options.transport.onEvent((event) => {
@@ -157,6 +166,9 @@ export class ShardWorker {
         return this.#connect(message);
       case 'release':
         return this.#release(message);
+      case 'revoked':
+        for (const worker of message.workers) this.#links.refuseWorker(worker);
+        return;
       case 'rejoin':
         return this.#join();
       case 'drain':

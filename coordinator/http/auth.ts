@@ -11,8 +11,8 @@ const loopbackNames = new Set(['localhost', '127.0.0.1', '[::1]']);
 export interface AuthOptions {
   /** Empty: no key is needed (loopback only). */
   apiKeys: readonly string[];
-  /** Host names that are answered besides the loopback ones. */
-  hosts: readonly string[];
+  /** Host names that are answered besides the loopback ones; null: all (a key is needed, so a page that rebinds a name gains nothing). */
+  hosts: readonly string[] | null;
   /** Origins of web pages that may call. */
   origins: readonly string[];
 }
@@ -21,7 +21,7 @@ const digest = (key: string): Buffer => createHash('sha256').update(key).digest(
 
 export class Auth {
   readonly #keys: { id: string; sha256: Buffer }[];
-  readonly #hosts: Set<string>;
+  readonly #hosts: Set<string> | null;
   readonly #origins: Set<string>;
 
   constructor({ apiKeys, hosts, origins }: AuthOptions) {
@@ -29,7 +29,7 @@ export class Auth {
       const sha256 = digest(key);
       return { id: sha256.toString('hex').slice(0, 16), sha256 };
     });
-    this.#hosts = new Set([...loopbackNames, ...hosts.map((host) => host.toLowerCase())]);
+    this.#hosts = hosts && new Set([...loopbackNames, ...hosts.map((host) => host.toLowerCase())]);
     this.#origins = new Set(origins);
   }
 
@@ -40,7 +40,8 @@ export class Auth {
    */
   check(route: string | undefined, headers: Record<string, string | string[] | undefined>): string {
     const host = String(headers['host'] ?? '').toLowerCase();
-    if (!this.#hosts.has(host.replace(/:\d+$/, ''))) throw new ShardmeshError('forbidden', 'This Host is not served here.');
+    if (this.#hosts && !this.#hosts.has(host.replace(/:\d+$/, '')))
+      throw new ShardmeshError('forbidden', 'This Host is not served here.');
     const origin = headers['origin'];
     if (origin !== undefined && !this.#origins.has(String(origin)))
       throw new ShardmeshError('forbidden', 'Requests from this Origin are not allowed.');

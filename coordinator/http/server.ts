@@ -8,6 +8,7 @@ import fastify, {
 } from 'fastify';
 import type { ServerResponse } from 'node:http';
 import type { AddressInfo } from 'node:net';
+import { isLoopback } from '../../protocol/addresses.ts';
 import { ShardmeshError } from '../../protocol/errors.ts';
 import { newRequestId } from '../../protocol/ids.ts';
 import { httpLimits } from '../../protocol/limits.ts';
@@ -102,8 +103,6 @@ export function checkModel(model: ServedModel, name: string): void {
   });
 }
 
-const isLoopback = (host: string): boolean => host === 'localhost' || host === '::1' || /^127\./.test(host);
-
 /** Fastify says nothing of its own but warnings and errors: the lines of a request are ours, and whoever starts the server says where it listens. */
 class RequestLogController extends LogController {
   constructor() {
@@ -126,7 +125,8 @@ const quietLog = (log: FastifyBaseLogger): FastifyBaseLogger => ({
 });
 
 function buildApp(options: HttpServerOptions, isDraining: () => boolean): FastifyInstance {
-  const auth = new Auth({ apiKeys: options.apiKeys, hosts: options.allowedHosts ?? [], origins: options.allowedOrigins ?? [] });
+  const hosts = isLoopback(options.host) ? (options.allowedHosts ?? []) : null;
+  const auth = new Auth({ apiKeys: options.apiKeys, hosts, origins: options.allowedOrigins ?? [] });
   const limits = timeLimits(options);
   const responses = new OpenResponses();
   const observe = (request: FastifyRequest, status: number): void => {

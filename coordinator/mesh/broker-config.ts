@@ -24,8 +24,19 @@ export interface BrokerUser {
   permissions: Permissions;
 }
 
+/** Files of the server's own certificate and key, and of the authority that clients must have theirs from. */
+export interface BrokerTls {
+  authorityFile: string;
+  certificateFile: string;
+  keyFile: string;
+}
+
 export interface BrokerConfig {
   serverName: string;
+  /** Address to listen on. */
+  host: string;
+  /** null: plaintext, which is for loopback. */
+  tls: BrokerTls | null;
   /** -1: a free port, written into `portsDirectory`. */
   port: number;
   portsDirectory: string;
@@ -36,7 +47,7 @@ export interface BrokerConfig {
 export function brokerConfigText(config: BrokerConfig): string {
   return [
     `server_name: ${quote(config.serverName)}`,
-    `host: "127.0.0.1"`,
+    `host: ${quote(config.host)}`,
     `port: ${config.port}`,
     `ports_file_dir: ${quote(config.portsDirectory)}`,
     `max_payload: ${messageLimits.payloadBytesMax}`,
@@ -46,6 +57,7 @@ export function brokerConfigText(config: BrokerConfig): string {
     `ping_interval: "${meshTimers.pingIntervalMs}ms"`,
     `ping_max: ${meshTimers.pingOutMax}`,
     `max_connections: 2048`,
+    ...(config.tls ? tlsLines(config.tls) : []),
     `system_account: ${systemAccount}`,
     `accounts {`,
     `  ${meshAccount} {`,
@@ -58,6 +70,19 @@ export function brokerConfigText(config: BrokerConfig): string {
     '',
   ].join('\n');
 }
+
+/** Mutual TLS 1.3 before the first word of the protocol: a client in plaintext, or without a certificate of this authority, gets nothing. */
+const tlsLines = ({ authorityFile, certificateFile, keyFile }: BrokerTls): string[] => [
+  `tls {`,
+  `  ca_file: ${quote(authorityFile)}`,
+  `  cert_file: ${quote(certificateFile)}`,
+  `  key_file: ${quote(keyFile)}`,
+  `  verify: true`,
+  `  min_version: "1.3"`,
+  `  handshake_first: true`,
+  `  timeout: 5`,
+  `}`,
+];
 
 function userLines(users: BrokerUser[]): string[] {
   return [

@@ -12,16 +12,19 @@ import { spawn, type ChildProcess } from 'node:child_process';
 import { randomBytes } from 'node:crypto';
 import { chmodSync, mkdtempSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs';
 import { createConnection } from 'node:net';
+import { connect as connectTls } from 'node:tls';
 import { tmpdir } from 'node:os';
 import type { Writable } from 'node:stream';
 import { join } from 'node:path';
+import { addressText, listenHost, type Address } from '../../protocol/addresses.ts';
 import type { Credentials } from '../../protocol/credentials.ts';
 import { writeCredentials } from '../../protocol/credentials.ts';
 import { ShardmeshError } from '../../protocol/errors.ts';
 import { newWorkerId, type MeshId, type PlacementId, type WorkerId } from '../../protocol/ids.ts';
 import { meshSubjects, systemPermissions } from '../../protocol/subjects.ts';
 import { serverAdvice } from '../../protocol/nats-version.ts';
-import { brokerConfigText, newUser, type User } from './broker-config.ts';
+import { brokerName, coordinatorName, secureContextOf, workerName, type TlsIdentity } from '../../protocol/tls.ts';
+import { brokerConfigText, newUser, type BrokerTls, type User } from './broker-config.ts';
 import type { NatsServer } from './nats-server.ts';
 
 export type BrokerEvent =
@@ -41,11 +44,25 @@ export interface BrokerOptions {
   /** Placements whose plans the workers may read; more by `addPlacement`. */
   placements: PlacementId[];
   onEvent: (event: BrokerEvent) => void;
+  /** For workers on other hosts; absent: a free port of loopback, in plaintext. */
+  listener?: BrokerListener;
+  /** Of the mesh, where it outlives the broker; absent: a new one. */
+  secret?: string;
+  /** Workers of other hosts and their public nkeys; more by `addEnrolled`. */
+  enrolled?: { worker: WorkerId; nkey: string }[];
   /** Where the private folder is made. */
   temporaryDirectory?: string;
   backoffBaseMs?: number;
   backoffMaxMs?: number;
   startTimeoutMs?: number;
+}
+
+export interface BrokerListener {
+  /** As workers on other hosts reach it. */
+  host: string;
+  port: number;
+  /** Certificate and key for a process of this host, by its name in the mesh. */
+  identityOf(name: string): TlsIdentity;
 }
 
 const pollMs = 15;
@@ -86,12 +103,16 @@ export class Broker {
   readonly directory: string;
   readonly serverName: string;
   /** 256 bits, for gRPC links between the processes of this mesh. */
-  readonly secret = randomBytes(32).toString('base64url');
+  readonly secret: string;
   readonly #options: BrokerOptions;
   readonly #placements: PlacementId[];
   readonly #coordinator = newUser();
   readonly #system = newUser();
   readonly #workers = new Map<WorkerId, User>();
+  /** Their seeds are on their own hosts. */
+  readonly #enrolled = new Map<WorkerId, string>();
+  readonly #listener: BrokerListener | null;
+  readonly #identity: TlsIdentity | null;
   #child: ChildProcess | null = null;
   #port = -1;
   /** Port in the configuration of the running server: a reload must not change it. */
@@ -110,15 +131,35 @@ export class Broker {
     this.#placements = [...options.placements];
     this.directory = directory;
     this.serverName = `shardmesh-${options.mesh}`;
+    this.secret = options.secret ?? randomBytes(32).toString('base64url');
     for (const worker of options.workers) this.#workers.set(worker, newUser());
+    for (const { worker, nkey } of options.enrolled ?? []) this.#enrolled.set(worker, nkey);
+    this.#listener = options.listener ?? null;
+    this.#identity = this.#listener?.identityOf(brokerName(options.mesh)) ?? null;
+    this.#port = this.#listener?.port ?? -1;
   }
 
   get port(): number {
     return this.#port;
   }
 
+  /** For processes of this host. */
   get url(): string {
-    return `nats://127.0.0.1:${this.#port}`;
+    return `${this.#identity ? 'tls' : 'nats'}://${addressText({ host: this.#localHost, port: this.#port })}`;
+  }
+
+  /** For workers of other hosts. */
+  get advertisedUrl(): string {
+    return this.#listener ? `tls://${addressText({ host: this.#listener.host, port: this.#port })}` : this.url;
+  }
+
+  get #listenHost(): string {
+    return listenHost(this.#listener?.host ?? '127.0.0.1');
+  }
+
+  get #localHost(): string {
+    const host = this.#listenHost;
+    return host === '0.0.0.0' ? '127.0.0.1' : host === '::' ? '::1' : host;
   }
 
   /** Of the server, not of its guard; null while it is down. */
@@ -132,6 +173,7 @@ export class Broker {
 
   async start(): Promise<void> {
     const advice = serverAdvice(this.version);
+    if (advice && this.#listener) throw new ShardmeshError('config_invalid', `--advertise lets other hosts in, and ${advice}`);
     if (advice) this.#options.onEvent({ type: 'warning', message: advice });
     await this.#launch();
     for (const worker of this.#workers.keys()) writeCredentials(this.credentialsFile(worker), this.credentialsOf(worker));
@@ -161,7 +203,14 @@ export class Broker {
   /** The worker whose public key this is, as the broker's own events name their client; null = the coordinator, or nobody known. */
   workerOf(nkey: string): WorkerId | null {
     for (const [worker, user] of this.#workers) if (user.nkey === nkey) return worker;
+    for (const [worker, own] of this.#enrolled) if (own === nkey) return worker;
     return null;
+  }
+
+  /** Lets a worker of another host in, by its public nkey. */
+  async addEnrolled(worker: WorkerId, nkey: string): Promise<void> {
+    this.#enrolled.set(worker, nkey);
+    await this.#reload();
   }
 
   /** Adds a user for one more worker while the server runs. Connections of others are not disturbed. */
@@ -177,7 +226,7 @@ export class Broker {
 
   /** Takes a worker's access away; the server cuts its connection. */
   async removeWorker(worker: WorkerId): Promise<void> {
-    if (!this.#workers.delete(worker)) return;
+    if (!this.#workers.delete(worker) && !this.#enrolled.delete(worker)) return;
     rmSync(this.credentialsFile(worker), { force: true });
     await this.#reload();
   }
@@ -197,7 +246,7 @@ export class Broker {
   async replaceIfFrozen(): Promise<void> {
     const child = this.#child;
     if (!child || !isRunning(child) || this.#stopping || this.#restarting || this.#startedAt === 0) return;
-    for (let attempt = 0; attempt < greetingsMax; attempt++) if ((await greeting(this.#port, frozenMs)) !== null) return;
+    for (let attempt = 0; attempt < greetingsMax; attempt++) if ((await this.#greeting(this.#port, frozenMs)) !== null) return;
     if (this.#child !== child || !isRunning(child) || this.#stopping) return;
     const message = `nats-server (process ${child.pid}) runs but has not greeted within ${greetingsMax} times ${frozenMs} ms`;
     this.#options.onEvent({ type: 'frozen', message });
@@ -225,16 +274,18 @@ export class Broker {
   }
 
   #credentials(role: Credentials['role'], user: User, worker: WorkerId | null, placements: PlacementId[]): Credentials {
+    const { mesh } = this.#options;
     return {
       version: 1,
       role,
       url: this.url,
       serverName: this.serverName,
       ...user,
-      mesh: this.#options.mesh,
+      mesh,
       secret: this.secret,
       worker,
       placements: [...placements],
+      tls: this.#listener?.identityOf(worker ? workerName(mesh, worker) : coordinatorName(mesh)) ?? null,
     };
   }
 
@@ -246,11 +297,17 @@ export class Broker {
     const subjects = meshSubjects(this.#options.mesh);
     const text = brokerConfigText({
       serverName: this.serverName,
+      host: this.#listenHost,
+      tls: this.#identity ? this.#writeIdentity(this.#identity) : null,
       port: this.#configuredPort,
       portsDirectory: this.directory,
       meshUsers: [
         { nkey: this.#coordinator.nkey, permissions: subjects.coordinatorPermissions() },
         ...[...this.#workers].map(([worker, { nkey }]) => ({
+          nkey,
+          permissions: subjects.workerPermissions(worker, this.#placements),
+        })),
+        ...[...this.#enrolled].map(([worker, nkey]) => ({
           nkey,
           permissions: subjects.workerPermissions(worker, this.#placements),
         })),
@@ -260,6 +317,19 @@ export class Broker {
     const partial = `${this.#configFile}.partial`;
     writeFileSync(partial, text, { mode: 0o600 });
     renameSync(partial, this.#configFile);
+  }
+
+  #writeIdentity({ authority, certificate, key }: TlsIdentity): BrokerTls {
+    const write = (name: string, text: string): string => {
+      const path = join(this.directory, name);
+      writeFileSync(path, text, { mode: 0o600 });
+      return path;
+    };
+    return {
+      authorityFile: write('authority.pem', authority),
+      certificateFile: write('broker.pem', certificate),
+      keyFile: write('broker.key', key),
+    };
   }
 
   /** One attempt: spawns the server, and resolves when it answers with its name. */
@@ -296,11 +366,16 @@ export class Broker {
     const until = performance.now() + timeoutMs;
     for (;;) {
       if (this.#abort.signal.aborted) throw new ShardmeshError('broker_failed', 'the broker was stopped while it started');
+      if (!isRunning(child) && this.#listener && /address already in use/.test(this.#output))
+        throw new ShardmeshError(
+          'config_invalid',
+          `port ${this.#port} is in use; --advertise ${this.#listener.host}:PORT takes another one and the two after it`,
+        );
       if (!isRunning(child))
         throw new ShardmeshError('broker_failed', `nats-server ended while it started: ${lastLines(this.#output)}`);
       const port = this.#portOf(child.pid);
       // It may have died after its greeting; then the next round says so.
-      if (port !== null && (await greeting(port)) === this.serverName && isRunning(child)) {
+      if (port !== null && (await this.#greeting(port)) === this.serverName && isRunning(child)) {
         this.#port = port;
         return;
       }
@@ -308,6 +383,11 @@ export class Broker {
         throw new ShardmeshError('broker_failed', `nats-server was not ready within ${timeoutMs} ms: ${lastLines(this.#output)}`);
       await sleep(pollMs);
     }
+  }
+
+  #greeting(port: number, timeoutMs = 2_000): Promise<string | null> {
+    const { mesh } = this.#options;
+    return greeting({ host: this.#localHost, port }, this.#identity, brokerName(mesh), timeoutMs);
   }
 
   /** The port the server wrote into its ports file; null until then. */
@@ -383,9 +463,11 @@ const isRunning = (child: ChildProcess): boolean =>
   child.pid !== undefined && child.exitCode === null && child.signalCode === null;
 
 /** The name in a server's first line (INFO); null when nothing there speaks NATS. */
-function greeting(port: number, timeoutMs = 2_000): Promise<string | null> {
+function greeting(address: Address, identity: TlsIdentity | null, name: string, timeoutMs: number): Promise<string | null> {
   return new Promise((resolve) => {
-    const socket = createConnection({ host: '127.0.0.1', port });
+    const socket = identity
+      ? connectTls({ ...address, secureContext: secureContextOf(identity), servername: name })
+      : createConnection(address);
     let text = '';
     const done = (name: string | null): void => {
       socket.destroy();

@@ -19,6 +19,8 @@ export interface MeshServiceOptions {
   meshId: MeshId;
   mesh: MeshOptions;
   recorder?: TraceRecorder;
+  /** Workers whose access was taken away before this start. */
+  revoked?: readonly string[];
   onFatal(error: Error): void;
   event(name: string, fields: Record<string, unknown>): void;
 }
@@ -42,9 +44,11 @@ export class MeshService implements StepTransport, TraceMesh {
   #pingSentAt: number | null = null;
   #pingNotBefore = 0;
   refusedMessages = 0;
+  readonly #revoked: Set<string>;
 
   private constructor(options: MeshServiceOptions) {
     this.#options = options;
+    this.#revoked = new Set(options.revoked);
     this.#recorder = options.recorder ?? new TraceRecorder();
     this.#subjects = meshSubjects(options.meshId);
     this.mesh = new Mesh(options.mesh, {
@@ -155,6 +159,13 @@ export class MeshService implements StepTransport, TraceMesh {
     this.#onTrace = listener;
   }
 
+  /** Takes a worker out of the mesh for good: the epoch ends where it has a seat, and no other worker keeps or takes a stream with it. */
+  revoke(worker: string): void {
+    this.#revoked.add(worker);
+    this.mesh.workerGone(worker, `worker ${worker} was revoked`, performance.now());
+    for (const member of this.mesh.members()) this.#send(member.worker, { type: 'revoked', workers: [worker] });
+  }
+
   /** The broker says that a connection of a worker ended. */
   connectionEnded(worker: WorkerId, reason: string): void {
     const seenAt = this.mesh.members().find((member) => member.worker === worker)?.seenAt;
@@ -197,6 +208,8 @@ export class MeshService implements StepTransport, TraceMesh {
       this.refusedMessages++;
       return;
     }
+    if (this.#revoked.has(worker)) return void this.refusedMessages++;
+    if (message.type === 'join' && this.#revoked.size > 0) this.#send(worker, { type: 'revoked', workers: [...this.#revoked] });
     if (message.type === 'trace_clock' || message.type === 'trace_spans') return this.#onTrace?.(message);
     const step = message.type === 'step_result' ? message.step : 0;
     if (step > 0 && recorder.on) recorder.add('decode result', step, startUs);

@@ -5,8 +5,10 @@
 import { open } from 'node:fs/promises';
 import { status, type handleServerStreamingCall, type Server, type ServerWritableStream } from '@grpc/grpc-js';
 import { sliceParts, type Slice } from '../../kernels/model-file/slice.ts';
-import { authenticate, bindLoopback, createGrpcServer, weightsService } from '../../protocol/grpc/index.ts';
+import { bindGrpc, callingWorker, createGrpcServer, weightsService, type GrpcListener } from '../../protocol/grpc/index.ts';
+import type { MeshId } from '../../protocol/ids.ts';
 import { grpcLimits } from '../../protocol/limits.ts';
+import type { TlsIdentity } from '../../protocol/tls.ts';
 
 export interface WeightServerEvents {
   /** A slice has been sent to its end, or the worker left. */
@@ -20,27 +22,43 @@ interface Offer {
   path: string;
 }
 
+/** What a call must show: the secret of the mesh and, with `tls`, the certificate of the worker it comes from. */
+export interface WeightServerAccess {
+  secret: string;
+  mesh: MeshId;
+  tls: TlsIdentity | null;
+}
+
 type FetchCall = ServerWritableStream<Buffer, Buffer>;
 
 export class WeightServer {
   /** Bytes sent since the start. */
   bytesSent = 0;
-  readonly #secret: string;
+  readonly #access: WeightServerAccess;
+  readonly #calls = new Map<FetchCall, string>();
+  readonly #refusedWorkers = new Set<string>();
   readonly #events: WeightServerEvents;
   readonly #offers = new Map<string, Offer>();
   readonly #server: Server = createGrpcServer();
 
-  constructor(secret: string, events: WeightServerEvents = {}) {
-    if (secret.length < 16) throw new RangeError(`the mesh secret has ${secret.length} characters, limit 16`);
-    this.#secret = secret;
+  constructor(access: WeightServerAccess, events: WeightServerEvents = {}) {
+    if (access.secret.length < 16) throw new RangeError(`the mesh secret has ${access.secret.length} characters, limit 16`);
+    this.#access = access;
     this.#events = events;
     const fetch: handleServerStreamingCall<Buffer, Buffer> = (call) => void this.#serve(call);
     this.#server.addService(weightsService, { Fetch: fetch });
   }
 
   /** @returns host:port for `assign.weightsAddress` */
-  listen(port = 0): Promise<string> {
-    return bindLoopback(this.#server, port);
+  listen(listener: Omit<GrpcListener, 'tls'> = {}): Promise<string> {
+    return bindGrpc(this.#server, { ...listener, tls: this.#access.tls });
+  }
+
+  /** A revoked worker: its running transfers end now, and no other begins. */
+  refuseWorker(worker: string): void {
+    this.#refusedWorkers.add(worker);
+    for (const [call, caller] of this.#calls)
+      if (caller === worker) refuseCall(call, status.PERMISSION_DENIED, 'this worker was revoked');
   }
 
   /** Workers may fetch this slice of the model file at `path` from now on. */
@@ -58,13 +76,14 @@ export class WeightServer {
   }
 
   async #serve(call: FetchCall): Promise<void> {
-    const caller = authenticate(call.metadata, this.#secret)?.caller ?? null;
+    const caller = callingWorker(call, this.#access);
     const refuse = (code: status, reason: string): void => {
       this.#events.onRefused?.({ caller, reason });
-      // As the library wants it: `destroy(error)` would end the call without a status.
-      call.emit('error', Object.assign(new Error(reason), { code, details: reason }));
+      refuseCall(call, code, reason);
     };
-    if (caller === null) return refuse(status.UNAUTHENTICATED, 'the call does not carry the secret of this mesh');
+    if (caller === null)
+      return refuse(status.UNAUTHENTICATED, 'the call does not carry the secret, or the certificate, of a worker of this mesh');
+    if (this.#refusedWorkers.has(caller)) return refuse(status.PERMISSION_DENIED, 'this worker was revoked');
     const request = parseRequest(call.request);
     if (request === null) return refuse(status.INVALID_ARGUMENT, 'a request is {"slice": sha256, "offset": bytes}');
     const offer = this.#offers.get(request.slice);
@@ -72,6 +91,7 @@ export class WeightServer {
     if (request.offset > offer.slice.bytes)
       return refuse(status.OUT_OF_RANGE, `offset ${request.offset} is past the slice's ${offer.slice.bytes} bytes`);
     let bytes = 0;
+    this.#calls.set(call, caller);
     try {
       bytes = await send(call, offer, request.offset, (sent) => (this.bytesSent += sent));
       call.end();
@@ -81,10 +101,17 @@ export class WeightServer {
         status.DATA_LOSS,
         `the model file could not be read: ${(error as NodeJS.ErrnoException).code ?? (error as Error).name}`,
       );
+    } finally {
+      this.#calls.delete(call);
     }
     const complete = request.offset + bytes === offer.slice.bytes;
     this.#events.onSent?.({ caller, slice: request.slice, offset: request.offset, bytes, complete });
   }
+}
+
+/** As the library wants it: `destroy(error)` would end the call without a status. */
+function refuseCall(call: FetchCall, code: status, reason: string): void {
+  call.emit('error', Object.assign(new Error(reason), { code, details: reason }));
 }
 
 function parseRequest(body: Buffer): { slice: string; offset: number } | null {

@@ -67,6 +67,7 @@ export function makeKeys({ workers, natsPort, out }: Values): void {
       secret,
       worker,
       placements: [placement],
+      tls: null,
     });
     return user.nkey;
   };
@@ -81,7 +82,15 @@ export function makeKeys({ workers, natsPort, out }: Values): void {
   const systemUsers = [{ nkey: write('system.json', 'system', null), permissions: systemPermissions() }];
   writeFileSync(
     join(folder, 'nats-server.conf'),
-    brokerConfigText({ serverName, port: natsPort, portsDirectory: folder, meshUsers, systemUsers }),
+    brokerConfigText({
+      serverName,
+      host: '127.0.0.1',
+      tls: null,
+      port: natsPort,
+      portsDirectory: folder,
+      meshUsers,
+      systemUsers,
+    }),
     {
       mode: 0o600,
     },

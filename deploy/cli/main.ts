@@ -9,6 +9,7 @@ const commands: Record<string, () => Promise<Command>> = {
   plan: async () => (await import('./plan.ts')).planCommand(),
   models: async () => (await import('./models.ts')).modelsCommand(),
   trace: async () => (await import('./trace.ts')).traceCommand(),
+  enroll: async () => (await import('./enroll.ts')).enrollCommand(),
   keys: async () => (await import('./keys.ts')).keysCommand(),
   doctor: async () => (await import('./doctor.ts')).doctorCommand(),
 };

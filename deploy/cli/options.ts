@@ -2,7 +2,11 @@
  * Every option of the command line, named once: the same flag means the same in every command. `parse` turns text into a checked value and says what is
  * wrong, the value and the limit.
  */
+import { parseAddress } from '../../protocol/addresses.ts';
 import { InvalidArgumentError, Option, type Command } from 'commander';
+
+/** First of the three ports of `serve --advertise`. */
+export const meshPort = 7422;
 
 const sizes: Record<string, number> = { '': 1, k: 1024, m: 1024 ** 2, g: 1024 ** 3 };
 
@@ -41,6 +45,22 @@ function shares(name: string): (text: string) => Shares {
     }
     return { count: parts.length, parts };
   };
+}
+
+/** As given on the command line: without a port the command has its own. */
+export interface Advertised {
+  host: string;
+  port: number | null;
+}
+
+/** `host`, `host:port` or `[::1]:port`. */
+function advertised(text: string): Advertised {
+  const address = parseAddress(text);
+  const host = address?.host ?? parseAddress(`${text.includes(':') ? `[${text}]` : text}:0`)?.host;
+  // serve takes the two ports after it as well.
+  if (host === undefined || (address?.port ?? 0) > 65_533 || /^(0\.0\.0\.0|::)$/.test(host))
+    throw new InvalidArgumentError('an address that other hosts can reach is needed, e.g. 192.0.2.7 or 192.0.2.7:7500.');
+  return { host, port: address?.port ?? null };
 }
 
 function cores(text: string): number[] {
@@ -82,7 +102,18 @@ const options = {
       .choices(['auto', 'shm', 'grpc', 'nats'])
       .default('auto'),
   port: () => new Option('--port <n>', 'HTTP port (0: any free one)').default(8080).argParser(integer(0, 65535)),
-  host: () => new Option('--host <address>', 'HTTP address; beyond loopback is refused in this version').default('127.0.0.1'),
+  host: () => new Option('--host <address>', 'HTTP address; beyond loopback API keys are needed').default('127.0.0.1'),
+  advertise: () =>
+    new Option(
+      '--advertise <host[:port]>',
+      `how other hosts reach this one: serve lets workers of theirs join (port, default ${meshPort}, and the two after it), a worker is found there by the others (default: any free port)`,
+    ).argParser(advertised),
+  mesh: () =>
+    new Option('--mesh <folder>', 'folder that remembers the mesh of serve --advertise (default: ~/.config/shardmesh/mesh)'),
+  localWorkers: () =>
+    new Option('--local-workers <n>', 'workers started here (default: one for each rank)').argParser(integer(0, 256)),
+  enroll: () =>
+    new Option('--enroll <token>', 'join the mesh of this one-time token, made by `shardmesh enroll`; - reads it from stdin'),
   nats: () => new Option('--nats <url>', 'a running NATS server (default: a private one)'),
   credentials: () => new Option('--credentials <file>', 'credential file for --nats'),
   apiKeys: () =>
@@ -150,6 +181,10 @@ export interface OptionValues {
   link: 'auto' | 'shm' | 'grpc' | 'nats';
   port: number;
   host: string;
+  advertise?: Advertised;
+  mesh?: string;
+  localWorkers?: number;
+  enroll?: string;
   nats?: string;
   credentials?: string;
   apiKeys?: string;

@@ -2,6 +2,7 @@
 import { Command } from 'commander';
 import { readFileSync } from 'node:fs';
 import { availableParallelism } from 'node:os';
+import { resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { startCoordinator, type Coordinator } from '../../coordinator/main.ts';
 import type { CoordinatorConfig } from '../../coordinator/config.ts';
@@ -9,9 +10,11 @@ import { catalogue } from '../../kernels/model-file/catalogue.ts';
 import { defaultCacheDirectory } from '../../kernels/model-file/cache-directory.ts';
 import { readCredentials } from '../../protocol/credentials.ts';
 import { ShardmeshError } from '../../protocol/errors.ts';
+import { isLoopback } from '../../protocol/addresses.ts';
 import { ask } from './ask.ts';
+import { defaultMeshFolder } from './config-directory.ts';
 import { findModel } from './find-model.ts';
-import { addOptions, type OptionName, type OptionValues } from './options.ts';
+import { addOptions, meshPort, type OptionName, type OptionValues } from './options.ts';
 
 const drainGraceMs = 10_000;
 /** Signals this close together are one wish. */
@@ -30,6 +33,9 @@ export const serveOptions: OptionName[] = [
   'apiKeys',
   'nats',
   'credentials',
+  'advertise',
+  'mesh',
+  'localWorkers',
   'cores',
   'stepTokensMax',
   'prefillChunkMax',
@@ -58,6 +64,7 @@ Examples:
   shardmesh serve                                     the default model on one local worker
   shardmesh serve --tp 2 --pp 2                       four local workers
   shardmesh serve --tp 3:2:1 --model model.gguf       three unequal shards
+  shardmesh serve --advertise 192.0.2.1 --local-workers 1 --pp 2      one worker here, one on another host (see shardmesh enroll)
   shardmesh serve --nats nats://127.0.0.1:4222 --credentials coordinator.json --tp 2
 `,
     )
@@ -87,15 +94,26 @@ function readFile(path: string): string {
 }
 
 export async function coordinatorConfig(values: OptionValues): Promise<CoordinatorConfig> {
-  if (!/^(localhost|127\.\d+\.\d+\.\d+|::1)$/.test(values.host))
-    throw new ShardmeshError(
-      'config_invalid',
-      `--host ${values.host}: listening beyond loopback is refused in this version; put a TLS proxy in front`,
-    );
+  const keys = apiKeys(values.apiKeys);
+  if (!isLoopback(values.host) && keys.length === 0)
+    throw new ShardmeshError('config_invalid', `--host ${values.host} is beyond loopback, which needs API keys: --api-keys FILE`);
   if (values.blockTokens % 16 !== 0)
     throw new ShardmeshError('config_invalid', `--block-tokens ${values.blockTokens}: a multiple of 16 is needed`);
   if (values.nats !== undefined && values.credentials === undefined)
     throw new ShardmeshError('config_invalid', '--nats needs --credentials FILE (made by `shardmesh keys`)');
+  if (values.credentials !== undefined && (values.advertise ?? values.localWorkers) !== undefined)
+    throw new ShardmeshError(
+      'config_invalid',
+      '--credentials is for a NATS server that runs already; --advertise and --local-workers are for one of our own',
+    );
+  if (values.advertise === undefined && values.mesh !== undefined)
+    throw new ShardmeshError('config_invalid', '--mesh is for workers of other hosts and needs --advertise ADDRESS');
+  const seats = values.tp.count * values.pp.count;
+  if (values.localWorkers !== undefined && values.localWorkers !== seats && values.advertise === undefined)
+    throw new ShardmeshError(
+      'config_invalid',
+      `--local-workers ${values.localWorkers}: --tp and --pp need ${seats}; workers of other hosts join with --advertise ADDRESS only`,
+    );
   const broker =
     values.credentials === undefined
       ? null
@@ -113,8 +131,15 @@ export async function coordinatorConfig(values: OptionValues): Promise<Coordinat
     executor: values.executor === 'reference' ? 'reference' : 'cpu',
     isa: values.isa === 'auto' ? null : values.isa,
     link: values.link,
-    http: { host: values.host, port: values.port, apiKeys: apiKeys(values.apiKeys) },
+    http: { host: values.host, port: values.port, apiKeys: keys },
     broker,
+    hosts: values.advertise
+      ? {
+          address: { host: values.advertise.host, port: values.advertise.port ?? meshPort },
+          meshFolder: resolve(values.mesh ?? defaultMeshFolder()),
+        }
+      : null,
+    localWorkers: values.localWorkers ?? null,
     cores: values.cores ?? null,
     stepTokensMax: values.stepTokensMax,
     prefillChunkMax: Math.min(values.prefillChunkMax ?? values.stepTokensMax, values.stepTokensMax),
@@ -158,7 +183,8 @@ async function serve(values: OptionValues): Promise<void> {
   const started = performance.now();
   coordinator = await startCoordinator(config, (error) => void stop(error.message, 1));
   const tooMany = coordinator.tensorParallel * coordinator.pipelineParallel - (values.cores?.length ?? availableParallelism());
-  if (!config.broker && tooMany > 0) process.stderr.write(`shardmesh: ${tooMany} more workers than cores: right, but not fast\n`);
+  if (!config.broker && !config.hosts && tooMany > 0)
+    process.stderr.write(`shardmesh: ${tooMany} more workers than cores: right, but not fast\n`);
   await coordinator.whenReady((reason) => process.stderr.write(`shardmesh: ${reason}\n`));
   const { url, modelName, tensorParallel, pipelineParallel } = coordinator;
   process.stdout.write(`shardmesh ready ${url} model=${modelName} tp=${tensorParallel} pp=${pipelineParallel}\n`);

@@ -1,19 +1,25 @@
 /** `shardmesh worker`: one shard worker, until it is told to stop. */
 import { Command } from 'commander';
+import { existsSync, mkdirSync, readFileSync } from 'node:fs';
 import { availableParallelism, cpus, totalmem } from 'node:os';
+import { dirname } from 'node:path';
 import { stopMessage } from '../../coordinator/mesh/worker-processes.ts';
 import { createLog } from '../../coordinator/observe/log.ts';
 import { loadAddon } from '../../kernels/index.ts';
 import { defaultCacheDirectory } from '../../kernels/model-file/cache-directory.ts';
-import { readCredentials } from '../../protocol/credentials.ts';
+import { isLoopback, ownAddressTowards, parseAddress, type Address } from '../../protocol/addresses.ts';
+import { readCredentials, writeCredentials } from '../../protocol/credentials.ts';
 import { ShardmeshError } from '../../protocol/errors.ts';
 import { connectNats } from '../../protocol/nats-transport.ts';
+import { coordinatorName, daysLeft, expiryWarningDays } from '../../protocol/tls.ts';
+import { enroll } from '../../shard-worker/enroll.ts';
 import { hostId } from '../../shard-worker/host-id.ts';
 import { openSlice } from '../../shard-worker/weights/slice-source.ts';
 import { ShardWorker } from '../../shard-worker/worker.ts';
-import { addOptions, type OptionValues } from './options.ts';
+import { defaultWorkerFile } from './config-directory.ts';
+import { addOptions, type Advertised, type OptionValues } from './options.ts';
 
-type WorkerValues = Pick<OptionValues, 'nats' | 'credentials' | 'cores' | 'localModel' | 'logLevel'>;
+type WorkerValues = Pick<OptionValues, 'enroll' | 'advertise' | 'nats' | 'credentials' | 'cores' | 'localModel' | 'logLevel'>;
 
 const exitLostParent = 70;
 
@@ -21,22 +27,50 @@ export function workerCommand(): Command {
   const command = new Command('worker').description(
     'Runs one shard worker. It joins the mesh of its credentials and does what the coordinator assigns.',
   );
-  addOptions(command, ['nats', 'credentials', 'cores', 'noLocalModel', 'logLevel']);
+  addOptions(command, ['enroll', 'advertise', 'nats', 'credentials', 'cores', 'noLocalModel', 'logLevel']);
   return command
-    .addHelpText('after', '\nExample:\n  shardmesh worker --nats nats://127.0.0.1:4222 --credentials worker-1.json --cores 0-3\n')
+    .addHelpText(
+      'after',
+      `
+Examples:
+  shardmesh worker --enroll TOKEN                                     first start on another host; the token is what shardmesh enroll prints
+  shardmesh worker                                                    every later start there
+  shardmesh worker --credentials mesh/worker-1.json --cores 0-3       on the coordinator's host, with credentials of shardmesh keys
+`,
+    )
     .action(async (values: WorkerValues) => runWorker(values));
 }
 
-async function runWorker({ nats, credentials: file, cores, localModel, logLevel }: WorkerValues): Promise<void> {
-  if (!file)
+async function runWorker({
+  enroll: token,
+  advertise,
+  nats,
+  credentials: named,
+  cores,
+  localModel,
+  logLevel,
+}: WorkerValues): Promise<void> {
+  const file = named ?? defaultWorkerFile();
+  if (token !== undefined) await enrollHere(token, file);
+  else if (named === undefined && !existsSync(file))
     throw new ShardmeshError(
       'config_invalid',
-      'shardmesh worker needs --credentials FILE (made by `shardmesh keys` or by `serve`)',
+      "shardmesh worker needs --enroll TOKEN (printed by `shardmesh enroll` on the coordinator's host) or --credentials FILE (made by `shardmesh keys`)",
     );
   const credentials = { ...readCredentials(file), ...(nats ? { url: nats } : {}) };
   if (credentials.role !== 'worker' || credentials.worker === null)
     throw new ShardmeshError('config_invalid', `${file} holds the credentials of a ${credentials.role}, not of a worker`);
+  const { tls } = credentials;
+  if (tls && daysLeft(tls.certificate, Date.now()) < 0)
+    throw new ShardmeshError('config_invalid', `the certificate in ${file} has expired (or the clock here is wrong); ${renewal}`);
   const log = createLog({ level: logLevel, name: `worker ${credentials.worker.slice(0, 6)}` });
+  const warnOfExpiry = (): void => {
+    const days = tls ? daysLeft(tls.certificate, Date.now()) : expiryWarningDays;
+    if (days < expiryWarningDays) log.warn({ file, days, remedy: renewal }, 'certificate_expires');
+  };
+  warnOfExpiry();
+  setInterval(warnOfExpiry, expiryEveryMs).unref();
+  const listener = { ...(await ownAddress(credentials.url, advertise)), tls };
   const addon = loadAddon();
   const features = addon.cpuFeatures();
 
@@ -60,6 +94,7 @@ async function runWorker({ nats, credentials: file, cores, localModel, logLevel 
     frameTransport,
     cores: cores ?? [],
     threads: cores?.length ?? availableParallelism(),
+    listener,
     facts: {
       hostId: hostId(),
       pid: process.pid,
@@ -78,7 +113,12 @@ async function runWorker({ nats, credentials: file, cores, localModel, logLevel 
         sliceSha256: assign.sliceSha256,
         modelPath: localModel ? assign.modelPath : '',
         cacheDirectory: defaultCacheDirectory(),
-        fetch: { server: assign.weightsAddress, secret: credentials.secret, caller: credentials.worker ?? '' },
+        fetch: {
+          server: assign.weightsAddress,
+          secret: credentials.secret,
+          tls: tls && { identity: tls, serverName: coordinatorName(credentials.mesh) },
+          caller: credentials.worker ?? '',
+        },
         onProgress,
         signal,
       }),
@@ -94,4 +134,40 @@ async function runWorker({ nats, credentials: file, cores, localModel, logLevel 
   process.once('disconnect', () => process.exit(exitLostParent));
   for (const signal of ['SIGTERM', 'SIGINT'] as const) process.on(signal, () => void (process.channel ? undefined : stop(0)));
   await new Promise(() => undefined);
+}
+
+const renewal =
+  'run `shardmesh enroll` where the coordinator runs, move the old file away, enroll again here, then revoke the old id there';
+const expiryEveryMs = 12 * 60 * 60 * 1000;
+
+/** Uses the token up, and writes what it gave to a new file. */
+async function enrollHere(token: string, file: string): Promise<void> {
+  if (existsSync(file))
+    throw new ShardmeshError(
+      'config_invalid',
+      `${file} exists: this host is enrolled already. Leave --enroll out, or give another --credentials FILE`,
+    );
+  mkdirSync(dirname(file), { recursive: true, mode: 0o700 });
+  const { credentials, clockAheadMs } = await enroll(token === '-' ? readFileSync(0, 'utf8').trim() : token);
+  writeCredentials(file, credentials);
+  process.stderr.write(`shardmesh: enrolled as worker ${credentials.worker}; its credentials are in ${file}\n`);
+  if (clockAheadMs !== null)
+    process.stderr.write(
+      `shardmesh: the coordinator's clock is ${(clockAheadMs / 1000).toFixed(0)} s ahead of this one; certificates need clocks that agree\n`,
+    );
+}
+
+/** Where other workers reach this one: the address from which it reaches the broker. */
+async function ownAddress(url: string, advertise: Advertised | undefined): Promise<Address> {
+  const port = advertise?.port ?? 0;
+  if (advertise) return { host: advertise.host, port };
+  const broker = parseAddress(url);
+  if (!broker)
+    throw new ShardmeshError('config_invalid', `${url} is not the address of a NATS server; nats://host:port is needed`);
+  if (isLoopback(broker.host)) return { host: '127.0.0.1', port };
+  try {
+    return { host: await ownAddressTowards(broker), port };
+  } catch (cause) {
+    throw new ShardmeshError('config_invalid', `no way to ${url} from here: ${(cause as Error).message}`, { cause });
+  }
 }

@@ -1,6 +1,6 @@
 /**
  * `npm test`: the same set-up as `npm start`, then lint, format, types, and every test that needs no GPU. Ends with one line `N passed, N failed`.
- * `--suite models|matrix|long` runs one of the longer suites instead; other arguments go to vitest.
+ * `--suite models|matrix|long|hosts` runs one of the longer suites instead; other arguments go to vitest.
  */
 import { existsSync, mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';

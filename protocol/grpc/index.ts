@@ -1,11 +1,13 @@
 export { linkService, linkStream, weightsFetch, weightsService } from './services.ts';
 export {
   authenticate,
-  bindLoopback,
+  bindGrpc,
   callMetadata,
+  callingWorker,
   channelOptions,
   createGrpcClient,
   createGrpcServer,
   openLinkStream,
   openWeightsFetch,
 } from './channel.ts';
+export type { GrpcListener } from './channel.ts';

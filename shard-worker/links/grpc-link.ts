@@ -14,16 +14,18 @@ import {
 import { FrameError, ShardmeshError } from '../../protocol/errors.ts';
 import { decodeFrame, encodeFrame, type Frame, type FrameHeader } from '../../protocol/frame-codec.ts';
 import {
-  authenticate,
-  bindLoopback,
+  bindGrpc,
   callMetadata,
+  callingWorker,
   createGrpcClient,
   createGrpcServer,
   linkService,
   linkStream,
+  type GrpcListener,
 } from '../../protocol/grpc/index.ts';
 import { isId, type MeshId, type WorkerId } from '../../protocol/ids.ts';
 import { frameLimits } from '../../protocol/limits.ts';
+import { workerName } from '../../protocol/tls.ts';
 import { newCounters, type FrameLink, type FrameLinkCounters, type FrameListener, type LinkPeer } from './frame-link.ts';
 import { echoOf, probeHeader, RoundTrips } from './probe.ts';
 import { SendQueue } from './send-queue.ts';
@@ -34,8 +36,8 @@ export interface GrpcLinkOptions {
   /** Shared by the processes of the mesh; a stream without it is refused. */
   secret: string;
   onFrame: FrameListener;
-  /** 0 (the default): a free one. */
-  port?: number;
+  /** Where peers reach this worker, and its certificate. */
+  listener?: GrpcListener;
   /** Bytes that may wait for one peer. */
   queueBytesMax?: number;
 }
@@ -70,7 +72,8 @@ export class GrpcLink implements FrameLink {
   readonly #server: Server;
   readonly #counters = newCounters();
   readonly #pairs = new Map<WorkerId, Pair>();
-  readonly #probeStreams = new Set<FrameStream>();
+  readonly #probeStreams = new Map<FrameStream, string>();
+  readonly #refusedWorkers = new Set<string>();
   readonly #closed = new AbortController();
   /** Called whenever a stream opens or a pair goes. */
   #changed: (() => void)[] = [];
@@ -82,14 +85,11 @@ export class GrpcLink implements FrameLink {
     this.#server.addService(linkService, { Stream: (stream: ServerDuplexStream<Buffer, Buffer>) => this.#accept(stream) });
   }
 
-  /**
-   * Listens on a loopback port.
-   * @throws {ShardmeshError} `config_invalid`: the port is taken
-   */
+  /** @throws {ShardmeshError} `config_invalid`: the port is taken, or plaintext beyond loopback */
   static async listen(options: GrpcLinkOptions): Promise<GrpcLink> {
     const link = new GrpcLink(options);
     try {
-      link.#address = await bindLoopback(link.#server, options.port ?? 0);
+      link.#address = await bindGrpc(link.#server, options.listener);
     } catch (error) {
       link.#server.forceShutdown();
       throw error;
@@ -117,11 +117,20 @@ export class GrpcLink implements FrameLink {
       if (wanted.get(pair.peer.worker)?.grpcAddress !== pair.peer.grpcAddress) this.#drop(pair);
     if (this.#closed.signal.aborted) return;
     for (const peer of wanted.values()) {
-      if (peer.worker === this.#options.worker || this.#pairs.has(peer.worker)) continue;
+      if (peer.worker === this.#options.worker || this.#pairs.has(peer.worker) || this.#refusedWorkers.has(peer.worker)) continue;
       const pair = this.#makePair(peer);
       this.#pairs.set(peer.worker, pair);
       if (this.#dials(peer.worker)) this.#dial(pair);
     }
+    this.#notify();
+  }
+
+  /** A revoked worker: its streams end now, and no other is taken from it. */
+  refuseWorker(worker: string): void {
+    this.#refusedWorkers.add(worker);
+    const pair = this.#pairs.get(worker as WorkerId);
+    if (pair) this.#drop(pair);
+    for (const [stream, caller] of this.#probeStreams) if (caller === worker) end(stream);
     this.#notify();
   }
 
@@ -156,7 +165,7 @@ export class GrpcLink implements FrameLink {
 
   async probe(peer: LinkPeer, bytes: number, rounds: number, timeoutMs: number): Promise<number[]> {
     const trips = new RoundTrips(`worker ${peer.worker} at ${peer.grpcAddress} over grpc`);
-    const client = createGrpcClient(peer.grpcAddress);
+    const client = this.#clientOf(peer);
     const failed = new AbortController();
     const payload = new Uint8Array(bytes);
     const stream = this.#call(client, 'probe');
@@ -210,6 +219,10 @@ export class GrpcLink implements FrameLink {
     return pair;
   }
 
+  #clientOf({ worker, grpcAddress }: LinkPeer): Client {
+    return createGrpcClient(grpcAddress, this.#options.listener?.tls, workerName(this.#options.mesh, worker));
+  }
+
   #dials(worker: WorkerId): boolean {
     return this.#options.worker < worker;
   }
@@ -221,7 +234,7 @@ export class GrpcLink implements FrameLink {
   }
 
   #dial(pair: Pair): void {
-    pair.client ??= createGrpcClient(pair.peer.grpcAddress);
+    pair.client ??= this.#clientOf(pair.peer);
     const stream = this.#call(pair.client, 'link');
     let over = false;
     const again = (trouble: string): void => {
@@ -254,8 +267,14 @@ export class GrpcLink implements FrameLink {
       this.#counters.refusedStreams++;
       stream.emit('error', Object.assign(new Error(details), { code, details }));
     };
-    const caller = authenticate(stream.metadata, this.#options.secret)?.caller;
-    if (caller === undefined) return refuse(status.UNAUTHENTICATED, 'this caller does not know the secret of the mesh');
+    const { secret, mesh, listener } = this.#options;
+    const caller = callingWorker(stream, { secret, mesh, tls: listener?.tls ?? null });
+    if (caller === null)
+      return refuse(
+        status.UNAUTHENTICATED,
+        'this caller does not know the secret of the mesh, or its certificate is not that of the worker it says to be',
+      );
+    if (this.#refusedWorkers.has(caller)) return refuse(status.PERMISSION_DENIED, `worker ${caller} was revoked`);
     if (!isId(caller) || caller === (this.#options.worker as string))
       return refuse(status.INVALID_ARGUMENT, 'the caller is not the id of another worker');
     const answer = new Metadata();
@@ -266,7 +285,7 @@ export class GrpcLink implements FrameLink {
     if (stream.metadata.get(purposeKey)[0] === 'probe') {
       if (this.#probeStreams.size >= probeStreamsMax)
         return refuse(status.RESOURCE_EXHAUSTED, `${probeStreamsMax} workers measure this one already`);
-      this.#probeStreams.add(stream);
+      this.#probeStreams.set(stream, caller);
       const over = (): void => void this.#probeStreams.delete(stream);
       stream.on('data', (bytes: Buffer) => this.#answerProbe(stream, bytes));
       stream.on('end', leave).on('end', over).on('cancelled', over).on('close', over);

@@ -6,6 +6,7 @@ import type { NativeFrame, PeerAddress, PeerLink } from '../../kernels/binding-t
 import { ShardmeshError } from '../../protocol/errors.ts';
 import type { Frame, FrameDtype } from '../../protocol/frame-codec.ts';
 import { checkId, type MeshId, type PlacementId, type WorkerId } from '../../protocol/ids.ts';
+import type { GrpcListener } from '../../protocol/grpc/index.ts';
 import type { Connect } from '../../protocol/messages.ts';
 import type { Transport } from '../../protocol/transport.ts';
 import { framesTravel } from './frame-paths.ts';
@@ -19,8 +20,8 @@ export interface WorkerLinksOptions {
   secret: string;
   /** Connection of its own for frames; null: the nats driver cannot be used. */
   transport: Transport | null;
-  /** Of the gRPC server; 0 (the default): a free one. */
-  grpcPort?: number;
+  /** Of the gRPC server: where peers reach this worker, and its certificate; by default a free port of loopback, in plaintext. */
+  listener?: GrpcListener;
 }
 
 export interface WorkerLinksStats {
@@ -63,10 +64,10 @@ export class WorkerLinks {
    * @throws {ShardmeshError} `config_invalid`, `permission_denied`, `broker_lost`
    */
   static async open(options: WorkerLinksOptions): Promise<WorkerLinks> {
-    const { mesh, worker, secret, transport, grpcPort = 0 } = options;
+    const { mesh, worker, secret, transport, listener = {} } = options;
     let links: WorkerLinks | null = null;
     const onFrame = (source: WorkerId, frame: Frame): void => links?.onFrame(source, frame);
-    const grpc = await GrpcLink.listen({ mesh, worker, secret, onFrame, port: grpcPort });
+    const grpc = await GrpcLink.listen({ mesh, worker, secret, onFrame, listener });
     try {
       const nats = transport ? await NatsLink.subscribe({ mesh, worker, transport, onFrame }) : null;
       links = new WorkerLinks(mesh, grpc, nats);
@@ -86,6 +87,11 @@ export class WorkerLinks {
     const sum = { ...this.#grpc.counters };
     if (this.#nats) for (const [name, value] of Object.entries(this.#nats.counters)) sum[name as keyof typeof sum] += value;
     return { ...sum, staleFrames: sum.staleFrames + this.#staleFrames, unsentFrames: sum.unsentFrames + this.#unsentFrames };
+  }
+
+  /** A revoked worker: its streams end now, and no other is taken from it. */
+  refuseWorker(worker: string): void {
+    this.#grpc.refuseWorker(worker);
   }
 
   /**

@@ -3,11 +3,14 @@ import { status, type ClientReadableStream, type ServiceError } from '@grpc/grpc
 import { slicePartBytes } from '../../kernels/model-file/slice.ts';
 import { ShardmeshError } from '../../protocol/errors.ts';
 import { createGrpcClient, openWeightsFetch } from '../../protocol/grpc/index.ts';
+import type { TlsIdentity } from '../../protocol/tls.ts';
 
 export interface SliceFetchOptions {
   /** host:port of the coordinator's weight server. */
   server: string;
   secret: string;
+  /** Own certificate, and the name that the coordinator's must carry; null: plaintext on loopback. */
+  tls: { identity: TlsIdentity; serverName: string } | null;
   /** Own worker id. */
   caller: string;
   slice: { address: string; bytes: number };
@@ -74,8 +77,8 @@ export async function* fetchSlice(options: SliceFetchOptions): AsyncGenerator<Bu
 }
 
 async function* oneTry(options: SliceFetchOptions, offset: number): AsyncGenerator<Buffer, void, undefined> {
-  const { server, secret, caller, slice, signal, stallTimeoutMs = 15_000 } = options;
-  const client = createGrpcClient(server);
+  const { server, secret, tls, caller, slice, signal, stallTimeoutMs = 15_000 } = options;
+  const client = createGrpcClient(server, tls?.identity, tls?.serverName);
   const request = Buffer.from(JSON.stringify({ slice: slice.address, offset }));
   const call: ClientReadableStream<Buffer> = openWeightsFetch(client, secret, caller, request, tryTimeoutMs);
   const cancel = (): void => call.cancel();

@@ -11,7 +11,7 @@ import { readSliceBytes, sliceOf, sliceSha256, type Slice, type SliceEntry } fro
 import type { Program } from '../../kernels/programs/program.ts';
 import { ShardmeshError } from '../../protocol/errors.ts';
 import { SliceCache, type SliceName } from './slice-cache.ts';
-import { fetchSlice } from './slice-fetch.ts';
+import { fetchSlice, type SliceFetchOptions } from './slice-fetch.ts';
 
 export type SliceOrigin = 'disk' | 'cache' | 'coordinator';
 
@@ -36,7 +36,7 @@ export interface OpenSliceOptions {
   modelPath: string;
   cacheDirectory: string;
   /** Coordinator's weight server; null: nothing is fetched. */
-  fetch: { server: string; secret: string; caller: string } | null;
+  fetch: Pick<SliceFetchOptions, 'server' | 'secret' | 'tls' | 'caller'> | null;
   onProgress?: (bytesDone: number, bytesTotal: number, origin: SliceOrigin) => void;
   signal?: AbortSignal;
 }

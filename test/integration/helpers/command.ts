@@ -47,3 +47,20 @@ export async function freePort(): Promise<number> {
   await new Promise((resolve) => server.close(resolve));
   return port;
 }
+
+/** The first of `count` ports in a row that are free now. */
+export async function freePorts(count: number): Promise<number> {
+  for (;;) {
+    const first = await freePort();
+    const taken = await Promise.all(Array.from({ length: count }, (_, offset) => isTaken(first + offset)));
+    if (!taken.includes(true)) return first;
+  }
+}
+
+const isTaken = (port: number): Promise<boolean> =>
+  new Promise((resolve) => {
+    if (port > 65_535) return resolve(true);
+    const server = createServer();
+    server.once('error', () => resolve(true));
+    server.listen(port, '127.0.0.1', () => server.close(() => resolve(false)));
+  });

@@ -23,7 +23,10 @@ const running = new Set<ChildProcess>();
 process.once('exit', () => running.forEach((child) => child.kill('SIGKILL')));
 
 /** Resolves when it says that it is ready. @throws with its log when it ends or takes longer than `timeoutMs` */
-export async function startServe(args: string[], { timeoutMs = 60_000, env = {}, main = cli, detached = false } = {}): Promise<Served> {
+export async function startServe(
+  args: string[],
+  { timeoutMs = 60_000, env = {}, main = cli, detached = false } = {},
+): Promise<Served> {
   if (!existsSync(main)) throw new Error(`${main} is not built: npm run build`);
   const child = spawn(process.execPath, ['--enable-source-maps', main, 'serve', '--port', '0', ...args], {
     stdio: ['ignore', 'pipe', 'pipe'],

@@ -15,7 +15,7 @@ const examplesOf = (command: Command): string[] =>
 
 describe('command line', () => {
   test('command line - has the commands it should have', () => {
-    expect(names).toEqual(['serve', 'worker', 'plan', 'models', 'trace', 'keys', 'doctor']);
+    expect(names).toEqual(['serve', 'worker', 'plan', 'models', 'trace', 'enroll', 'keys', 'doctor']);
     expect(leaves(program).map(({ path }) => path.join(' '))).toEqual([
       'serve',
       'worker',
@@ -25,6 +25,7 @@ describe('command line', () => {
       'models inspect',
       'models verify',
       'trace',
+      'enroll',
       'keys',
       'doctor',
     ]);
@@ -42,7 +43,7 @@ describe('command line', () => {
       commands.flatMap(examplesOf).map(async (line) => (await parseCommand(wordsOf(line).slice(1))).name),
     );
     expect(new Set(parsed)).toEqual(
-      new Set(['serve', 'worker', 'plan', 'models list', 'models pull', 'models inspect', 'trace', 'doctor', 'keys']),
+      new Set(['serve', 'worker', 'plan', 'models list', 'models pull', 'models inspect', 'trace', 'doctor', 'keys', 'enroll']),
     );
   });
 
@@ -63,7 +64,7 @@ describe('command line', () => {
 
   test('command line - loads one command alone, and none by the name of something else', async () => {
     expect((await shardmeshProgram('worker')).commands.map((command) => command.name())).toEqual(['worker']);
-    expect((await shardmeshProgram('constructor')).commands).toHaveLength(7);
+    expect((await shardmeshProgram('constructor')).commands).toHaveLength(8);
   });
 
   test('command line - plan takes every option of serve', () => {

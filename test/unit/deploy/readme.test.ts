@@ -25,7 +25,7 @@ describe('deploy/README.md', () => {
 
   test('deploy/README.md - shows every command that a user starts', async () => {
     const names = await Promise.all(commands.map(async (args) => (await parseCommand(args)).name));
-    expect(new Set(names)).toEqual(new Set(['serve', 'plan', 'doctor', 'keys', 'worker']));
+    expect(new Set(names)).toEqual(new Set(['serve', 'plan', 'doctor', 'enroll', 'keys', 'worker']));
   });
 
   test('deploy/README.md - names files of the repository that are there', () => {

@@ -16,6 +16,7 @@ const credentials: Credentials = {
   secret: 's'.repeat(43),
   worker: 'aaaaaaaaaaaaaaaaaaaaaaaaaa' as WorkerId,
   placements: ['ccccccccccccccccccccccccci' as PlacementId],
+  tls: null,
 };
 
 let directory: string;
@@ -48,6 +49,7 @@ describe('credentials', () => {
     ['a short secret', { secret: 'abc' }, 'secret must be'],
     ['a worker without an id', { worker: null }, 'worker must be'],
     ['placements that are no ids', { placements: ['*'] }, 'placements must be'],
+    ['a certificate that is none', { tls: { authority: 'a', certificate: 'b', key: 'c' } }, 'tls must be'],
   ])('credentials - with %s are refused', (_, change, message) => {
     writeFileSync(file, JSON.stringify({ ...credentials, ...change }), { mode: 0o600 });
     expect(() => readCredentials(file)).toThrow(message);

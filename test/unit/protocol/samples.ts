@@ -176,6 +176,7 @@ export const samples: { [T in Message['type']]: Extract<Message, { type: T }> } 
     peers: [{ stage: 0, rank: 1, worker: peer, hostId: 'host', grpcAddress: '127.0.0.1:40002', segment: null, driver: 'grpc' }],
   },
   release: { type: 'release', epoch: 3 },
+  revoked: { type: 'revoked', workers: [peer] },
   rejoin: { type: 'rejoin' },
   drain: { type: 'drain' },
   probe: { type: 'probe', id: 1, peer, grpcAddress: '127.0.0.1:40002', driver: 'grpc', bytes: 4_608, rounds: 100 },

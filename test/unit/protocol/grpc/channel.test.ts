@@ -9,7 +9,7 @@ import {
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import {
   authenticate,
-  bindLoopback,
+  bindGrpc,
   callMetadata,
   createGrpcClient,
   createGrpcServer,
@@ -18,6 +18,8 @@ import {
   openWeightsFetch,
   weightsService,
 } from '../../../../protocol/grpc/index.ts';
+import { newMeshId } from '../../../../protocol/ids.ts';
+import { connectNats } from '../../../../protocol/nats-transport.ts';
 
 const secret = 's'.repeat(43);
 let server: Server;
@@ -42,7 +44,7 @@ beforeEach(async () => {
       call.end();
     },
   } satisfies Record<string, (call: ServerWritableStream<Buffer, Buffer>, done: sendUnaryData<Buffer>) => void>);
-  address = await bindLoopback(server);
+  address = await bindGrpc(server);
 });
 afterEach(() => {
   server.forceShutdown();
@@ -95,8 +97,32 @@ describe('grpc channel', () => {
   test('grpc channel - listens on loopback, and says when a port is taken', async () => {
     expect(address).toMatch(/^127\.0\.0\.1:\d+$/);
     const second = createGrpcServer();
-    await expect(bindLoopback(second, Number(address.split(':')[1]))).rejects.toMatchObject({ code: 'config_invalid' });
+    await expect(bindGrpc(second, { port: Number(address.split(':')[1]) })).rejects.toMatchObject({ code: 'config_invalid' });
     second.forceShutdown();
+  });
+});
+
+describe('grpc beyond loopback', () => {
+  test('grpc channel - refuses plaintext beyond loopback at both ends', async () => {
+    const second = createGrpcServer();
+    await expect(bindGrpc(second, { host: '192.0.2.1' })).rejects.toThrow(/192\.0\.2\.1 would leave this host in plaintext/);
+    second.forceShutdown();
+    expect(() => createGrpcClient('192.0.2.1:7424')).toThrow(/plaintext/);
+    expect(() => createGrpcClient('node-1.example:7424')).toThrow(/plaintext/);
+    await expect(
+      connectNats({
+        credentials: {
+          url: 'nats://192.0.2.1:4222',
+          serverName: null,
+          seed: '',
+          role: 'worker',
+          worker: null,
+          mesh: newMeshId(),
+          tls: null,
+        },
+        name: 'worker',
+      }),
+    ).rejects.toThrow(/192\.0\.2\.1:4222 is beyond loopback.*plaintext is refused there/);
   });
 });
 

@@ -7,12 +7,14 @@ import type { ModelFacts } from '../../../../kernels/model-file/model-facts.ts';
 import { sliceOf, sliceSha256, type Slice } from '../../../../kernels/model-file/slice.ts';
 import { buildProgram, cutModel, unitsOfModel } from '../../../../kernels/programs/index.ts';
 import type { Program } from '../../../../kernels/programs/program.ts';
+import { newMeshId } from '../../../../protocol/ids.ts';
 import { createGrpcClient, openWeightsFetch } from '../../../../protocol/grpc/index.ts';
 import { fetchSlice } from '../../../../shard-worker/weights/slice-fetch.ts';
 import { openSlice, type OpenSliceOptions } from '../../../../shard-worker/weights/slice-source.ts';
 import { scratchDirectory, tinyModel, writeGguf } from '../../kernels/model-file/gguf-writer.ts';
 
 const secret = 'a-secret-of-this-mesh';
+const access = { secret, mesh: newMeshId(), tls: null };
 let directory: string;
 let modelPath: string;
 let facts: ModelFacts;
@@ -32,7 +34,7 @@ beforeEach(async () => {
   slice = sliceOf(program, facts);
   sha256 = await sliceSha256(modelPath, slice);
   refused = [];
-  server = new WeightServer(secret, { onRefused: ({ reason }) => refused.push(reason) });
+  server = new WeightServer(access, { onRefused: ({ reason }) => refused.push(reason) });
   address = await server.listen();
   server.offer(slice, modelPath);
 });
@@ -47,7 +49,7 @@ const options = (rest: Partial<OpenSliceOptions> = {}): OpenSliceOptions => ({
   sliceSha256: sha256,
   modelPath: '/nowhere/model.gguf',
   cacheDirectory: join(directory, 'worker'),
-  fetch: { server: address, secret, caller: 'worker-1' },
+  fetch: { server: address, secret, tls: null, caller: 'worker-1' },
   ...rest,
 });
 
@@ -178,6 +180,7 @@ describe('weight server', () => {
     for await (const part of fetchSlice({
       server: address,
       secret,
+      tls: null,
       caller: 'worker-1',
       slice,
       offset: 0,
@@ -190,7 +193,9 @@ describe('weight server', () => {
   };
 
   it('weight server - refuses a wrong secret, an unknown slice and an offset past the end', async () => {
-    await expect(fetchAll({ secret: 'another-secret-here' })).rejects.toThrow('the call does not carry the secret of this mesh');
+    await expect(fetchAll({ secret: 'another-secret-here' })).rejects.toThrow(
+      'the call does not carry the secret, or the certificate,',
+    );
     await expect(fetchAll({ slice: { address: 'ab'.repeat(32), bytes: 10 } })).rejects.toThrow(
       'slice abababababab is of no rank of this placement',
     );
@@ -231,6 +236,7 @@ describe('weight server', () => {
     for await (const part of fetchSlice({
       server: address,
       secret,
+      tls: null,
       caller: 'worker-1',
       slice,
       offset: 0,
@@ -240,8 +246,8 @@ describe('weight server', () => {
       parts.push(part);
       if (parts.length !== 1) continue;
       server.close();
-      server = new WeightServer(secret);
-      await server.listen(port);
+      server = new WeightServer(access);
+      await server.listen({ port });
       server.offer(slice, modelPath);
     }
     expect(Buffer.concat(parts).equals(await fetchAll())).toBe(true);
