@@ -125,9 +125,11 @@ export const enrollmentLimits = {
   /** Tokens that may be open at a time, and that are remembered once they are not, for a better answer than "unknown". */
   openTokensMax: 64,
   rememberedTokensMax: 256,
-  /** Wrong secrets for one token before it is void; requests of everybody a minute. */
+  /** Wrong secrets for one token before it is void. */
   attemptsMax: 5,
-  requestsPerMinuteMax: 60,
+  /** Of one address, and addresses that are heard at all. */
+  requestsPerMinuteMax: 20,
+  addressesPerMinuteMax: 256,
   bodyBytesMax: 8 * KiB,
   connectionsMax: 32,
   timeoutMs: 10_000,

@@ -110,6 +110,7 @@ export class EnrollmentServer {
       // A HEAD tells what time it is here.
       if (request.method === 'HEAD') return say(200, {});
       if (request.method !== 'POST' || request.url !== enrollmentPath) return say(404, { error: 'no such route' });
+      if (!this.#tokens.admits(address, Date.now())) return say(429, { error: 'too many requests; try again in a minute' });
       const text = await bodyOf(request);
       const asked = text === null ? null : parseEnrollmentRequest(text);
       if (asked === null) return say(400, { error: 'not a request for enrollment' });
@@ -121,7 +122,7 @@ export class EnrollmentServer {
       say(200, await this.#enroll(asked, address));
     } catch (error) {
       const { code, message } = toShardmeshError(error);
-      this.#log('enrollment_refused', { address, reason: message });
+      if (code !== 'internal') this.#log('enrollment_refused', { address, reason: message });
       if (!response.headersSent) say(code === 'invalid_message' ? 400 : 500, { error: message });
     }
   }

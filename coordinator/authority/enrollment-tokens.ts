@@ -17,7 +17,8 @@ export class EnrollmentTokens {
   /** Oldest first. */
   readonly #tokens = new Map<string, Token>();
   #minuteBegan = Number.NEGATIVE_INFINITY;
-  #requests = 0;
+  /** In this minute, by address. */
+  readonly #requests = new Map<string, number>();
 
   /** @returns what the token must carry; null: too many are open already */
   issue(nowMs: number, minutes: number): { id: string; secret: string; expiresAtMs: number } | null {
@@ -34,13 +35,24 @@ export class EnrollmentTokens {
     return { id, secret, expiresAtMs };
   }
 
+  /** Whether one more request of this address is looked at; a stranger's flood leaves room for others, and no lines in the audit log. */
+  admits(address: string, nowMs: number): boolean {
+    if (nowMs - this.#minuteBegan >= minuteMs) {
+      this.#minuteBegan = nowMs;
+      this.#requests.clear();
+    }
+    const count = (this.#requests.get(address) ?? 0) + 1;
+    if (count > enrollmentLimits.requestsPerMinuteMax) return false;
+    if (count === 1 && this.#requests.size >= enrollmentLimits.addressesPerMinuteMax) return false;
+    this.#requests.set(address, count);
+    return true;
+  }
+
   /**
    * Uses the token up. Only who knows the secret learns more than that it was wrong.
    * @returns null when it was good; else why not
    */
   redeem(id: string, secret: string, nowMs: number): string | null {
-    if (nowMs - this.#minuteBegan >= minuteMs) [this.#minuteBegan, this.#requests] = [nowMs, 0];
-    if (++this.#requests > enrollmentLimits.requestsPerMinuteMax) return 'too many requests; try again in a minute';
     const token = this.#tokens.get(id);
     const right = timingSafeEqual(token?.secretSha256 ?? Buffer.alloc(32), sha256(secret));
     if (!token || !right) {

@@ -37,12 +37,15 @@ describe('enrollment tokens', () => {
     expect(tokens.redeem(id, secret, 2)).toMatch(/void after 5 wrong secrets/);
   });
 
-  test('enrollment tokens - are taken 60 times a minute, whoever asks', () => {
+  test('enrollment tokens - are looked at 20 times a minute for each address, and for 256 addresses', () => {
     const tokens = new EnrollmentTokens();
-    const { id, secret } = issued(tokens);
-    for (let i = 0; i < 60; i++) tokens.redeem('nobody', wrong, 1);
-    expect(tokens.redeem(id, secret, 2)).toMatch(/too many requests/);
-    expect(tokens.redeem(id, secret, minute + 2)).toBeNull();
+    for (let i = 0; i < 20; i++) expect(tokens.admits('192.0.2.1', 1)).toBe(true);
+    expect(tokens.admits('192.0.2.1', 2)).toBe(false);
+    expect(tokens.admits('192.0.2.2', 2)).toBe(true);
+    for (let i = 0; i < 254; i++) expect(tokens.admits(`198.51.100.${i}`, 3)).toBe(true);
+    expect(tokens.admits('203.0.113.1', 4)).toBe(false);
+    expect(tokens.admits('192.0.2.2', 4)).toBe(true);
+    expect(tokens.admits('192.0.2.1', 60_001)).toBe(true);
   });
 
   test('enrollment tokens - are not made without end', () => {
