@@ -30,6 +30,8 @@ export function meshMetrics(engine: ShardmeshEngine, service: MeshService, trans
         steps: numbers.steps,
         generation_tokens: numbers.outputTokens,
         prompt_tokens: numbers.prefillTokens,
+        prompt_tokens_cached: numbers.cachedTokens,
+        preemptions: numbers.preemptions,
         step_busy_seconds: numbers.stepSeconds,
         bubble_seconds: numbers.bubbleSeconds,
         collective_seconds: numbers.collectiveSeconds,

@@ -10,6 +10,7 @@ const commands: Record<string, () => Promise<Command>> = {
   models: async () => (await import('./models.ts')).modelsCommand(),
   trace: async () => (await import('./trace.ts')).traceCommand(),
   enroll: async () => (await import('./enroll.ts')).enrollCommand(),
+  bench: async () => (await import('./bench.ts')).benchCommand(),
   keys: async () => (await import('./keys.ts')).keysCommand(),
   doctor: async () => (await import('./doctor.ts')).doctorCommand(),
 };
