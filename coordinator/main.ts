@@ -168,6 +168,7 @@ async function start(
       },
       protocol: { min: protocolVersionMin, max: protocolVersionMax },
       placementId,
+      newLinkKey: () => randomBytes(32).toString('hex'),
       sliceSha256For: (seat) => seatPlan(seat).sliceSha256,
       timers: defaultMeshTimers,
       assignFor: (seat) => ({

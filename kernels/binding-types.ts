@@ -174,9 +174,44 @@ export interface PeerAddress {
   rank: number;
 }
 
-/** How this worker reaches one peer. `shm`: attach to the peer's segment. `host`: frames leave through `onFrame`, come in through `deliver`. */
+/**
+ * How this worker reaches one peer. `shm`: attach to the peer's segment. `tcp`: the connection that the last `NativeTcp.meet` made. `host`: frames leave through
+ * `onFrame`, come in through `deliver`.
+ */
 export type PeerLink =
-  { peer: PeerAddress; driver: 'shm'; pid: number; fd: number; bytes: number } | { peer: PeerAddress; driver: 'host' };
+  | { peer: PeerAddress; driver: 'shm'; pid: number; fd: number; bytes: number }
+  | { peer: PeerAddress; driver: 'tcp' }
+  | { peer: PeerAddress; driver: 'host' };
+
+/** Sums over all epochs. `corrupt`: frames that did not open, each of which ended its connection; `refused`: callers that were not let in. */
+export interface TcpCounters {
+  framesOut: number;
+  bytesOut: number;
+  framesIn: number;
+  bytesIn: number;
+  corrupt: number;
+  refused: number;
+}
+
+export interface TcpMeeting {
+  self: PeerAddress;
+  epoch: number;
+  /** 32 bytes that the workers of this epoch share and nobody else knows. */
+  key: Uint8Array;
+  /** `address`: host:port of the peer's endpoint. */
+  peers: { peer: PeerAddress; address: string }[];
+  timeoutMs: number;
+}
+
+/** The listening socket of a worker, and the connections of the current epoch. Frames never come to JavaScript. */
+export interface NativeTcp {
+  readonly port: number;
+  /** One sealed connection with each peer, for the next `NativeExecutor.connect`. Rejects naming the peers that did not come. One meeting at a time. */
+  meet(meeting: TcpMeeting): Promise<void>;
+  counters(): TcpCounters;
+  /** Ends a meeting that is going on. Idempotent. */
+  close(): void;
+}
 
 /** Own outbound segment: an anonymous memory file that peers on this host open through /proc/<pid>/fd/<fd>. Nothing to unlink, nothing left by SIGKILL. */
 export interface SegmentInfo {
@@ -188,10 +223,10 @@ export interface SegmentInfo {
 export interface ExecutorCallbacks {
   onStep(done: StepDone): void;
   onFrame(destination: PeerAddress, frame: NativeFrame): void;
-  /** The step failed: deadline of a wait (the peer is named in the message), non-finite value, abort. The executor takes no further step until `connect`. */
+  /** The step failed: deadline of a wait or a lost connection (the peer is named in the message), non-finite value, abort. The executor takes no further step until `connect`. */
   onStepFailed(
     step: number,
-    code: 'wait_timeout' | 'non_finite' | 'aborted' | 'internal',
+    code: 'wait_timeout' | 'link_lost' | 'non_finite' | 'aborted' | 'internal',
     message: string,
     peer: PeerAddress | null,
   ): void;
@@ -212,8 +247,8 @@ export interface NativeExecutor {
   tablesChecksum(): string;
   /** Makes a fresh outbound segment for a new epoch. Any earlier segment and its peers are let go. */
   openSegment(): SegmentInfo;
-  /** Attaches to peers; must cover every rank of the own stage, of the stage before, of the stage after, and (last stage) of stage 0. Clears slots, KV contents and failures. */
-  connect(peers: PeerLink[]): void;
+  /** Attaches to peers; must cover every rank of the own stage, of the stage before, of the stage after, and (last stage) of stage 0. Clears slots, KV contents and failures. `tcp`: where peers of that driver are met. */
+  connect(peers: PeerLink[], tcp?: NativeTcp): void;
   openSlots(slots: SlotOpen[]): void;
   closeSlots(slots: number[]): void;
   /** Queues a step; steps run in order on the compute threads without returning to JavaScript between them. */
@@ -234,6 +269,8 @@ export interface NativeAddon {
   cpuFeatures(): CpuFeatures;
   kvBytesPerBlock(program: Program, blockTokens: number): number;
   createExecutor(options: ExecutorOptions, callbacks: ExecutorCallbacks): NativeExecutor;
+  /** Listens. Port 0: a free one. Throws when this Node carries no OpenSSL, or the address cannot be had. */
+  openTcp(host: string, port: number): NativeTcp;
 }
 
 /**

@@ -56,6 +56,7 @@ export function loadAddonFrom(file: string): Addon {
     buildInfo: () => native.buildInfo(),
     cpuFeatures: () => native.cpuFeatures(),
     kvBytesPerBlock: (program, blockTokens) => native.kvBytesPerBlock(program, blockTokens),
+    openTcp: (host, port) => native.openTcp(host, port),
     createExecutor: (options, callbacks) =>
       disposable(
         native.createExecutor(options, {

@@ -147,7 +147,8 @@ const slot = integer(0, stepLimits.sequencesMax - 1);
 const stage = integer(0, meshLimits.stagesMax - 1);
 const rank = integer(0, meshLimits.ranksMax - 1);
 const process = integer(1, 0x7fff_ffff);
-const linkDriver = oneOf('shm', 'grpc', 'nats');
+const linkDriver = oneOf('shm', 'tcp', 'grpc', 'nats');
+const linkKey = pattern(/^[0-9a-f]{64}$/, 'a key of 32 bytes in hexadecimal');
 const type = <T extends string>(value: T): Check<T> => oneOf(value);
 
 const range = (max: number): Check<Range> =>
@@ -167,6 +168,7 @@ const workerFacts = record<WorkerFacts>({
   executor: name,
   arithmetic: name,
   grpcAddress: address,
+  tcpAddress: address,
   weightBytesPerSecond: amount,
 });
 
@@ -199,7 +201,7 @@ const placement = record<Placement>({
     meshLimits.stagesMax,
     1,
   ),
-  link: oneOf('shm', 'grpc', 'nats', 'auto'),
+  link: oneOf('shm', 'tcp', 'grpc', 'nats', 'auto'),
 });
 
 const sampling = record<SamplingParams>({
@@ -401,6 +403,7 @@ const coordinatorChecks: Checks<CoordinatorMessage> = {
     placement: id,
     epoch,
     kvBlocks: integer(1, stepLimits.blocksMax),
+    linkKey,
     peers: list(
       record<Connect['peers'][number]>({
         stage,
@@ -408,6 +411,7 @@ const coordinatorChecks: Checks<CoordinatorMessage> = {
         worker: id,
         hostId: name,
         grpcAddress: address,
+        tcpAddress: address,
         segment,
         driver: linkDriver,
       }),

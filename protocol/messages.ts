@@ -19,6 +19,8 @@ export interface WorkerFacts {
   arithmetic: string;
   /** host:port of the worker's gRPC server (links). */
   grpcAddress: string;
+  /** host:port of the worker's sealed tcp links; empty where it has none. */
+  tcpAddress: string;
   /** Products a second per core, measured at start (bytes/s of 4-bit weights at one token), for the planner. */
   weightBytesPerSecond: number;
 }
@@ -117,12 +119,15 @@ export interface Connect {
   placement: string;
   epoch: number;
   kvBlocks: number;
+  /** Known to the workers of this epoch only: 32 bytes in hexadecimal that seal the tcp links. */
+  linkKey: string;
   peers: {
     stage: number;
     rank: number;
     worker: string;
     hostId: string;
     grpcAddress: string;
+    tcpAddress: string;
     segment: { pid: number; fd: number; bytes: number } | null;
     driver: LinkDriver;
   }[];

@@ -5,7 +5,7 @@ export interface Range {
   to: number;
 }
 
-export type LinkDriver = 'shm' | 'grpc' | 'nats';
+export type LinkDriver = 'shm' | 'tcp' | 'grpc' | 'nats';
 
 export interface RankPlacement {
   worker: string;

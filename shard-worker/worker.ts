@@ -2,7 +2,7 @@
  * A shard worker: receives assignments and plans, runs steps, replies. Messages of the coordinator are handled one after the other; plans go straight to the
  * executor, which runs them without coming back to JavaScript in between.
  */
-import type { ExecutorCallbacks, NativeAddon, PeerAddress, StepDone } from '../kernels/binding-types.ts';
+import type { ExecutorCallbacks, NativeAddon, NativeTcp, PeerAddress, StepDone } from '../kernels/binding-types.ts';
 import type { Credentials } from '../protocol/credentials.ts';
 import { ShardmeshError, toShardmeshError } from '../protocol/errors.ts';
 import type { GrpcListener } from '../protocol/grpc/index.ts';
@@ -37,7 +37,7 @@ export interface WorkerOptions {
   transport: Transport;
   /** Frames of the nats driver, on a connection of their own. */
   frameTransport: Transport;
-  facts: Omit<WorkerFacts, 'grpcAddress'>;
+  facts: Omit<WorkerFacts, 'grpcAddress' | 'tcpAddress'>;
   /** Pinned to, one compute thread each; empty: `threads` threads, not pinned. */
   cores: number[];
   threads: number;
@@ -57,11 +57,25 @@ type State = Heartbeat['state'];
 const connectTimeoutMs = 4_000;
 const progressEveryMs = 200;
 
+/** Sealed links listen where gRPC does. */
+const tcpHost = '127.0.0.1';
+
+/** Null where this Node has no OpenSSL: the mesh then takes another driver. */
+function openTcp({ addon, log }: WorkerOptions): NativeTcp | null {
+  try {
+    return addon.openTcp(tcpHost, 0);
+  } catch (error) {
+    log('warn', 'tcp_links_unavailable', { message: (error as Error).message });
+    return null;
+  }
+}
+
 export class ShardWorker {
   readonly #options: WorkerOptions;
   readonly #worker: WorkerId;
   readonly #subjects: MeshSubjects;
   readonly #links: WorkerLinks;
+  readonly #tcp: NativeTcp | null;
   #state: State = 'idle';
   #epoch = 0;
   #assign: Assign | null = null;
@@ -78,11 +92,12 @@ export class ShardWorker {
   #heartbeat: NodeJS.Timeout | null = null;
   #closed = false;
 
-  private constructor(options: WorkerOptions, worker: WorkerId, links: WorkerLinks) {
+  private constructor(options: WorkerOptions, worker: WorkerId, links: WorkerLinks, tcp: NativeTcp | null) {
     this.#options = options;
     this.#worker = worker;
     this.#subjects = meshSubjects(options.credentials.mesh);
     this.#links = links;
+    this.#tcp = tcp;
     this.#trace = new WorkerTrace(worker, this.#recorder, {
       record: (on) => this.#shard?.executor.trace(on),
       send: (message) => this.#send(message),
@@ -93,14 +108,16 @@ export class ShardWorker {
   static async start(options: WorkerOptions): Promise<ShardWorker> {
     const { mesh, secret, worker: id } = options.credentials;
     if (id === null) throw new ShardmeshError('config_invalid', 'these credentials are not those of a worker');
+    const tcp = openTcp(options);
     const links = await WorkerLinks.open({
       mesh,
       worker: id,
       secret,
       transport: options.frameTransport,
       listener: options.listener,
+      tcp,
     });
-    const worker = new ShardWorker(options, id, links);
+    const worker = new ShardWorker(options, id, links, tcp);
     await options.transport.subscribe(worker.#subjects.controls(id), (bytes) => worker.#receive(bytes));
     options.transport.onEvent((event) => {
       if (event.type === 'connected') worker.#join();
@@ -189,7 +206,7 @@ export class ShardWorker {
       protocolMin: protocolVersionMin,
       protocolMax: protocolVersionMax,
       epochSeen: this.#epoch,
-      facts: { ...facts, grpcAddress: this.#links.grpcAddress },
+      facts: { ...facts, grpcAddress: this.#links.grpcAddress, tcpAddress: this.#tcp ? `${tcpHost}:${this.#tcp.port}` : '' },
     });
   }
 
@@ -322,7 +339,7 @@ export class ShardWorker {
       const self: PeerAddress = { stage: assign.stage, rank: assign.rank };
       const peers = await this.#links.connect(message, self, (frame) => shard.executor.deliver(frame), connectTimeoutMs);
       if (message.epoch !== this.#epoch) return;
-      shard.executor.connect(peers);
+      shard.executor.connect(peers, this.#tcp ?? undefined);
       const { stepTokensMax, sequencesMax } = assign;
       this.#runner = new ModelRunner(shard.executor, { kvBlocks: message.kvBlocks, stepTokensMax, sequencesMax });
       this.#peers = message.peers;

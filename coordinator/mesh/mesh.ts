@@ -43,6 +43,8 @@ export interface MeshOptions {
   sliceSha256For(seat: Seat): string;
   /** The same in every epoch; workers may read the plans of this one only. */
   placementId: string;
+  /** A fresh key for the tcp links of an epoch: 32 random bytes in hexadecimal. */
+  newLinkKey(): string;
   timers: MeshTimers;
 }
 
@@ -104,7 +106,7 @@ interface Member {
   refused: string | null;
 }
 
-type MeasuredDriver = Exclude<LinkDriver, 'shm'>;
+type MeasuredDriver = 'grpc' | 'nats';
 
 /** Of two workers, the same whichever is named first. */
 const pairOf = (a: string, b: string): string => (a < b ? `${a} ${b}` : `${b} ${a}`);
@@ -140,6 +142,7 @@ export class Mesh {
   readonly #seated: (string | null)[];
   #phase: Phase = { name: 'forming' };
   #placement: Placement | null = null;
+  #linkKey = '';
   #epoch = 0;
   #failures = 0;
   #formNotBefore = 0;
@@ -458,6 +461,7 @@ export class Mesh {
       })),
     };
     this.#placement = placement;
+    this.#linkKey = this.#options.newLinkKey();
     const workers = this.#workers();
     this.#phase = {
       name: 'loading',
@@ -504,14 +508,14 @@ export class Mesh {
     this.#measure(ready);
   }
 
-  /** Round trips over gRPC and NATS between ranks that exchange frames and share no memory; straight on where there is nothing to choose. */
+  /** Round trips over gRPC and NATS between ranks that have neither shared memory nor tcp; straight on where there is nothing to choose. */
   #measure(ready: Map<string, ShardReady>): void {
     this.#roundTripUs.clear();
     const pending = new Map<number, { pair: string; driver: MeasuredDriver }>();
     if (this.#options.link === 'auto')
       for (const [a, b] of this.#peerWorkers()) {
         const facts = this.#members.get(b)?.facts;
-        if (!facts || this.#shareMemory(a, b, ready)) continue;
+        if (!facts || this.#shareMemory(a, b, ready) || this.#speakTcp(a, b)) continue;
         for (const driver of ['grpc', 'nats'] as const) {
           const id = ++this.#probes;
           pending.set(id, { pair: pairOf(a, b), driver });
@@ -586,10 +590,17 @@ export class Mesh {
     );
   }
 
-  /** The forced driver, else shared memory, else the faster of those that answered. */
+  /** Both listen for it; when connecting failed again and again, something between them lets it not through. */
+  #speakTcp(a: string, b: string): boolean {
+    if (this.#connectFailures >= 2 * connectFailuresMax) return false;
+    return [a, b].every((worker) => Boolean(this.#members.get(worker)?.facts.tcpAddress));
+  }
+
+  /** The forced driver, else shared memory, else tcp, else the faster of those that answered. */
   #driver(a: string, b: string, ready: Map<string, ShardReady>): LinkDriver {
     if (this.#options.link !== 'auto') return this.#options.link;
     if (this.#shareMemory(a, b, ready)) return 'shm';
+    if (this.#speakTcp(a, b)) return 'tcp';
     const { grpc = Number.POSITIVE_INFINITY, nats = Number.POSITIVE_INFINITY } = this.#roundTripUs.get(pairOf(a, b)) ?? {};
     return nats < grpc ? 'nats' : 'grpc';
   }
@@ -601,7 +612,7 @@ export class Mesh {
       const worker = this.#seated[index];
       const facts = worker ? this.#members.get(worker)?.facts : undefined;
       if (!worker || worker === own || !facts || !this.#arePeers(self, seat)) return;
-      const { hostId, grpcAddress } = facts;
+      const { hostId, grpcAddress, tcpAddress } = facts;
       const segment = ready.get(worker)?.segment ?? null;
       peers.push({
         stage: seat.stage,
@@ -609,11 +620,12 @@ export class Mesh {
         worker,
         hostId,
         grpcAddress,
+        tcpAddress,
         segment,
         driver: this.#driver(own, worker, ready),
       });
     });
-    return { type: 'connect', placement: placement.id, epoch: this.#epoch, kvBlocks, peers };
+    return { type: 'connect', placement: placement.id, epoch: this.#epoch, kvBlocks, linkKey: this.#linkKey, peers };
   }
 
   #connected(worker: string): void {

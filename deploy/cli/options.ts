@@ -99,7 +99,7 @@ const options = {
       .default('auto'),
   link: () =>
     new Option('--link <driver>', 'how ranks and stages reach each other')
-      .choices(['auto', 'shm', 'grpc', 'nats'])
+      .choices(['auto', 'shm', 'tcp', 'grpc', 'nats'])
       .default('auto'),
   port: () => new Option('--port <n>', 'HTTP port (0: any free one)').default(8080).argParser(integer(0, 65535)),
   host: () => new Option('--host <address>', 'HTTP address; beyond loopback API keys are needed').default('127.0.0.1'),
@@ -178,7 +178,7 @@ export interface OptionValues {
   pp: Shares;
   executor: 'auto' | 'cpu' | 'reference';
   isa: 'auto' | 'avx512' | 'avx2' | 'portable';
-  link: 'auto' | 'shm' | 'grpc' | 'nats';
+  link: 'auto' | 'shm' | 'tcp' | 'grpc' | 'nats';
   port: number;
   host: string;
   advertise?: Advertised;

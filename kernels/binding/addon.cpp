@@ -21,7 +21,7 @@ namespace shardmesh::binding {
 namespace {
 
 struct AddonData {
-  Napi::FunctionReference executor;
+  Napi::FunctionReference executor, tcp;
 };
 
 // Version of the arithmetic and a hash of what its elementary functions give in this build: a compiler flag that changed a bit changes the digest.
@@ -99,14 +99,18 @@ Napi::Value kv_bytes(const Napi::CallbackInfo& info) {
 
 Napi::Value create_executor(const Napi::CallbackInfo& info) { return info.Env().GetInstanceData<AddonData>()->executor.New({info[0], info[1]}); }
 
+Napi::Value open_tcp(const Napi::CallbackInfo& info) { return info.Env().GetInstanceData<AddonData>()->tcp.New({info[0], info[1]}); }
+
 Napi::Object init(Napi::Env env, Napi::Object exports) {
   auto* data = new AddonData;
   data->executor = Napi::Persistent(executor_class(env));
+  data->tcp = Napi::Persistent(tcp_class(env));
   env.SetInstanceData(data);
   exports.Set("buildInfo", Napi::Function::New(env, build_info, "buildInfo"));
   exports.Set("cpuFeatures", Napi::Function::New(env, cpu_features_object, "cpuFeatures"));
   exports.Set("kvBytesPerBlock", Napi::Function::New(env, kv_bytes, "kvBytesPerBlock"));
   exports.Set("createExecutor", Napi::Function::New(env, create_executor, "createExecutor"));
+  exports.Set("openTcp", Napi::Function::New(env, open_tcp, "openTcp"));
   exports.Set("kernelTest", kernel_test_object(env));
   return exports;
 }

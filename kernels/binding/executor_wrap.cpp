@@ -104,6 +104,7 @@ Napi::Object done_object(Napi::Env env, const StepDone& done) {
 const char* failure_code(FailureCode code) {
   switch (code) {
     case FailureCode::WaitTimeout: return "wait_timeout";
+    case FailureCode::LinkLost: return "link_lost";
     case FailureCode::NonFinite: return "non_finite";
     case FailureCode::Aborted: return "aborted";
     case FailureCode::Internal: return "internal";
@@ -144,11 +145,6 @@ void call_js(napi_env raw_env, napi_value, void* context, void* data) {
   } catch (const Napi::Error& error) {
     napi_fatal_exception(raw_env, error.Value());
   }
-}
-
-PeerAddress address_of(const Napi::Value& value, const std::string& name) {
-  const Napi::Object object = object_of(value, name);
-  return {static_cast<int>(integer_of(object.Get("stage"), name + ".stage", 0, 65535)), static_cast<int>(integer_of(object.Get("rank"), name + ".rank", 0, 65535))};
 }
 
 class ExecutorWrap : public Napi::ObjectWrap<ExecutorWrap> {
@@ -319,15 +315,17 @@ class ExecutorWrap : public Napi::ObjectWrap<ExecutorWrap> {
       for (uint32_t i = 0; i < list.Length(); i++) {
         const std::string name = "peers[" + std::to_string(i) + "]";
         const Napi::Object item = object_of(list.Get(i), name);
-        PeerLink link{address_of(item.Get("peer"), name + ".peer"), false, 0, -1, 0};
+        PeerLink link{address_of(item.Get("peer"), name + ".peer"), false, 0, -1, 0, nullptr};
         const std::string driver = text_of(item.Get("driver"), name + ".driver");
         if (driver == "shm") {
           link.shm = true;
           link.pid = static_cast<int>(integer_of(item.Get("pid"), name + ".pid", 1, kIntMax));
           link.fd = static_cast<int>(integer_of(item.Get("fd"), name + ".fd", 0, kIntMax));
           link.bytes = static_cast<size_t>(integer_of(item.Get("bytes"), name + ".bytes", 1, int64_t{1} << 48));
+        } else if (driver == "tcp") {
+          link.tcp = take_tcp_connection(info[1], link.peer);
         } else if (driver != "host") {
-          throw std::runtime_error(name + ".driver must be 'shm' or 'host', got '" + driver + "'");
+          throw std::runtime_error(name + ".driver must be 'shm', 'tcp' or 'host', got '" + driver + "'");
         }
         peers.push_back(link);
       }

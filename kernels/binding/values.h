@@ -5,8 +5,11 @@
 #include <cmath>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
+
+#include "../include/links.h"
 
 namespace shardmesh::binding {
 
@@ -143,8 +146,16 @@ class PromiseWork : public Napi::AsyncWorker {
   Finish finish_;
 };
 
+inline PeerAddress address_of(const Napi::Value& value, const std::string& name) {
+  const Napi::Object object = object_of(value, name);
+  return {static_cast<int>(integer_of(object.Get("stage"), name + ".stage", 0, 65535)), static_cast<int>(integer_of(object.Get("rank"), name + ".rank", 0, 65535))};
+}
+
 // Defined by the other files of this folder.
 Napi::Function executor_class(Napi::Env env);
+Napi::Function tcp_class(Napi::Env env);
+// The connection with this peer that the endpoint's last meeting made; it is handed over once. Throws std::runtime_error when there is none.
+std::shared_ptr<TcpConnection> take_tcp_connection(const Napi::Value& tcp, PeerAddress peer);
 std::string program_json_of(const Napi::Value& value);
 Napi::Object kernel_test_object(Napi::Env env);
 

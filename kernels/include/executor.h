@@ -94,7 +94,7 @@ struct StepTotals {
   StepTimings timings;
 };
 
-enum class FailureCode { WaitTimeout, NonFinite, Aborted, Internal };
+enum class FailureCode { WaitTimeout, LinkLost, NonFinite, Aborted, Internal };
 
 struct StepFailure {
   uint32_t step;

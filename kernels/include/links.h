@@ -1,6 +1,8 @@
-// How a step's frames reach other ranks, seen from the compute thread. Two drivers: shared memory (single-writer segments, spin then futex) and host
-// (frames go out through a callback and come in through deliver(), for gRPC and NATS). A wait always ends: data, deadline or abort.
+// How a step's frames reach other ranks, seen from the compute thread. Three drivers: shared memory (single-writer segments, spin then futex), tcp (sealed
+// sockets that the compute thread itself reads and writes, spin then poll) and host (frames go out through a callback and come in through deliver(), for gRPC
+// and NATS). A wait always ends: data, deadline, abort, or a connection that broke.
 #pragma once
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -27,8 +29,8 @@ struct FrameKey {
 };
 
 // Mismatch: the peer's frame has another key or length than expected, or a frame is larger than LinksOptions allows. The two ranks do not run the same
-// step; Links::problem() says what was found.
-enum class WaitResult { Done, Deadline, Aborted, Mismatch };
+// step; Links::problem() says what was found. Lost: the connection to the peer cannot be used any more; Links::problem() says why.
+enum class WaitResult { Done, Deadline, Aborted, Mismatch, Lost };
 
 struct WaitOptions {
   int64_t deadline_ns;   // CLOCK_MONOTONIC
@@ -61,11 +63,20 @@ class TensorLink {
   virtual void discard_before(uint32_t step) = 0;
 };
 
+// Sums of one tcp endpoint over all its epochs. `corrupt`: frames that did not open or announced an impossible length, each of which ended its connection;
+// `refused`: callers that were not let in (wrong key, epoch or address, or silent).
+struct TcpCounters {
+  std::atomic<uint64_t> frames_out{0}, bytes_out{0}, frames_in{0}, bytes_in{0}, corrupt{0}, refused{0};
+};
+
+class TcpConnection;
+
 struct PeerLink {
   PeerAddress peer;
   bool shm;
   int pid, fd;
   size_t bytes;
+  std::shared_ptr<TcpConnection> tcp = nullptr;  // the tcp driver, when there is one
 };
 
 struct LinksOptions {
@@ -104,7 +115,7 @@ class Links {
   // Every wait, now and later, returns Aborted.
   virtual void abort() = 0;
   virtual LinkCounters counters() const = 0;
-  // What the last Mismatch was, for the error message. Read it on the thread that got the Mismatch.
+  // What the last Mismatch or Lost was, for the error message. Read it on the thread that got it.
   virtual std::string problem() const = 0;
 };
 

@@ -10,6 +10,7 @@
 #include "mailbox.h"
 #include "segment.h"
 #include "stage_exchange.h"
+#include "tcp_group.h"
 
 namespace shardmesh {
 namespace {
@@ -27,7 +28,8 @@ size_t waiting_bytes(size_t frame_bytes, size_t frames) { return std::max(kWaiti
 struct Peer {
   PeerAddress address{};
   SegmentView segment;                       // shm
-  std::unique_ptr<Mailbox> exchange_frames;  // host, ranks of the own stage
+  TcpPeer* tcp = nullptr;                    // tcp
+  std::unique_ptr<Mailbox> exchange_frames;  // tcp and host, ranks of the own stage
   std::unique_ptr<Mailbox> channel_frames;   // ranks that send hidden states or sampled ids here
   std::unique_ptr<TensorLink> to, from;
 };
@@ -57,6 +59,7 @@ class WorkerLinks final : public Links {
       if (given[static_cast<size_t>(index)] != nullptr) throw std::runtime_error("links: " + peer_name(link.peer) + " is given twice");
       given[static_cast<size_t>(index)] = &link;
     }
+    tcp_ = std::make_unique<TcpGroup>(aborted_, &problem_);
     for (size_t index = 0; index < peers.size(); index++) attach(&peers[index], static_cast<int>(index), given[index]);
     peers_ = std::move(peers);
     for (size_t index = 0; index < peers_.size(); index++) make_channels(&peers_[index], static_cast<int>(index));
@@ -82,6 +85,7 @@ class WorkerLinks final : public Links {
 
   void abort() override {
     aborted_.store(true);
+    if (tcp_) tcp_->wake();
     for (Peer& peer : peers_) {
       if (peer.exchange_frames) peer.exchange_frames->wake();
       if (peer.channel_frames) peer.channel_frames->wake();
@@ -113,7 +117,14 @@ class WorkerLinks final : public Links {
     if (inbound != ChannelKind::None)
       peer->channel_frames =
           std::make_unique<Mailbox>(waiting_bytes(channel_bytes(inbound), inbound == ChannelKind::Hidden ? kHiddenWaitingMax : kTokensWaitingMax), kFramesWaitingMax);
+    if (!link->tcp) return;
+    if (!(link->tcp->peer() == peer->address)) throw std::runtime_error("links: the connection to " + peer_name(peer->address) + " leads to " + peer_name(link->tcp->peer()));
+    link->tcp->limit_payload(std::max({exchange_bytes_max(), options_.hidden_bytes, options_.tokens_bytes}));
+    peer->tcp = tcp_->add({link->tcp, peer->exchange_frames.get(), peer->channel_frames.get(), inbound == ChannelKind::Hidden ? FrameKind::Hidden : FrameKind::Tokens});
   }
+
+  // Ranks may differ in what they publish; pieces keep the largest near the own one (kExchangePieceBytes of the runner).
+  size_t exchange_bytes_max() const { return std::max(options_.exchange_bytes * 16, kWaitingBytesMin); }
 
   void make_channels(Peer* peer, int index) {
     const auto context = [&](ChannelKind kind) {
@@ -122,13 +133,17 @@ class WorkerLinks final : public Links {
     const ChannelKind inbound = channel_kind(options_, peer->address, options_.self);
     const ChannelKind outbound = channel_kind(options_, options_.self, peer->address);
     if (inbound != ChannelKind::None) {
-      if (peer->segment)
+      if (peer->tcp != nullptr)
+        peer->from = std::make_unique<TcpReceiver>(tcp_.get(), peer->tcp, &problem_);
+      else if (peer->segment)
         peer->from = std::make_unique<ShmReceiver>(context(inbound), peer->segment, peer->channel_frames.get());
       else
         peer->from = std::make_unique<HostReceiver>(context(inbound), peer->channel_frames.get());
     }
     if (outbound != ChannelKind::None) {
-      if (peer->segment)
+      if (peer->tcp != nullptr)
+        peer->to = std::make_unique<TcpSender>(tcp_.get(), peer->tcp, outbound == ChannelKind::Hidden ? FrameKind::Hidden : FrameKind::Tokens, channel_bytes(outbound), &problem_);
+      else if (peer->segment)
         peer->to = std::make_unique<ShmSender>(context(outbound), peer->segment);
       else
         peer->to = std::make_unique<HostSender>(context(outbound), frame_out_, channel_bytes(outbound));
@@ -141,15 +156,15 @@ class WorkerLinks final : public Links {
     std::vector<ExchangePeer> group;
     for (int rank = 0; rank < ranks; rank++) {
       const Peer* peer = find(PeerAddress{options_.self.stage, rank});
-      group.push_back(ExchangePeer{peer->address, peer->segment ? &peer->segment : nullptr, peer->exchange_frames.get()});
+      group.push_back(ExchangePeer{peer->address, peer->segment ? &peer->segment : nullptr, peer->exchange_frames.get(), peer->tcp});
     }
-    exchange_ = std::make_unique<StageExchange>(options_.self, own_, std::move(group), frame_out_, aborted_, &problem_);
+    exchange_ = std::make_unique<StageExchange>(options_.self, own_, std::move(group), frame_out_, tcp_.get(), aborted_, &problem_);
   }
 
   // Null: this source may not send frames of this kind through the host.
   Mailbox* mailbox_for(PeerAddress source, FrameKind kind) {
     Peer* peer = find(source);
-    if (peer == nullptr || peer->segment) return nullptr;
+    if (peer == nullptr || peer->segment || peer->tcp != nullptr) return nullptr;
     switch (kind) {
       case FrameKind::Reduce:
       case FrameKind::Rows:
@@ -166,6 +181,7 @@ class WorkerLinks final : public Links {
   const LinksOptions options_;
   const FrameOut frame_out_;
   SegmentView own_;
+  std::unique_ptr<TcpGroup> tcp_;
   std::vector<Peer> peers_;
   std::unique_ptr<StageExchange> exchange_;
   bool connected_ = false;

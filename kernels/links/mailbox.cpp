@@ -34,6 +34,11 @@ PutResult Mailbox::put(const FrameKey& key, int rows, const void* data, size_t b
   return PutResult::Kept;
 }
 
+bool Mailbox::has_room(size_t bytes) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return bytes <= bytes_max_ - bytes_ && frames_.size() < frames_max_;
+}
+
 bool Mailbox::take_locked(const FrameKey& key, MailboxFrame* out) {
   const auto found = std::find_if(frames_.begin(), frames_.end(), [&key](const MailboxFrame& frame) { return same_key(frame.key, key); });
   if (found == frames_.end()) return false;

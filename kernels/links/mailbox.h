@@ -1,5 +1,5 @@
-// Frames of one source that arrived and were not asked for yet: all frames of the host driver, and those a shared-memory reader met while it looked for
-// another key. Bounded in bytes and frames: what is beyond is refused, never queued.
+// Frames of one source that arrived and were not asked for yet: all frames of the host and tcp drivers, and those a shared-memory reader met while it looked
+// for another key. Bounded in bytes and frames: what is beyond is refused, never queued.
 #pragma once
 #include <atomic>
 #include <condition_variable>
@@ -35,6 +35,8 @@ class Mailbox {
 
   // Copies the frame. Late: discarded already.
   PutResult put(const FrameKey& key, int rows, const void* data, size_t bytes);
+  // False: a frame of `bytes` would be refused now.
+  bool has_room(size_t bytes);
   // Takes the frame with this key out, if it is here.
   bool take(const FrameKey& key, MailboxFrame* out);
   // Waits for the frame with this key.

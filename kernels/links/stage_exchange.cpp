@@ -20,17 +20,17 @@ std::string frame_name(const FrameKey& key) {
          " subtree " + std::to_string(key.subtree);
 }
 
-StageExchange::StageExchange(PeerAddress self, const SegmentView& own, std::vector<ExchangePeer> peers, const FrameOut& frame_out,
+StageExchange::StageExchange(PeerAddress self, const SegmentView& own, std::vector<ExchangePeer> peers, const FrameOut& frame_out, TcpGroup* tcp,
                              const std::atomic<bool>& aborted, std::string* problem)
-    : self_(self), own_(own), peers_(std::move(peers)), frame_out_(frame_out), aborted_(aborted), problem_(problem), held_(peers_.size()) {
-  for (const ExchangePeer& peer : peers_) host_peers_ |= peer.mailbox != nullptr;
+    : self_(self), own_(own), peers_(std::move(peers)), frame_out_(frame_out), tcp_(tcp), aborted_(aborted), problem_(problem), held_(peers_.size()) {
+  for (const ExchangePeer& peer : peers_) frame_peers_ |= peer.mailbox != nullptr;
 }
 
 uint8_t* StageExchange::begin(const FrameKey& key, size_t bytes) {
   if (bytes > own_.exchange_bytes()) return nullptr;
   key_ = key;
   bytes_ = bytes;
-  if (host_peers_) {
+  if (frame_peers_) {
     for (size_t rank = 0; rank < peers_.size(); rank++) {
       if (peers_[rank].mailbox == nullptr) continue;
       held_[rank] = MailboxFrame{};
@@ -51,15 +51,19 @@ void StageExchange::publish(int rows) {
     return false;
   });
   counter_ = counter;
-  if (!host_peers_) return;
-  for (const ExchangePeer& peer : peers_)
-    if (peer.mailbox != nullptr) frame_out_(peer.address, key_, rows, own_.exchange_block(counter), bytes_);
+  if (!frame_peers_) return;
+  for (const ExchangePeer& peer : peers_) {
+    if (peer.tcp != nullptr)
+      tcp_->send(peer.tcp, key_, rows, own_.exchange_block(counter), bytes_);
+    else if (peer.mailbox != nullptr)
+      frame_out_(peer.address, key_, rows, own_.exchange_block(counter), bytes_);
+  }
 }
 
 WaitResult StageExchange::wait(int rank, size_t bytes, const uint8_t** data, const WaitOptions& options) {
   const ExchangePeer& peer = peers_[static_cast<size_t>(rank)];
   if (peer.segment != nullptr) return wait_shm(peer, bytes, data, options);
-  return wait_host(peer, bytes, data, options);
+  return wait_frame(peer, bytes, data, options);
 }
 
 WaitResult StageExchange::wait_shm(const ExchangePeer& peer, size_t bytes, const uint8_t** data, const WaitOptions& options) {
@@ -79,9 +83,18 @@ WaitResult StageExchange::wait_shm(const ExchangePeer& peer, size_t bytes, const
   return WaitResult::Done;
 }
 
-WaitResult StageExchange::wait_host(const ExchangePeer& peer, size_t bytes, const uint8_t** data, const WaitOptions& options) {
+WaitResult StageExchange::wait_frame(const ExchangePeer& peer, size_t bytes, const uint8_t** data, const WaitOptions& options) {
   MailboxFrame& frame = held_[static_cast<size_t>(peer.address.rank)];
-  const WaitResult result = peer.mailbox->wait(key_, &frame, aborted_, options.deadline_ns);
+  WaitResult result;
+  if (peer.tcp == nullptr) {
+    result = peer.mailbox->wait(key_, &frame, aborted_, options.deadline_ns);
+  } else {
+    // Done only when the peer has ours as well: nobody pushes the rest out while this thread computes.
+    bool here = false;
+    const auto done = [&] { return (here = here || peer.mailbox->take(key_, &frame)) && !peer.tcp->connection->has_unsent(); };
+    here = frame.data != nullptr;
+    result = tcp_->wait(peer.tcp, done, options);
+  }
   if (result != WaitResult::Done) return result;
   if (frame.bytes != bytes)
     return mismatch(peer, "sent a " + frame_name(key_) + " with " + std::to_string(frame.bytes) + " bytes, expected " + std::to_string(bytes));

@@ -147,6 +147,7 @@ StepRun::Status StepRun::attempt(const Wait& wait, PeerAddress peer, const char*
   failure_.has_peer = true;
   failure_.peer = peer;
   if (result == WaitResult::Mismatch) return fail(FailureCode::Internal, where(index) + ": ranks do not run the same step: " + context_.links->problem());
+  if (result == WaitResult::Lost) return fail(FailureCode::LinkLost, where(index) + ": waiting for " + what + " " + name + ", lost " + context_.links->problem());
   return fail(FailureCode::WaitTimeout, where(index) + ": waited " + std::to_string(input_.wait_timeout_ms) + " ms for " + what + " " + name);
 }
 

@@ -1,8 +1,8 @@
 /**
- * All links of one worker that do not run in shared memory. Frames leave the executor through `send`, and those that arrive are held against the current
+ * All links of one worker that do not run in shared memory. The tcp driver is native; here its connections are only made. For the others frames leave the executor through `send`, and those that arrive are held against the current
  * placement and epoch before they reach `deliver`: what belongs to another changes nothing and is counted.
  */
-import type { NativeFrame, PeerAddress, PeerLink } from '../../kernels/binding-types.ts';
+import type { NativeFrame, NativeTcp, PeerAddress, PeerLink } from '../../kernels/binding-types.ts';
 import { ShardmeshError } from '../../protocol/errors.ts';
 import type { Frame, FrameDtype } from '../../protocol/frame-codec.ts';
 import { checkId, type MeshId, type PlacementId, type WorkerId } from '../../protocol/ids.ts';
@@ -20,6 +20,8 @@ export interface WorkerLinksOptions {
   secret: string;
   /** Connection of its own for frames; null: the nats driver cannot be used. */
   transport: Transport | null;
+  /** Listens for sealed tcp links; null: the tcp driver cannot be used. */
+  tcp?: NativeTcp | null;
   /** Of the gRPC server: where peers reach this worker, and its certificate; by default a free port of loopback, in plaintext. */
   listener?: GrpcListener;
 }
@@ -49,14 +51,16 @@ export class WorkerLinks {
   readonly #mesh: MeshId;
   readonly #grpc: GrpcLink;
   readonly #nats: NatsLink | null;
+  readonly #tcp: NativeTcp | null;
   #epoch: Epoch | null = null;
   #staleFrames = 0;
   #unsentFrames = 0;
 
-  private constructor(mesh: MeshId, grpc: GrpcLink, nats: NatsLink | null) {
+  private constructor(mesh: MeshId, grpc: GrpcLink, nats: NatsLink | null, tcp: NativeTcp | null) {
     this.#mesh = mesh;
     this.#grpc = grpc;
     this.#nats = nats;
+    this.#tcp = tcp;
   }
 
   /**
@@ -64,13 +68,13 @@ export class WorkerLinks {
    * @throws {ShardmeshError} `config_invalid`, `permission_denied`, `broker_lost`
    */
   static async open(options: WorkerLinksOptions): Promise<WorkerLinks> {
-    const { mesh, worker, secret, transport, listener = {} } = options;
+    const { mesh, worker, secret, transport, tcp = null, listener = {} } = options;
     let links: WorkerLinks | null = null;
     const onFrame = (source: WorkerId, frame: Frame): void => links?.onFrame(source, frame);
     const grpc = await GrpcLink.listen({ mesh, worker, secret, onFrame, listener });
     try {
       const nats = transport ? await NatsLink.subscribe({ mesh, worker, transport, onFrame }) : null;
-      links = new WorkerLinks(mesh, grpc, nats);
+      links = new WorkerLinks(mesh, grpc, nats, tcp);
       return links;
     } catch (error) {
       await grpc.close();
@@ -86,6 +90,15 @@ export class WorkerLinks {
   get stats(): WorkerLinksStats {
     const sum = { ...this.#grpc.counters };
     if (this.#nats) for (const [name, value] of Object.entries(this.#nats.counters)) sum[name as keyof typeof sum] += value;
+    const tcp = this.#tcp?.counters();
+    if (tcp) {
+      sum.framesOut += tcp.framesOut;
+      sum.bytesOut += tcp.bytesOut;
+      sum.framesIn += tcp.framesIn;
+      sum.bytesIn += tcp.bytesIn;
+      sum.corruptFrames += tcp.corrupt;
+      sum.refusedStreams += tcp.refused;
+    }
     return { ...sum, staleFrames: sum.staleFrames + this.#staleFrames, unsentFrames: sum.unsentFrames + this.#unsentFrames };
   }
 
@@ -95,12 +108,12 @@ export class WorkerLinks {
   }
 
   /**
-   * Enters an epoch: frames of it go to `deliver` from now on, all others are stale. Resolves when every peer of the grpc and nats drivers has answered.
+   * Enters an epoch: frames of it go to `deliver` from now on, all others are stale. Resolves when every peer that is not in shared memory has answered.
    * @returns what `NativeExecutor.connect` takes: the peers that frames travel to or from
    * @throws {ShardmeshError} `worker_lost`: a peer did not answer within `timeoutMs`; `invalid_message`: a driver that cannot be used here
    */
   async connect(
-    connect: Pick<Connect, 'placement' | 'epoch' | 'peers'>,
+    connect: Pick<Connect, 'placement' | 'epoch' | 'linkKey' | 'peers'>,
     self: PeerAddress,
     deliver: (frame: NativeFrame) => void,
     timeoutMs: number,
@@ -108,14 +121,25 @@ export class WorkerLinks {
     const ranksPerStage = countRanks(connect.peers, self);
     const native: PeerLink[] = [];
     const peers: Epoch['peers'] = [];
+    const tcpPeers: { peer: PeerAddress; address: string }[] = [];
     const linkPeers = { grpc: [] as LinkPeer[], nats: [] as LinkPeer[] };
-    for (const { stage, rank, worker, grpcAddress, segment, driver } of connect.peers) {
+    for (const { stage, rank, worker, grpcAddress, tcpAddress, segment, driver } of connect.peers) {
       const peer = { stage, rank };
       if (!framesTravel(self, peer, ranksPerStage)) continue;
       if (driver === 'shm') {
         if (!segment)
           throw new ShardmeshError('invalid_message', `worker ${worker} is to be reached by shared memory but gave no segment`);
         native.push({ peer, driver: 'shm', ...segment });
+        continue;
+      }
+      if (driver === 'tcp') {
+        if (!this.#tcp || !tcpAddress)
+          throw new ShardmeshError(
+            'invalid_message',
+            `worker ${worker} is to be reached over tcp, which is not open here and there`,
+          );
+        native.push({ peer, driver: 'tcp' });
+        tcpPeers.push({ peer, address: tcpAddress });
         continue;
       }
       const link = driver === 'grpc' ? this.#grpc : this.#nats;
@@ -130,7 +154,12 @@ export class WorkerLinks {
     this.#epoch = { placement, epoch: connect.epoch, self, deliver, peers };
     this.#grpc.setPeers(linkPeers.grpc);
     this.#nats?.setPeers(linkPeers.nats);
-    await Promise.all([this.#grpc.ready(timeoutMs), this.#nats?.ready(timeoutMs)]);
+    const key = Buffer.from(connect.linkKey, 'hex');
+    await Promise.all([
+      this.#grpc.ready(timeoutMs),
+      this.#nats?.ready(timeoutMs),
+      tcpPeers.length > 0 ? this.#tcp?.meet({ self, epoch: connect.epoch, key, peers: tcpPeers, timeoutMs }).catch(asLost) : null,
+    ]);
     return native;
   }
 
@@ -171,6 +200,7 @@ export class WorkerLinks {
 
   async close(): Promise<void> {
     this.disconnect();
+    this.#tcp?.close();
     await Promise.all([this.#grpc.close(), this.#nats?.close()]);
   }
 
@@ -200,6 +230,10 @@ const dtypeOf: Record<NativeFrame['kind'], FrameDtype> = {
   hidden: 'f32',
   tokens: 'bytes',
 };
+
+function asLost(cause: Error): never {
+  throw new ShardmeshError('worker_lost', cause.message, { cause });
+}
 
 function countRanks(peers: Connect['peers'], self: PeerAddress): number[] {
   const counts: number[] = [];

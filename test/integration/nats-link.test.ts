@@ -151,13 +151,21 @@ describe('nats link', () => {
       const received = links.map(() => [] as NativeFrame[]);
       const peersSeenBy = (self: number) =>
         links.map((link, rank) => ({
-          ...{ stage: 0, rank, worker: ends[rank]?.worker ?? '', hostId: 'h', grpcAddress: link.grpcAddress, segment: null },
+          ...{
+            stage: 0,
+            rank,
+            worker: ends[rank]?.worker ?? '',
+            hostId: 'h',
+            grpcAddress: link.grpcAddress,
+            tcpAddress: '',
+            segment: null,
+          },
           driver: self === 2 || rank === 2 ? ('nats' as const) : ('grpc' as const),
         }));
       await Promise.all(
         links.map((link, rank) =>
           link.connect(
-            { placement, epoch: 3, peers: peersSeenBy(rank) },
+            { placement, epoch: 3, linkKey: '00'.repeat(32), peers: peersSeenBy(rank) },
             { stage: 0, rank },
             (frame) => received[rank]?.push({ ...frame, payload: Uint8Array.from(frame.payload) }),
             5_000,

@@ -35,6 +35,7 @@ const meshes: MeshCells[] = [
   { shape: { ...plainShape, pp: '3', link: 'grpc' }, companies: [cold, warm] },
   { shape: { ...plainShape, tp: '2', pp: '2', link: 'shm', prefillChunk: 64 }, companies: [cold] },
   { shape: { ...plainShape, tp: '2', link: 'grpc', prefillChunk: 129 }, companies: [cold] },
+  { shape: { ...plainShape, tp: '3', pp: '2', link: 'tcp', prefillChunk: 64 }, companies: [coldAmong] },
   { shape: { ...plainShape, tp: '2', link: 'nats' }, companies: [cold, warm] },
   { shape: { ...plainShape, pp: '2', link: 'nats', prefillChunk: 64 }, companies: [cold] },
   { shape: { ...plainShape, isa: 'avx512' }, companies: [cold], prompt: 'short' },

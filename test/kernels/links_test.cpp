@@ -1,9 +1,15 @@
 // Native links, tested with real processes. `links_test --list` prints the names, `links_test NAME` runs one test, `links_test --bench` prints the latency of
 // one exchange. Exit status 0: passed.
+#include <arpa/inet.h>
+#include <dlfcn.h>
 #include <fcntl.h>
+#include <netinet/in.h>
+#include <poll.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -22,7 +28,10 @@
 #include <vector>
 
 #include "links.h"
+#include "seal.h"
 #include "segment.h"
+#include "tcp_connection.h"
+#include "tcp_endpoint.h"
 #include "wait.h"
 
 using namespace shardmesh;
@@ -681,6 +690,304 @@ void wrong_segments_are_refused() {
   expect(forge(bad, true), "its owner's process is");
 }
 
+// ---------------------------------------------------------------- tcp
+
+Key test_key(uint8_t seed) {
+  Key key;
+  key.fill(seed);
+  return key;
+}
+
+TcpMeeting meeting_of(const std::vector<int>& ranks, int index, const std::vector<int>& ports, uint32_t epoch = 1, uint8_t seed = 7, int64_t timeout_ms = 10000) {
+  const LinksOptions first = options_for(ranks, 0);
+  TcpMeeting meeting{peer_at(first, index), epoch, test_key(seed), {}, timeout_ms};
+  for (size_t peer = 0; peer < ports.size(); peer++)
+    if (static_cast<int>(peer) != index) meeting.peers.push_back({peer_at(first, static_cast<int>(peer)), "127.0.0.1:" + std::to_string(ports[peer])});
+  return meeting;
+}
+
+std::unique_ptr<Links> tcp_links(const std::vector<int>& ranks, int index, std::vector<std::shared_ptr<TcpConnection>> connections, size_t exchange_bytes = 16384) {
+  std::unique_ptr<Links> links = make_links(options_for(ranks, index, exchange_bytes), no_frames());
+  std::vector<PeerLink> peers;
+  for (const auto& connection : connections) peers.push_back({connection->peer(), false, 0, -1, 0, connection});
+  links->connect(peers);
+  return links;
+}
+
+// All ranks over tcp, each in a process of its own.
+void run_tcp(const std::vector<int>& ranks, const std::function<void(Mesh&, TcpEndpoint&)>& body, size_t exchange_bytes = 16384) {
+  run_mesh(ranks, [&](Mesh& mesh) {
+    TcpEndpoint endpoint("127.0.0.1", 0);
+    mesh.board->note[mesh.index] = endpoint.port();
+    mesh.barrier(0);
+    std::vector<int> ports;
+    for (int peer = 0; peer < mesh.peers; peer++) ports.push_back(static_cast<int>(mesh.board->note[peer].load()));
+    mesh.links = tcp_links(ranks, mesh.index, endpoint.meet(meeting_of(ranks, mesh.index, ports)), exchange_bytes);
+    mesh.barrier(1);
+    body(mesh, endpoint);
+    mesh.barrier(2);
+  });
+}
+
+void tcp_exchanges(int ranks, uint32_t count, bool spin, size_t most) {
+  run_tcp(
+      {ranks},
+      [=](Mesh& mesh, TcpEndpoint& endpoint) {
+        for (uint32_t counter = 0; counter < count; counter++) one_exchange(mesh.links->exchange(), mesh.index, ranks, counter, most, spin, true);
+        mesh.barrier(3);
+        CHECK(endpoint.counters().frames_out == static_cast<uint64_t>(count) * static_cast<uint64_t>(ranks - 1));
+        CHECK(endpoint.counters().corrupt == 0 && endpoint.counters().refused == 0);
+      },
+      most);
+}
+
+void tcp_stream() {
+  run_tcp({1, 1}, [](Mesh& mesh, TcpEndpoint&) {
+    std::vector<uint8_t> buffer(8192);
+    for (uint32_t step = 1; step <= 5000; step++) {
+      const size_t hidden = block_bytes(step, 8192);
+      size_t bytes = 0;
+      if (mesh.index == 0) {
+        fill(buffer.data(), hidden, 0, step);
+        CHECK(mesh.links->to({1, 0})->send({FrameKind::Hidden, step, 0, 0}, 3, buffer.data(), hidden, within(20 * kSecond, step % 2 == 0)) == WaitResult::Done);
+      } else {
+        if (step % 1000 == 0) usleep(100000);  // the writer fills the mailbox and both sockets meanwhile
+        CHECK(mesh.links->from({0, 0})->receive({FrameKind::Hidden, step, 0, 0}, buffer.data(), buffer.size(), &bytes, within(20 * kSecond)) == WaitResult::Done);
+        CHECK(bytes == hidden && filled(buffer.data(), hidden, 0, step), "step %u", step);
+      }
+    }
+  });
+}
+
+// Two ranks of one process, with a relay between them that may do harm to what rank 0 sends.
+struct Relayed {
+  enum class Harm { None, Flip, Repeat, Skip, Cut, Hold };
+
+  int listener = -1, to_answerer = -1, to_dialler = -1;
+  std::thread relay;
+  std::atomic<Harm> harm{Harm::None};
+  std::atomic<bool> stop{false};
+  std::unique_ptr<TcpEndpoint> endpoints[2];
+  std::unique_ptr<Links> links[2];
+
+  explicit Relayed(size_t exchange_bytes = 16384) {
+    for (auto& endpoint : endpoints) endpoint = std::make_unique<TcpEndpoint>("127.0.0.1", 0);
+    listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    sockaddr_in address{};
+    address.sin_family = AF_INET;
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    socklen_t size = sizeof address;
+    CHECK(bind(listener, reinterpret_cast<sockaddr*>(&address), size) == 0 && listen(listener, 4) == 0);
+    CHECK(getsockname(listener, reinterpret_cast<sockaddr*>(&address), &size) == 0);
+    const int relay_port = ntohs(address.sin_port);
+    relay = std::thread([this] { run(endpoints[1]->port()); });
+    std::vector<std::shared_ptr<TcpConnection>> answerer, dialler;
+    std::thread other([&] { answerer = endpoints[1]->meet(meeting_of({2}, 1, {endpoints[0]->port(), endpoints[1]->port()})); });
+    dialler = endpoints[0]->meet(meeting_of({2}, 0, {endpoints[0]->port(), relay_port}));
+    other.join();
+    links[0] = tcp_links({2}, 0, std::move(dialler), exchange_bytes);
+    links[1] = tcp_links({2}, 1, std::move(answerer), exchange_bytes);
+  }
+  ~Relayed() {
+    stop = true;
+    relay.join();
+    close(listener);
+  }
+
+  void run(int port) {
+    to_dialler = accept(listener, nullptr, nullptr);
+    to_answerer = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    sockaddr_in address{};
+    address.sin_family = AF_INET;
+    address.sin_port = htons(static_cast<uint16_t>(port));
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    CHECK(connect(to_answerer, reinterpret_cast<sockaddr*>(&address), sizeof address) == 0);
+    std::vector<uint8_t> buffer(1 << 16);
+    while (!stop) {
+      pollfd waits[2] = {{harm == Harm::Hold ? -1 : to_dialler, POLLIN, 0}, {to_answerer, POLLIN, 0}};
+      poll(waits, 2, 5);
+      for (int from = 0; from < 2; from++) {
+        if (waits[from].revents == 0) continue;
+        ssize_t got = read(waits[from].fd, buffer.data(), buffer.size());
+        if (got <= 0) {
+          stop = true;
+          break;
+        }
+        const int out = from == 0 ? to_answerer : to_dialler;
+        const Harm now = from == 0 ? harm.exchange(Harm::None) : Harm::None;
+        if (now == Harm::Flip) buffer[static_cast<size_t>(got) - 20] ^= 1;
+        if (now == Harm::Repeat) CHECK(write(out, buffer.data(), static_cast<size_t>(got)) == got);
+        if (now == Harm::Skip) continue;
+        if (now == Harm::Cut) {
+          CHECK(write(out, buffer.data(), static_cast<size_t>(got / 2)) == got / 2);
+          stop = true;
+          break;
+        }
+        for (ssize_t sent = 0, one; sent < got; sent += one) {
+          one = send(out, buffer.data() + sent, static_cast<size_t>(got - sent), MSG_NOSIGNAL);
+          if (one < 0) break;
+        }
+      }
+    }
+    close(to_answerer);
+    close(to_dialler);
+  }
+
+  void publish(int rank, uint32_t counter) {
+    uint8_t* own = links[rank]->exchange()->begin(exchange_key(counter), 2304);
+    fill(own, 2304, rank, counter);
+    links[rank]->exchange()->publish(1);
+  }
+  WaitResult wait(int rank, int64_t ns) {
+    const uint8_t* data = nullptr;
+    return links[rank]->exchange()->wait(1 - rank, 2304, &data, within(ns));
+  }
+  void good_round(uint32_t counter) {
+    publish(0, counter);
+    publish(1, counter);
+    for (int rank = 0; rank < 2; rank++) {
+      const uint8_t* data = nullptr;
+      CHECK(links[rank]->exchange()->wait(1 - rank, 2304, &data, within(5 * kSecond)) == WaitResult::Done);
+      CHECK(filled(data, 2304, 1 - rank, counter));
+    }
+  }
+};
+
+void tcp_harm(Relayed::Harm harm, const char* problem, uint64_t corrupt) {
+  Relayed pair;
+  for (uint32_t counter = 0; counter < 3; counter++) pair.good_round(counter);
+  pair.harm = harm;
+  pair.publish(0, 3);
+  pair.publish(1, 3);
+  WaitResult result = pair.wait(1, 500 * kMs);
+  if (harm == Relayed::Harm::Repeat || harm == Relayed::Harm::Skip) {  // shows with the next frame
+    CHECK(result == (harm == Relayed::Harm::Repeat ? WaitResult::Done : WaitResult::Deadline), "result %d", static_cast<int>(result));
+    CHECK(pair.wait(0, kSecond) == WaitResult::Done);
+    pair.publish(0, 4);
+    if (harm == Relayed::Harm::Repeat) pair.publish(1, 4);
+    result = pair.wait(1, kSecond);
+  }
+  CHECK(result == WaitResult::Lost, "result %d", static_cast<int>(result));
+  CHECK(pair.links[1]->problem().find("stage 0 rank 0") == 0 && pair.links[1]->problem().find(problem) != std::string::npos, "%s", pair.links[1]->problem().c_str());
+  CHECK(pair.endpoints[1]->counters().corrupt == corrupt);
+  CHECK(pair.wait(1, 20 * kMs) == WaitResult::Lost, "a connection that broke stays broken");
+}
+
+void tcp_slow_peer() {
+  Relayed pair(4 << 20);
+  pair.good_round(0);
+  // A peer that sends nothing.
+  pair.publish(0, 1);
+  const int64_t begin = monotonic_ns();
+  CHECK(pair.wait(0, 200 * kMs) == WaitResult::Deadline);
+  CHECK(monotonic_ns() - begin >= 200 * kMs && monotonic_ns() - begin < 1000 * kMs);
+  pair.publish(1, 1);
+  CHECK(pair.wait(1, kSecond) == WaitResult::Done && pair.wait(0, kSecond) == WaitResult::Done, "late is not lost");
+  // A network that takes nothing more: the wait does not end before what this rank owes is sent.
+  pair.harm = Relayed::Harm::Hold;
+  usleep(50000);
+  const size_t large = 4 << 20;
+  std::vector<uint8_t> block(large);
+  for (uint32_t counter = 2; counter < 6; counter++) {
+    CHECK(pair.links[0]->exchange()->begin(exchange_key(counter), large) != nullptr);
+    pair.links[0]->exchange()->publish(1);
+  }
+  pair.publish(1, 5);
+  const uint8_t* data = nullptr;
+  CHECK(pair.links[0]->exchange()->wait(1, 2304, &data, within(200 * kMs)) == WaitResult::Deadline);
+}
+
+void tcp_strangers() {
+  const std::vector<int> ranks{2};
+  TcpEndpoint a("127.0.0.1", 0), b("127.0.0.1", 0);
+  const std::vector<int> ports{a.port(), b.port()};
+  const auto meet = [&](uint32_t epoch_a, uint32_t epoch_b, uint8_t key_a, uint8_t key_b) {
+    std::string errors[2];
+    const auto one = [&](TcpEndpoint& endpoint, int index, uint32_t epoch, uint8_t key) {
+      try {
+        CHECK(endpoint.meet(meeting_of(ranks, index, ports, epoch, key, 400)).size() == 1);
+      } catch (const std::runtime_error& error) {
+        errors[index] = error.what();
+      }
+    };
+    std::thread other([&] { one(b, 1, epoch_b, key_b); });
+    one(a, 0, epoch_a, key_a);
+    other.join();
+    return errors[0] + "|" + errors[1];
+  };
+  CHECK(meet(1, 1, 7, 7) == "|");
+  const std::string wrong_key = meet(2, 2, 7, 8);
+  CHECK(wrong_key.find("stage 0 rank 1 at 127.0.0.1:") != std::string::npos && wrong_key.find("does not know the key of this epoch") != std::string::npos, "%s", wrong_key.c_str());
+  CHECK(a.counters().refused > 0);
+  const uint64_t refused = b.counters().refused;
+  const std::string wrong_epoch = meet(4, 3, 7, 7);
+  CHECK(wrong_epoch.find("stage 0 rank 0 (a caller is in another epoch, or no peer)") != std::string::npos || wrong_epoch.find("it closed the connection") != std::string::npos, "%s",
+        wrong_epoch.c_str());
+  CHECK(b.counters().refused > refused);
+
+  // Strangers who say nothing, too much, or nonsense stand in nobody's way.
+  std::vector<int> strangers;
+  for (int i = 0; i < 100; i++) {
+    const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    sockaddr_in address{};
+    address.sin_family = AF_INET;
+    address.sin_port = htons(static_cast<uint16_t>(b.port()));
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    CHECK(connect(fd, reinterpret_cast<sockaddr*>(&address), sizeof address) == 0);
+    const std::string text(i % 3 == 0 ? 0 : static_cast<size_t>(i * 50), static_cast<char>(i));
+    if (!text.empty()) CHECK(send(fd, text.data(), text.size(), MSG_NOSIGNAL) > 0);
+    strangers.push_back(fd);
+  }
+  CHECK(meet(5, 5, 9, 9) == "|");
+  for (const int fd : strangers) close(fd);
+}
+
+void tcp_killed_peer() {
+  run_mesh(
+      {2},
+      [](Mesh& mesh) {
+        TcpEndpoint endpoint("127.0.0.1", 0);
+        mesh.board->note[mesh.index] = endpoint.port();
+        mesh.barrier(0);
+        mesh.links = tcp_links({2}, mesh.index, endpoint.meet(meeting_of({2}, mesh.index, {static_cast<int>(mesh.board->note[0]), static_cast<int>(mesh.board->note[1])})));
+        mesh.barrier(1);
+        for (uint32_t counter = 0; counter < 100; counter++) one_exchange(mesh.links->exchange(), mesh.index, 2, counter, 2304, false, true);
+        mesh.board->note[2 + mesh.index] = 1;
+        if (mesh.index == 1) {
+          for (;;) pause();
+        }
+        mesh.links->exchange()->begin(exchange_key(100), 64);
+        mesh.links->exchange()->publish(1);
+        const uint8_t* data = nullptr;
+        const int64_t begin = monotonic_ns();
+        CHECK(mesh.links->exchange()->wait(1, 64, &data, within(20 * kSecond)) == WaitResult::Lost);
+        CHECK(monotonic_ns() - begin < 5 * kSecond, "a closed socket is noticed at once");
+        CHECK(mesh.links->problem().find("stage 0 rank 1: it") == 0, "%s", mesh.links->problem().c_str());
+      },
+      [](const std::vector<pid_t>& pids, Board* board) {
+        while (board->note[2].load() == 0 || board->note[3].load() == 0) usleep(500);
+        usleep(20000);
+        kill(pids[1], SIGKILL);
+      });
+}
+
+void tcp_abort() {
+  for (const bool spin : {true, false}) {
+    Relayed pair;
+    pair.publish(0, 0);
+    WaitResult result = WaitResult::Done;
+    std::thread waiter([&] {
+      const uint8_t* data = nullptr;
+      result = pair.links[0]->exchange()->wait(1, 2304, &data, within(30 * kSecond, spin));
+    });
+    usleep(20000);
+    const int64_t begin = monotonic_ns();
+    pair.links[0]->abort();
+    waiter.join();
+    CHECK(result == WaitResult::Aborted && monotonic_ns() - begin < 50 * kMs);
+  }
+}
+
 void bench() {
   for (const bool spin : {true, false})
     for (const size_t bytes : {size_t{2304}, size_t{16384}}) {
@@ -708,6 +1015,13 @@ void bench() {
     }
 }
 
+// Null once libcrypto is in this process.
+const char* missing_library() {
+  for (const char* library : {"libcrypto.so.3", "libcrypto.so.1.1"})
+    if (dlopen(library, RTLD_NOW | RTLD_GLOBAL) != nullptr) return nullptr;
+  return "this machine has no libcrypto";
+}
+
 struct Test {
   const char* name;
   std::function<void()> run;
@@ -724,6 +1038,19 @@ const Test tests[] = {
     {"exchange - a frozen rank ends the wait at its deadline, and thawed goes on", frozen_peer},
     {"exchange - a group of shared-memory and host ranks reads the same blocks", [] { mixed_group([](int a, int b) { return a != 2 && b != 2; }); }},
     {"exchange - a group of host ranks only reads the same blocks", [] { mixed_group([](int, int) { return false; }); }},
+    {"tcp exchange - 2 ranks that spin read 20000 blocks right", [] { tcp_exchanges(2, 20000, true, 2304); }},
+    {"tcp exchange - 3 ranks on few cores read 10000 blocks right", [] { tcp_exchanges(3, 10000, false, 2304); }},
+    {"tcp exchange - 5 ranks on few cores read 3000 blocks right", [] { tcp_exchanges(5, 3000, false, 2304); }},
+    {"tcp exchange - 3 ranks send each other more than sockets hold", [] { tcp_exchanges(3, 12, false, 16 << 20); }},
+    {"tcp link - a fast writer waits for a slow reader and loses nothing", tcp_stream},
+    {"tcp link - a flipped byte ends the connection and is counted", [] { tcp_harm(Relayed::Harm::Flip, "does not open", 1); }},
+    {"tcp link - a repeated frame ends the connection and is counted", [] { tcp_harm(Relayed::Harm::Repeat, "does not open", 1); }},
+    {"tcp link - a frame left out ends the connection and is counted", [] { tcp_harm(Relayed::Harm::Skip, "does not open", 1); }},
+    {"tcp link - a frame cut short ends the connection", [] { tcp_harm(Relayed::Harm::Cut, "closed its connection in the middle of a frame", 0); }},
+    {"tcp link - a slow peer or network ends the wait at its deadline", tcp_slow_peer},
+    {"tcp link - a wrong key, a wrong epoch and strangers are refused and counted", tcp_strangers},
+    {"tcp link - a killed rank is noticed at once and named", tcp_killed_peer},
+    {"tcp link - abort wakes a wait within 50 ms", tcp_abort},
     {"tensor link - hidden states and sampled ids go round 20000 times", ping_pong},
     {"tensor link - a fast writer waits for a slow reader and loses nothing", stream_through_full_ring},
     {"tensor link - frames of other keys stay queued", frames_of_other_keys_stay_queued},
@@ -746,6 +1073,11 @@ int main(int argc, char** argv) {
     return 2;
   }
   const std::string name = argv[1];
+  // What Node carries in itself: the tcp driver looks its functions up in the process.
+  if (missing_library() != nullptr && name.rfind("tcp ", 0) == 0) {
+    std::fprintf(stderr, "%s\n", missing_library());
+    return 77;
+  }
   if (name == "--bench") {
     bench();
     return 0;

@@ -19,7 +19,7 @@ const everyCompany: Company[] = [0, 8].flatMap((others) => [false, true].map((ca
 const alone = everyCompany.slice(0, 2);
 
 /** Chunks are cut before a link is met: every size goes over shared memory, each other link has its own. */
-const chunksOf = { auto: [256, 7, 64, 129], shm: [256, 7, 64, 129], grpc: [7, 129], nats: [64] };
+const chunksOf = { auto: [256, 7, 64, 129], shm: [256, 7, 64, 129], tcp: [64, 129], grpc: [7, 129], nats: [64] };
 
 interface MeshCells {
   shape: MeshShape;
@@ -32,7 +32,7 @@ function allMeshes(): MeshCells[] {
   for (const tp of ['1', '2', '3', '3:2:1', '5'])
     for (const pp of ['1', '2', '3']) {
       const cut = { ...plainShape, tp, pp };
-      for (const link of tp === '1' && pp === '1' ? (['auto'] as const) : (['shm', 'grpc', 'nats'] as const))
+      for (const link of tp === '1' && pp === '1' ? (['auto'] as const) : (['shm', 'tcp', 'grpc', 'nats'] as const))
         for (const prefillChunk of chunksOf[link])
           meshes.push({ shape: { ...cut, link, prefillChunk }, companies: everyCompany });
       meshes.push({ shape: { ...cut, isa: 'avx512' }, companies: alone });

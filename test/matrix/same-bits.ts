@@ -8,7 +8,7 @@ import { complete, startServe, type Served } from '../integration/helpers/serve.
 export interface MeshShape {
   tp: string;
   pp: string;
-  link: 'auto' | 'shm' | 'grpc' | 'nats';
+  link: 'auto' | 'shm' | 'tcp' | 'grpc' | 'nats';
   prefillChunk: number;
   executor: 'cpu' | 'reference';
   isa: 'auto' | 'avx512' | 'avx2' | 'portable';

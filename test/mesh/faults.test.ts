@@ -85,6 +85,7 @@ async function makeMesh(seed: number, stages: number, ranks: number) {
       },
       protocol: { min: 1, max: 1 },
       placementId: newPlacementId(),
+      newLinkKey: () => '00'.repeat(32),
       sliceSha256For: () => sliceSha256,
       timers: defaultMeshTimers,
       assignFor: () => ({

@@ -217,6 +217,7 @@ export class SimulatedProcess {
         executor: 'cpu',
         arithmetic: '1',
         grpcAddress: '127.0.0.1:1',
+        tcpAddress: '',
         weightBytesPerSecond: 0,
       },
     });

@@ -12,6 +12,7 @@ const facts = (changes: Partial<WorkerFacts> = {}): WorkerFacts => ({
   executor: 'cpu',
   arithmetic: 'arithmetic-1',
   grpcAddress: '127.0.0.1:1',
+  tcpAddress: '',
   weightBytesPerSecond: 1e9,
   ...changes,
 });
@@ -61,6 +62,7 @@ function makeMesh(seats: Seat[] = [0, 1].map((rank) => ({ stage: 0, rank }))) {
       assignFor: () => ({}) as never,
       sliceSha256For: () => 'right',
       placementId: 'placement',
+      newLinkKey: () => '00'.repeat(32),
       timers: { ...defaultMeshTimers, backoffBaseMs: 0 },
     },
     {
@@ -145,6 +147,23 @@ describe('mesh', () => {
         ['b', 'nats'],
       ],
     ]);
+  });
+
+  it('mesh - takes tcp across hosts where both ends listen for it, with one key an epoch, and no measurement', () => {
+    const { mesh, sent } = makeMesh([0, 1, 2].map((rank) => ({ stage: 0, rank })));
+    const far = facts({ hostId: 'host-2', tcpAddress: '10.0.0.2:4000' });
+    mesh.receive('a', join('a', { facts: facts({ tcpAddress: '10.0.0.1:4000' }) }), 0);
+    mesh.receive('b', join('b', { facts: far }), 0);
+    mesh.receive('c', join('c', { facts: far }), 0);
+    for (const worker of ['a', 'b', 'c']) mesh.receive(worker, ready(worker, 1), 1);
+    const connects = sent.flatMap(({ message }) => (message.type === 'connect' ? [message] : []));
+    expect(connects.map(({ peers }) => peers.map(({ worker, driver }) => `${worker} ${driver}`))).toEqual([
+      ['b tcp', 'c tcp'],
+      ['a tcp', 'c shm'],
+      ['a tcp', 'b shm'],
+    ]);
+    expect(new Set(connects.map(({ linkKey }) => linkKey)).size).toBe(1);
+    expect(connects[0]?.peers[0]?.tcpAddress).toBe('10.0.0.2:4000');
   });
 
   it('mesh - gives shared memory up after three connections failed in a row with every worker there', () => {

@@ -36,20 +36,22 @@ const connectMessage = (
   ranks: Rank[],
   epoch: number,
   driverOf: (a: PeerAddress) => LinkDriver = () => 'grpc',
-): Pick<Connect, 'placement' | 'epoch' | 'peers'> => ({
+): Pick<Connect, 'placement' | 'epoch' | 'linkKey' | 'peers'> => ({
   placement,
   epoch,
+  linkKey: '00'.repeat(32),
   peers: ranks.map(({ worker, address, links }) => ({
     ...address,
     worker,
     hostId: 'host',
     grpcAddress: links.grpcAddress,
+    tcpAddress: '',
     segment: { pid: 1, fd: 9, bytes: 4096 },
     driver: driverOf(address),
   })),
 });
 
-const enter = (rank: Rank, message: Pick<Connect, 'placement' | 'epoch' | 'peers'>, timeoutMs = 5_000) =>
+const enter = (rank: Rank, message: Pick<Connect, 'placement' | 'epoch' | 'linkKey' | 'peers'>, timeoutMs = 5_000) =>
   rank.links.connect(
     message,
     rank.address,
