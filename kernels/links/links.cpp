@@ -59,7 +59,6 @@ class WorkerLinks final : public Links {
       if (given[static_cast<size_t>(index)] != nullptr) throw std::runtime_error("links: " + peer_name(link.peer) + " is given twice");
       given[static_cast<size_t>(index)] = &link;
     }
-    tcp_ = std::make_unique<TcpGroup>(aborted_, &problem_);
     for (size_t index = 0; index < peers.size(); index++) attach(&peers[index], static_cast<int>(index), given[index]);
     peers_ = std::move(peers);
     for (size_t index = 0; index < peers_.size(); index++) make_channels(&peers_[index], static_cast<int>(index));
@@ -120,6 +119,7 @@ class WorkerLinks final : public Links {
     if (!link->tcp) return;
     if (!(link->tcp->peer() == peer->address)) throw std::runtime_error("links: the connection to " + peer_name(peer->address) + " leads to " + peer_name(link->tcp->peer()));
     link->tcp->limit_payload(std::max({exchange_bytes_max(), options_.hidden_bytes, options_.tokens_bytes}));
+    if (!tcp_) tcp_ = std::make_unique<TcpGroup>(aborted_, &problem_);
     peer->tcp = tcp_->add({link->tcp, peer->exchange_frames.get(), peer->channel_frames.get(), inbound == ChannelKind::Hidden ? FrameKind::Hidden : FrameKind::Tokens});
   }
 

@@ -109,7 +109,7 @@ describe('command line', () => {
     ['serve --port 65536', 'a whole number from 0 to 65535'],
     ['serve --kv-cache-bytes 5', 'at least 1m'],
     ['serve --cores 3-1', 'no such range of cores: 3-1'],
-    ['serve --link rdma', 'Allowed choices are auto, shm, grpc, nats'],
+    ['serve --link rdma', 'Allowed choices are auto, shm, tcp, grpc, nats'],
     ['serve --isa sse', 'Allowed choices are auto, avx512, avx2, portable'],
     ['worker --tp 2', "unknown option '--tp'"],
     ['keys --workers 257', 'a number from 1 to 256'],
