@@ -61,11 +61,11 @@ const progressEveryMs = 200;
 const tcpHost = '127.0.0.1';
 
 /** Null where this Node has no OpenSSL: the mesh then takes another driver. */
-function openTcp({ addon, log }: WorkerOptions): NativeTcp | null {
+function openTcp(options: WorkerOptions): NativeTcp | null {
   try {
-    return addon.openTcp(tcpHost, 0);
+    return options.addon.openTcp(tcpHost, 0);
   } catch (error) {
-    log('warn', 'tcp_links_unavailable', { message: (error as Error).message });
+    options.log('warn', 'tcp_links_unavailable', { message: (error as Error).message });
     return null;
   }
 }
