@@ -3,11 +3,13 @@
 //   4 bits  15 * 127 * 2 * 8 = 30480    all of a group
 //   5 bits  31 * 127 * 2 * 4 = 31496    half of it
 //   6 bits  63 * 127 * 2 * 2 = 32004    a quarter; the widening multiplies with the row's scale of that half (Q6_K)
-//   8 bits  as two nibbles: dot(low) + 16 dot(high), 30480 each
+//   8 bits  none: 16-bit words of weights and activations (vpmaddwd)
 // so nothing needs abs or sign, and -128 is a weight like any other (stored as 0). The low half of an int16 activation may be -128: 15 * 128 * 2 * 8 = 30720 and
 // its like still fit.
 #pragma once
 #include <immintrin.h>
+
+#include <type_traits>
 
 #define SHARDMESH_UNROLL _Pragma("GCC unroll 8")
 #define SHARDMESH_AVX2 [[maybe_unused]] static inline __attribute__((always_inline))
@@ -23,6 +25,11 @@ struct Avx2 {
   };
   static constexpr bool kStreams = true;
   static constexpr int kPanelStrips = 1;  // 2 halves x 6 tokens: twelve accumulators, the rest of the 16 registers holds weights and activations
+
+  template <class W>
+  using Input = std::conditional_t<W::bits == 8, WideGroup, TokenGroup>;
+  template <class W>
+  static constexpr bool kExpands = W::bits != 8;  // bytes are what a panel would hold
 
   SHARDMESH_AVX2 F zero() { return {{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
   SHARDMESH_AVX2 F load(const float* p) { return {{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}}; }
@@ -50,15 +57,11 @@ struct Avx2 {
     hold(*sum);
   }
 
-  // Unsigned weights of k = 4j .. 4j + 3 of rows 8h .. 8h + 7. `nibble` only for 8 bits: 0 the low four bits, 1 the high four.
+  // Unsigned weights of k = 4j .. 4j + 3 of rows 8h .. 8h + 7.
   template <class W>
-  SHARDMESH_AVX2 __m256i weights(const uint8_t* record, int j, int h, int nibble) {
+  SHARDMESH_AVX2 __m256i weights(const uint8_t* record, int j, int h) {
     const __m256i low4 = _mm256_set1_epi8(15);
-    if constexpr (W::bits == 8) {
-      const __m256i bytes = load_bytes(record + (W::panel ? kPanelWeightsAt : W::weights_at) + 64 * j + 32 * h);
-      return _mm256_and_si256(nibble ? _mm256_srli_epi16(bytes, 4) : bytes, low4);
-    }
-    if constexpr (W::panel) return load_bytes(record + kPanelWeightsAt + 64 * j + 32 * h);
+    if constexpr (W::panel || W::bits == 8) return load_bytes(record + (W::panel ? kPanelWeightsAt : W::weights_at) + 64 * j + 32 * h);
     const uint8_t* bytes = record + W::weights_at + 32 * h;
     const __m256i nibbles = _mm256_and_si256(j < 4 ? load_bytes(bytes + 64 * j) : _mm256_srli_epi16(load_bytes(bytes + 64 * (j - 4)), 4), low4);
     if constexpr (W::bits == 4) return nibbles;
@@ -98,7 +101,49 @@ struct Avx2 {
   template <class W>
   SHARDMESH_AVX2 constexpr int run_count() { return W::bits == 4 ? 1 : W::bits == 6 ? 4 : 2; }
   template <class W>
-  SHARDMESH_AVX2 constexpr int register_at(int i) { return W::panel || W::bits == 8 || W::bits == 6 ? i % 8 : i / 2 + 4 * (i % 2); }
+  SHARDMESH_AVX2 constexpr int register_at(int i) { return W::panel || W::bits == 6 ? i : i / 2 + 4 * (i % 2); }
+
+  // 8 bits: even and odd bytes as 16-bit words times the token's words in the same order (WideGroup), 32-bit sums from the start. int16 activations cost
+  // nothing more here.
+  template <class W, int M, int>
+  SHARDMESH_AVX2 void accumulate(const uint8_t* record, const uint8_t*, const WideGroup* in, F* acc) {
+    __m256i dot[M][2];
+    SHARDMESH_UNROLL
+    for (int j = 0; j < 8; j++) {
+      SHARDMESH_UNROLL
+      for (int odd = 0; odd < 2; odd++) {
+        // Read again for the odd bytes: twelve sums leave no register to keep them in, and a spill costs more than a load.
+        const uint8_t* again = record;
+        __asm__("" : "+r"(again));
+        __m256i w[2];
+        SHARDMESH_UNROLL
+        for (int h = 0; h < 2; h++) {
+          const __m256i bytes = weights<W>(again, j, h);
+          w[h] = odd ? _mm256_srli_epi16(bytes, 8) : _mm256_and_si256(bytes, _mm256_set1_epi16(255));
+        }
+        SHARDMESH_UNROLL
+        for (int t = 0; t < M; t++) {
+          __m256i x = broadcast4(in[t].q + 4 * j + 2 * odd);
+          hold(x);
+          SHARDMESH_UNROLL
+          for (int h = 0; h < 2; h++) {
+            const __m256i products = _mm256_madd_epi16(w[h], x);
+            dot[t][h] = j + odd == 0 ? products : _mm256_add_epi32(dot[t][h], products);
+            hold(dot[t][h]);
+          }
+        }
+      }
+    }
+    SHARDMESH_UNROLL
+    for (int h = 0; h < 2; h++) {
+      const __m256 s = scale<W>(record, nullptr, h);
+      SHARDMESH_UNROLL
+      for (int t = 0; t < M; t++) {
+        const __m256i zero = _mm256_slli_epi32(broadcast4(&in[t].sum), W::zero_shift);
+        acc[t].v[h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(dot[t][h], zero)), _mm256_mul_ps(s, _mm256_set1_ps(in[t].sa)), acc[t].v[h]);
+      }
+    }
+  }
 
   // The whole of P parts: 256 * high + low.
   template <int P>
@@ -109,7 +154,7 @@ struct Avx2 {
 
   template <class W, int M, int P>
   SHARDMESH_AVX2 void accumulate(const uint8_t* record, const uint8_t* head, const TokenGroup* in, F* acc) {
-    constexpr int N = M * P, kRuns = run_count<W>(), kRun = W::bits == 8 ? 8 : 8 / kRuns;
+    constexpr int N = M * P, kRuns = run_count<W>(), kRun = 8 / kRuns;
     // int16 activations under half scales: the sum of both halves would not fit 32 bits, each has its own.
     constexpr int kDots = W::half_scales && P == 2 ? 2 : 1;
     __m256i dot[kDots][N][2];
@@ -123,8 +168,8 @@ struct Avx2 {
       __m256i c[N][2];
       SHARDMESH_UNROLL
       for (int i = 0; i < kRun; i++) {
-        const int j = register_at<W>(W::bits == 8 ? i : run * kRun + i);
-        const __m256i w0 = weights<W>(record, j, 0, run), w1 = weights<W>(record, j, 1, run);
+        const int j = register_at<W>(run * kRun + i);
+        const __m256i w0 = weights<W>(record, j, 0), w1 = weights<W>(record, j, 1);
         SHARDMESH_UNROLL
         for (int t = 0; t < N; t++) {
           const __m256i x = broadcast4(in[t].q + 4 * j);
@@ -136,7 +181,7 @@ struct Avx2 {
       const bool begins = kDots == 2 ? run % 2 == 0 : run == 0;
       SHARDMESH_UNROLL
       for (int h = 0; h < 2; h++) {
-        __m256i by = _mm256_set1_epi16(W::bits == 8 && run == 1 ? 16 : 1);
+        __m256i by = _mm256_set1_epi16(1);
         if constexpr (W::half_scales) {
           by = run < 2 ? _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(pairs[h], 0xa0), 0xa0) : _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(pairs[h], 0xf5), 0xf5);
         }
@@ -192,8 +237,7 @@ struct Avx2 {
     for (int j = 0; j < 8; j++)
       SHARDMESH_UNROLL
       for (int h = 0; h < 2; h++) {
-        const __m256i w = W::bits == 8 ? load_bytes(record + W::weights_at + 64 * j + 32 * h) : weights<W>(record, j, h, 0);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(panel + kPanelWeightsAt + 64 * j + 32 * h), w);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(panel + kPanelWeightsAt + 64 * j + 32 * h), weights<W>(record, j, h));
       }
   }
 
@@ -242,8 +286,16 @@ struct Avx2 {
     out->halves[1] = static_cast<int16_t>(second);
   }
 
+  // q[0..8) .. q[24..32) as words, the even ones of every four first.
+  SHARDMESH_AVX2 void store_wide(const __m256i* q, WideGroup* wide) {
+    for (int i = 0; i < 2; i++) {
+      const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(q[2 * i], q[2 * i + 1]), 0xd8);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(wide->q + 16 * i), _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(words, 0xd8), 0xd8));
+    }
+  }
+
   template <int P>
-  SHARDMESH_AVX2 void quantize_group(const float* x, TokenGroup* out) {
+  SHARDMESH_AVX2 void quantize_group(const float* x, TokenGroup* out, WideGroup* wide) {
     const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
     __m256 v[4];
     for (int i = 0; i < 4; i++) v[i] = _mm256_loadu_ps(x + 8 * i);
@@ -254,16 +306,18 @@ struct Avx2 {
     const float amax = _mm_cvtss_f32(_mm_max_ss(n, _mm_movehdup_ps(n)));
     if (!(amax >= kQuantizableMin)) {
       std::memset(out, 0, P * sizeof *out);
+      std::memset(wide, 0, sizeof *wide);
       return;
     }
     constexpr float largest = P == 1 ? 127.0f : static_cast<float>(kInt16Max);
     const __m256 inverse = _mm256_set1_ps(largest / amax);
     __m256i q[4];
     for (int i = 0; i < 4; i++) q[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
+    store_wide(q, wide);
     out->sa = amax / largest;
     if constexpr (P == 1) {
       store_part(q, out);
-      out->ms = out->sa * static_cast<float>(out->sum);
+      wide->sum = out->sum;
     } else {
       __m256i high[4];
       for (int i = 0; i < 4; i++) {
@@ -272,10 +326,20 @@ struct Avx2 {
       }
       store_part(high, out);
       store_part(q, out + 1);
-      out->ms = out->sa * static_cast<float>(256 * out[0].sum + out[1].sum);
+      wide->sum = 256 * out[0].sum + out[1].sum;
     }
+    out->ms = out->sa * static_cast<float>(wide->sum);
+    wide->sa = out->sa;
   }
 };
+
+// This part's share of the groups, in both forms.
+template <int P>
+void quantize_parts(const Activations& in, Part part) {
+  WideGroup* wide = reinterpret_cast<WideGroup*>(in.data + wide_offset(in.type, in.tokens, in.columns / 32));
+  const TokenGroup* first = reinterpret_cast<const TokenGroup*>(in.data);
+  quantize_each<P>(in, part, [=](const float* x, TokenGroup* out) { Avx2::quantize_group<P>(x, out, wide + (out - first) / P); });
+}
 
 }  // namespace
 

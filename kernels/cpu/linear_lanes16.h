@@ -13,6 +13,11 @@ struct Lanes16 {
   static constexpr bool kStreams = L::wide_registers;
   static constexpr int kPanelStrips = L::wide_registers ? 2 : 1;  // 2 strips x 6 tokens: twelve independent chains
 
+  template <class>
+  using Input = TokenGroup;
+  template <class>
+  static constexpr bool kExpands = true;
+
   SHARDMESH_LANES F zero() { return L::set(0.0f); }
   SHARDMESH_LANES F load(const float* p) { return L::load(p); }
   SHARDMESH_LANES void store(float* p, F x) { L::store(p, x); }

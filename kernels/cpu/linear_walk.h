@@ -2,8 +2,10 @@
 // instruction set's, a class `Isa` with:
 //   F                                          16 fp32 lanes, one row each
 //   zero() load(p) store(p, f) add(a, b)
-//   accumulate<W, M, P>(record, head, in, acc) one group of 32 columns and M tokens of P parts each into acc[M]; W is Direct<type> or Panel<type>
+//   Input<W>                                   what an activation group is to W: P TokenGroups or a WideGroup; W is Direct<type> or Panel<type>
+//   accumulate<W, M, P>(record, head, in, acc) one group of 32 columns and M tokens into acc[M]
 //   accumulate_float<type, M>(w, x, stride, count, acc)
+//   kExpands<W>                                whether many tokens are multiplied with Panel<type>
 //   expand<type>(record, head, panel)          one record as Panel<type> has it
 //   kPanelStrips                               strips multiplied at once when they are expanded
 //   kStreams                                   whether several strips may be read at once (linear_tuning.h)
@@ -11,6 +13,8 @@
 //
 // Order inside one (row, token, segment): groups ascending into one accumulator. Tiles, strips and parts never change it.
 #pragma once
+#include <type_traits>
+
 #include "../include/arithmetic.h"
 #include "linear_tuning.h"
 #include "strip_layout.h"
@@ -41,6 +45,21 @@ struct Strip {
 
 // Activations beyond this leave the second-level cache of a small core; more tokens are walked in blocks.
 constexpr size_t kTokenBlockBytes = 192 * 1024;
+
+template <class Isa, class W>
+using InputOf = typename Isa::template Input<W>;
+
+template <class Isa, class W>
+constexpr bool kWideInput = std::is_same_v<InputOf<Isa, W>, WideGroup>;
+
+// Groups that stand for one token.
+template <class Isa, class W, int P>
+constexpr int kGroupsPerToken = kWideInput<Isa, W> ? 1 : P;
+
+template <class Isa, class W>
+const InputOf<Isa, W>* input_of(const Activations& in) {
+  return reinterpret_cast<const InputOf<Isa, W>*>(in.data + (kWideInput<Isa, W> ? wide_offset(in.type, in.tokens, in.columns / 32) : 0));
+}
 
 // Joins segments p[0..n) of `width` vectors each, in place, into p[0].
 template <class Isa>
@@ -80,9 +99,9 @@ __attribute__((noinline)) void finish_segments(typename Isa::F* segments, const 
   }
 }
 
-// S strips times the M tokens of one tile. `in` [groups][M][P].
+// S strips times the M tokens of one tile. `in` [groups][M][groups per token].
 template <class Isa, class W, int P, int M, int S>
-__attribute__((noinline)) void multiply_tile(const Strip* strips, const TokenGroup* in, const LinearArguments& a, int64_t row, int64_t token, int prefetch_bytes) {
+__attribute__((noinline)) void multiply_tile(const Strip* strips, const InputOf<Isa, W>* in, const LinearArguments& a, int64_t row, int64_t token, int prefetch_bytes) {
   typename Isa::F segments[kSegmentsMax * S * M];
   int group = 0;
   for (int segment = 0; segment < a.segment_count; segment++) {
@@ -91,7 +110,7 @@ __attribute__((noinline)) void multiply_tile(const Strip* strips, const TokenGro
     for (int s = 0; s < S; s++)
       SHARDMESH_UNROLL
       for (int t = 0; t < M; t++) acc[s][t] = Isa::zero();
-    for (const int end = a.segment_ends[segment]; group < end; group++, in += M * P) {
+    for (const int end = a.segment_ends[segment]; group < end; group++, in += M * kGroupsPerToken<Isa, W, P>) {
       SHARDMESH_UNROLL
       for (int s = 0; s < S; s++) {
         const uint8_t* record = strips[s].records + static_cast<size_t>(group) * W::record_bytes;
@@ -113,7 +132,7 @@ __attribute__((noinline)) void multiply_tile(const Strip* strips, const TokenGro
 }
 
 template <class Isa, class W, int P, int S>
-void multiply_strips(const Strip* strips, const TokenGroup* in, const LinearArguments& a, int64_t row, Tile tile, int prefetch_bytes) {
+void multiply_strips(const Strip* strips, const InputOf<Isa, W>* in, const LinearArguments& a, int64_t row, Tile tile, int prefetch_bytes) {
   switch (tile.count) {
     case 1: return multiply_tile<Isa, W, P, 1, S>(strips, in, a, row, tile.first, prefetch_bytes);
     case 2: return multiply_tile<Isa, W, P, 2, S>(strips, in, a, row, tile.first, prefetch_bytes);
@@ -130,7 +149,7 @@ void multiply_strips(const Strip* strips, const TokenGroup* in, const LinearArgu
 
 // Panels hold tiles of 4 to 6 parts only (many tokens, tiles as equal as can be).
 template <class Isa, class W, int P, int S>
-void multiply_panel(const Strip* strips, const TokenGroup* in, const LinearArguments& a, int64_t row, Tile tile) {
+void multiply_panel(const Strip* strips, const InputOf<Isa, W>* in, const LinearArguments& a, int64_t row, Tile tile) {
   if constexpr (P == 1) {
     switch (tile.count) {
       case 4: return multiply_tile<Isa, W, P, 4, S>(strips, in, a, row, tile.first, 0);
@@ -169,7 +188,7 @@ void expand_strip(const PackedMatrix& matrix, int64_t index, uint8_t* panel) {
 
 // One tile of 1 to 4 parts on processors that want several streams of memory: strips from `from` on, as many as fill whole runs. Returns the first not done.
 template <class Isa, class W, int P>
-int64_t multiply_streams(const LinearArguments& a, int64_t from, int64_t to, const TokenGroup* in) {
+int64_t multiply_streams(const LinearArguments& a, int64_t from, int64_t to, const InputOf<Isa, W>* in) {
   const LinearTuning& tuning = linear_tuning();
   const PackedMatrix& matrix = *a.weight;
   const int tokens = a.in.tokens;
@@ -202,8 +221,8 @@ void multiply_quantized(const LinearArguments& a, int64_t from, int64_t to) {
   const PackedMatrix& matrix = *a.weight;
   const int tokens = a.in.tokens, tiles = tile_count<P>(tokens);
   const int64_t groups = matrix.columns / 32;
-  const TokenGroup* in = reinterpret_cast<const TokenGroup*>(a.in.data);
-  const auto tile_input = [&](Tile tile) { return in + tile_offset<P>(tile, groups); };
+  const InputOf<Isa, W>* in = input_of<Isa, W>(a.in);
+  const auto tile_input = [&](Tile tile) { return in + tile_offset(tile, groups) * kGroupsPerToken<Isa, W, P>; };
 
   if (tiles == 1) {
     const Tile tile = tile_at<P>(tokens, 0);
@@ -216,15 +235,15 @@ void multiply_quantized(const LinearArguments& a, int64_t from, int64_t to) {
     return;
   }
 
-  const bool expand = tokens >= tuning.panel_tokens && tokens >= kPanelTokensMin && groups <= kPanelGroupsMax;
-  const int64_t tile_bytes = kTilePartsMax * groups * static_cast<int64_t>(sizeof(TokenGroup));
+  [[maybe_unused]] const bool expand = tokens >= tuning.panel_tokens && tokens >= kPanelTokensMin && groups <= kPanelGroupsMax;
+  const int64_t tile_bytes = kTilePartsMax * groups * static_cast<int64_t>(sizeof(*in));
   const int block_tiles = tile_bytes * 2 > static_cast<int64_t>(kTokenBlockBytes) ? 2 : static_cast<int>(static_cast<int64_t>(kTokenBlockBytes) / tile_bytes);
   for (int first = 0; first < tiles; first += block_tiles) {
     const int last = first + block_tiles < tiles ? first + block_tiles : tiles;
     int64_t s = from;
-    if (expand) {
+    if constexpr (Isa::template kExpands<W>) {
       constexpr int kStrips = Isa::kPanelStrips;
-      for (; s + kStrips <= to; s += kStrips) {
+      for (; expand && s + kStrips <= to; s += kStrips) {
         Strip strips[kStrips];
         for (int i = 0; i < kStrips; i++) {
           uint8_t* panel = panel_buffer<kStrips> + static_cast<size_t>(i) * kPanelGroupsMax * kPanelBytes;
@@ -320,7 +339,7 @@ void quantize_each(const Activations& in, Part part, QuantizeGroup quantize_grou
     const int64_t token = i / groups;
     const Tile tile = tile_of_token<P>(in.tokens, static_cast<int>(token));
     const int64_t row_end = (token + 1) * groups < to ? (token + 1) * groups : to;
-    TokenGroup* column = out + tile_offset<P>(tile, groups) + (token - tile.first) * P;
+    TokenGroup* column = out + (tile_offset(tile, groups) + (token - tile.first)) * P;
     for (int64_t g = i - token * groups; i < row_end; i++, g++) quantize_group(in.x + token * in.x_stride + g * 32, column + g * tile.count * P);
   }
 }

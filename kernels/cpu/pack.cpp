@@ -203,7 +203,7 @@ void read_row(const PackedMatrix& matrix, int64_t row, float* out) {
 }
 
 size_t activation_bytes(ActivationType type, int tokens_max, int64_t columns) {
-  return static_cast<size_t>(tokens_max) * static_cast<size_t>(columns / 32) * sizeof(TokenGroup) * (type == ActivationType::Int16 ? 2 : 1);
+  return wide_offset(type, tokens_max, columns / 32) + static_cast<size_t>(tokens_max) * static_cast<size_t>(columns / 32) * sizeof(WideGroup);
 }
 
 }  // namespace shardmesh

@@ -12,7 +12,8 @@
 // Float types: [K][16] values, no records.
 //
 // Activations: tokens in tiles of at most 6 / parts, tile after tile; in a tile [groups][tokens of the tile][parts] TokenGroup. int8: one part. int16: two, the
-// high half of q first (q = 256 * high + low); sa and ms are the whole's and stand with the high half.
+// high half of q first (q = 256 * high + low); sa and ms are the whole's and stand with the high half. Then (avx2 only) [groups][tokens of the tile] WideGroup
+// in the same tiles.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -55,6 +56,19 @@ struct TokenGroup {
 };
 static_assert(sizeof(TokenGroup) == 48);
 
+// The whole group for instruction sets that multiply 8-bit weights as 16-bit words: q[4j], q[4j + 2], q[4j + 1], q[4j + 3].
+struct WideGroup {
+  int16_t q[32];
+  float sa;
+  int32_t sum;
+};
+static_assert(sizeof(WideGroup) == 72);
+
+// Where the wide groups of a call begin.
+[[maybe_unused]] inline size_t wide_offset(ActivationType type, int tokens, int64_t groups) {
+  return (static_cast<size_t>(tokens) * static_cast<size_t>(groups) * sizeof(TokenGroup) * (type == ActivationType::Int16 ? 2 : 1) + 63) / 64 * 64;
+}
+
 // A tile's parts of all tokens: what a kernel holds accumulators for.
 constexpr int kTilePartsMax = 6;
 
@@ -69,9 +83,8 @@ inline Tile tile_at(int tokens, int i) {
   const int tiles = tile_count<P>(tokens), size = tokens / tiles, longer = tokens % tiles;
   return i < longer ? Tile{i * (size + 1), size + 1} : Tile{longer * (size + 1) + (i - longer) * size, size};
 }
-// Where the groups of a tile begin.
-template <int P>
-inline size_t tile_offset(Tile tile, int64_t groups) { return static_cast<size_t>(tile.first) * P * static_cast<size_t>(groups); }
+// Where the groups of a tile begin, in tokens.
+[[maybe_unused]] inline int64_t tile_offset(Tile tile, int64_t groups) { return tile.first * groups; }
 template <int P>
 inline Tile tile_of_token(int tokens, int token) {
   const int tiles = tile_count<P>(tokens), size = tokens / tiles, longer = tokens % tiles;

@@ -19,6 +19,11 @@ function build(command) {
 }
 
 const options = process.argv.slice(2);
+if (options[0] === '--step' && !options.includes('--help')) {
+  const { benchSteps } = await import('./step.mjs');
+  await benchSteps(options.slice(1));
+  process.exit(0);
+}
 if (options.includes('--help')) {
   console.log(`npm run bench:kernels -- [options]
 
@@ -29,7 +34,15 @@ if (options.includes('--help')) {
   --quick             fewer copies and rounds: minutes become seconds, figures less steady
   --strips-one 1|4  --strips-few 1|2  --prefetch BYTES  --panel TOKENS    tuning in place of this processor's own
 
-Example: npm run bench:kernels -- --quick --type Q4_1 --threads 2 --json`);
+Example: npm run bench:kernels -- --quick --type Q4_1 --threads 2 --json
+
+With --step first, whole steps of the default model instead (build the project first):
+  --engines LIST      ranks x threads of a rank (default 1x1,1x2,2x1)
+  --sequences LIST    sequences decoded together (default 1,4,8,16,32); --context N tokens before them (128), --steps N (48)
+  --prefill N         tokens of one prompt (512; 0: none);  --rounds N (5);  --model FILE;  --json
+  --rival FOLDER      with llama-bench and llama-batched-bench of llama.cpp or ik_llama.cpp; again for another; --threads LIST for them (2)
+
+Example: npm run bench:kernels -- --step --rival /opt/llama.cpp/bin --rival /opt/ik_llama.cpp/bin`);
   process.exit(0);
 }
 

@@ -87,17 +87,17 @@ double best_round(int threads, int rounds, Body body) {
   return best;
 }
 
-// Bytes per second read in order by `threads` threads, the better of with and without a software prefetch.
-double read_ceiling(int threads) {
-  constexpr size_t kBytes = size_t{256} << 20;
+// Bytes per second read in order by `threads` threads, the better of with and without a software prefetch. As many bytes as the products walk over, since a part
+// of them stays in the last cache.
+double read_ceiling(int threads, size_t bytes) {
   typedef uint64_t Quarter __attribute__((vector_size(16)));
-  HugePages pages(kBytes);
-  std::memset(pages.data(), 1, kBytes);
+  HugePages pages(bytes);
+  std::memset(pages.data(), 1, bytes);
   static std::atomic<uint64_t> sink;
   double best = 1e9;
   for (const size_t ahead : {size_t{0}, size_t{4096}}) {
-    const double seconds = best_round(threads, 6, [&](Part part) {
-      const size_t lines = kBytes / 64, from = lines * static_cast<size_t>(part.index) / static_cast<size_t>(part.count);
+    const double seconds = best_round(threads, 12, [&](Part part) {
+      const size_t lines = bytes / 64, from = lines * static_cast<size_t>(part.index) / static_cast<size_t>(part.count);
       const size_t to = lines * (static_cast<size_t>(part.index) + 1) / static_cast<size_t>(part.count);
       const Quarter* quarter = reinterpret_cast<const Quarter*>(pages.data());
       Quarter a = {}, b = {}, c = {}, d = {};
@@ -113,7 +113,7 @@ double read_ceiling(int threads) {
     });
     if (seconds < best) best = seconds;
   }
-  return static_cast<double>(kBytes) / best;
+  return static_cast<double>(bytes) / best;
 }
 
 // int8 multiply-adds with nothing read and independent accumulators, by the instructions of each set: vpdpbusd for avx512; for avx2 vpmaddubsw, of which eight
@@ -186,6 +186,8 @@ struct Options {
   bool quick = false, json = false;
 };
 
+size_t walked_bytes(const Options& options) { return size_t{options.quick ? 64u : 96u} << 20; }
+
 struct Ceilings {
   double bytes, operations;  // per second
 };
@@ -198,7 +200,7 @@ void measure(const KernelSet& set, TensorType type, BenchShape shape, int tokens
   Random random(7);
   const Source source(type, shape.rows, shape.columns, 0, Values::Random, random);
   const size_t bytes = (set.packed_bytes(source.view) + 63) / 64 * 64;
-  const size_t budget = size_t{options.quick ? 64u : 96u} << 20;
+  const size_t budget = walked_bytes(options);
   const int copies = tokens > 16 ? 1 : static_cast<int>(budget / bytes + 1);
   HugePages pages(bytes * static_cast<size_t>(copies));
   PackedMatrix matrix{type, shape.rows, shape.columns, bytes, pages.data(), 0, 0};
@@ -291,7 +293,7 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "kernel_bench: unknown type %s; known are F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q4_K Q5_K Q6_K\n", options.type.c_str());
     return 2;
   }
-  const Ceilings ceilings{read_ceiling(options.threads), int8_ceiling(*set, options.threads)};
+  const Ceilings ceilings{read_ceiling(options.threads, walked_bytes(options)), int8_ceiling(*set, options.threads)};
   if (options.json)
     std::printf("{\n  \"cpu\": \"%s\",\n  \"set\": \"%s\",\n  \"threads\": %d,\n  \"ceilings\": {\"gigabytesPerSecond\": %.3f, \"gigaopsPerSecond\": %.2f},\n  \"products\": [", cpu_features().model, set->name,
                 options.threads, ceilings.bytes / 1e9, ceilings.operations / 1e9);
