@@ -33,6 +33,8 @@ class Engine {
   #settle = null;
   #step = 0;
   #left = 0;
+  /** Slots whose context is in the KV cache. */
+  filled = 0;
 
   static async load(path, { ranks, threads, sequences, context, stepTokens }) {
     const engine = new Engine();
@@ -144,9 +146,11 @@ async function prefill(engine, tokens, stepTokens) {
 }
 
 /** Tokens per second of `sequences` together over `steps` steps behind prompts of `context` tokens. */
-async function decode(engine, sequences, context, steps, filled) {
-  for (let slot = filled; slot < sequences; slot++)
+async function decode(engine, sequences, context, steps) {
+  for (; engine.filled < sequences; engine.filled++) {
+    const slot = engine.filled;
     await engine.run([{ rows: [{ slot, position: 0, ids: prompt(slot, context) }], output: true }]);
+  }
   const at = (position, token) => ({
     rows: Array.from({ length: sequences }, (_, slot) => ({ slot, position, ids: [token === null ? 1000 + slot : -1] })),
     output: true,
@@ -267,11 +271,7 @@ export async function benchSteps(argv) {
   for (let round = 0; round < rounds; round++) {
     for (const { name, engine } of engines) {
       if (prefillTokens) note(name, `prefill ${prefillTokens}`, await prefill(engine, prefillTokens, stepTokens));
-      let filled = 0;
-      for (const count of sequences) {
-        note(name, `decode ${count}`, await decode(engine, count, context, steps, filled));
-        filled = Math.max(filled, count);
-      }
+      for (const count of sequences) note(name, `decode ${count}`, await decode(engine, count, context, steps));
     }
     for (const directory of rivals) {
       const name = directory.replace(/\/+$/, '');
