@@ -82,9 +82,7 @@ StepRun::Status StepRun::advance(bool block) {
 }
 
 StepDone StepRun::take_result() {
-  StepDone done{input_.step, std::move(outputs_), timings_};
-  done.spans = std::move(spans_);
-  return done;
+  return {input_.step, std::move(outputs_), timings_, 0, 0, std::move(spans_)};
 }
 
 StepRun::Status StepRun::run_action(const Action& action) {
