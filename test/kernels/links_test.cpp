@@ -820,8 +820,8 @@ struct Relayed {
         if (now == Harm::Skip) continue;
         if (now == Harm::Cut) {
           CHECK(write(out, buffer.data(), static_cast<size_t>(got / 2)) == got / 2);
-          stop = true;
-          break;
+          shutdown(to_answerer, SHUT_WR);  // and reads on: closing over unread bytes would reset the connection
+          continue;
         }
         for (ssize_t sent = 0, one; sent < got; sent += one) {
           one = send(out, buffer.data() + sent, static_cast<size_t>(got - sent), MSG_NOSIGNAL);
@@ -1030,7 +1030,7 @@ struct Test {
 const Test tests[] = {
     {"exchange - 2 ranks that spin read 100000 blocks right", [] { exchanges(2, 100000, true); }},
     {"exchange - 2 ranks that sleep read 100000 blocks right", [] { exchanges(2, 100000, false); }},
-    {"exchange - 3 ranks on few cores read 100000 blocks right", [] { exchanges(3, 100000, false); }},
+    {"exchange - 3 ranks on few cores read 30000 blocks right", [] { exchanges(3, 30000, false); }},
     {"exchange - 5 ranks on few cores read 100000 blocks right", [] { exchanges(5, 100000, false); }},
     {"exchange - 5 ranks that spin on few cores still come through", [] { exchanges(5, 5000, true); }},
     {"exchange - a block of another length or key is a mismatch that names the rank", other_block_is_a_mismatch},
