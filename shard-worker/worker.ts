@@ -3,6 +3,7 @@
  * executor, which runs them without coming back to JavaScript in between.
  */
 import type { ExecutorCallbacks, NativeAddon, NativeTcp, PeerAddress, StepDone } from '../kernels/binding-types.ts';
+import { addressText, listenHost } from '../protocol/addresses.ts';
 import type { Credentials } from '../protocol/credentials.ts';
 import { ShardmeshError, toShardmeshError } from '../protocol/errors.ts';
 import type { GrpcListener } from '../protocol/grpc/index.ts';
@@ -42,7 +43,7 @@ export interface WorkerOptions {
   cores: number[];
   threads: number;
   openSlice: LoadShardOptions['openSlice'];
-  /** Of the gRPC server: where peers reach this worker, and its certificate. */
+  /** Where peers reach this worker by gRPC and tcp, and its certificate. */
   listener: GrpcListener;
   /** The worker cannot go on at all (credentials, permissions). */
   onFatal(error: Error): void;
@@ -57,13 +58,15 @@ type State = Heartbeat['state'];
 const connectTimeoutMs = 4_000;
 const progressEveryMs = 200;
 
-/** Sealed links listen where gRPC does. */
-const tcpHost = '127.0.0.1';
-
-/** Null where this Node has no OpenSSL: the mesh then takes another driver. */
-function openTcp(options: WorkerOptions): NativeTcp | null {
+/**
+ * Sealed links listen where gRPC does, at the next port if that has a fixed one: their keys come with each epoch over the broker, which is TLS wherever this is not
+ * loopback. Null where this Node has no OpenSSL or the port is taken: the mesh then takes another driver.
+ */
+function openTcp(options: WorkerOptions): { native: NativeTcp; address: string } | null {
+  const { host = '127.0.0.1', port = 0 } = options.listener;
   try {
-    return options.addon.openTcp(tcpHost, 0);
+    const native = options.addon.openTcp(listenHost(host), port === 0 ? 0 : port + 1);
+    return { native, address: addressText({ host, port: native.port }) };
   } catch (error) {
     options.log('warn', 'tcp_links_unavailable', { message: (error as Error).message });
     return null;
@@ -75,7 +78,9 @@ export class ShardWorker {
   readonly #worker: WorkerId;
   readonly #subjects: MeshSubjects;
   readonly #links: WorkerLinks;
+  /** Null where there is no tcp driver; so is its address then "". */
   readonly #tcp: NativeTcp | null;
+  readonly #tcpAddress: string;
   #state: State = 'idle';
   #epoch = 0;
   #assign: Assign | null = null;
@@ -92,12 +97,13 @@ export class ShardWorker {
   #heartbeat: NodeJS.Timeout | null = null;
   #closed = false;
 
-  private constructor(options: WorkerOptions, worker: WorkerId, links: WorkerLinks, tcp: NativeTcp | null) {
+  private constructor(options: WorkerOptions, worker: WorkerId, links: WorkerLinks, tcp: ReturnType<typeof openTcp>) {
     this.#options = options;
     this.#worker = worker;
     this.#subjects = meshSubjects(options.credentials.mesh);
     this.#links = links;
-    this.#tcp = tcp;
+    this.#tcp = tcp?.native ?? null;
+    this.#tcpAddress = tcp?.address ?? '';
     this.#trace = new WorkerTrace(worker, this.#recorder, {
       record: (on) => this.#shard?.executor.trace(on),
       send: (message) => this.#send(message),
@@ -115,7 +121,7 @@ export class ShardWorker {
       secret,
       transport: options.frameTransport,
       listener: options.listener,
-      tcp,
+      tcp: tcp?.native ?? null,
     });
     const worker = new ShardWorker(options, id, links, tcp);
     await options.transport.subscribe(worker.#subjects.controls(id), (bytes) => worker.#receive(bytes));
@@ -206,7 +212,7 @@ export class ShardWorker {
       protocolMin: protocolVersionMin,
       protocolMax: protocolVersionMax,
       epochSeen: this.#epoch,
-      facts: { ...facts, grpcAddress: this.#links.grpcAddress, tcpAddress: this.#tcp ? `${tcpHost}:${this.#tcp.port}` : '' },
+      facts: { ...facts, grpcAddress: this.#links.grpcAddress, tcpAddress: this.#tcpAddress },
     });
   }
 

@@ -1,4 +1,4 @@
-/** What one `shardmesh bench` found: the object that `--json` writes and the reports are made of. */
+/** What one `shardmesh bench` found: the object that `--result` writes and the reports are made of. */
 import type { Figures } from './figures.ts';
 import type { MeshFigures } from './mesh-figures.ts';
 import type { Series } from './series.ts';

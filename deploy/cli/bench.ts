@@ -14,11 +14,12 @@ import { runLoad, warmUp, type LiveFigures } from '../bench/run-load.ts';
 import { series } from '../bench/series.ts';
 import { milliseconds, textReport } from '../bench/text-report.ts';
 import { Workload } from '../bench/workload.ts';
+import { addOptions } from './options.ts';
 import { ShardmeshError } from '../../protocol/errors.ts';
 
 interface BenchValues {
   url: string;
-  model?: string;
+  askModel?: string;
   apiKey?: string;
   streams?: number[];
   rate?: number[];
@@ -32,12 +33,12 @@ interface BenchValues {
   seed: number;
   warmUp: number;
   requests?: number;
-  seconds?: number;
+  duration?: number;
   slo?: string;
   extraBody: Record<string, unknown>;
   ignoreEos: boolean;
   timeout: number;
-  json?: string;
+  result?: string;
   html?: string;
 }
 
@@ -83,13 +84,12 @@ function jsonObject(text: string): Record<string, unknown> {
 }
 
 export function benchCommand(): Command {
-  return new Command('bench')
-    .description(
-      'Puts load on an OpenAI-compatible server and reports what it did with it: latencies, rates, errors; of our own mesh each shard.',
-    )
-    .addOption(new Option('--url <url>', 'the server, without /v1').default('http://127.0.0.1:8080'))
-    .addOption(new Option('--model <name>', 'model to ask (default: the first that the server lists)'))
-    .addOption(new Option('--api-key <key>', 'API key of the server').env('SHARDMESH_API_KEY'))
+  const command = new Command('bench').description(
+    'Puts load on an OpenAI-compatible server and reports what it did with it: latencies, rates, errors; of our own mesh each shard.',
+  );
+  addOptions(command, ['url', 'apiKey']);
+  return command
+    .addOption(new Option('--ask-model <name>', 'model to ask for (default: the first that the server lists)'))
     .addOption(
       new Option(
         '--streams <n,..>',
@@ -129,7 +129,7 @@ export function benchCommand(): Command {
     .addOption(new Option('--requests <n>', 'end after so many').argParser(one(1, 10_000_000)))
     .addOption(
       new Option(
-        '--seconds <n>',
+        '--duration <seconds>',
         `stop sending after so many (default: ${secondsDefault}, without --requests and --trace)`,
       ).argParser(one(0.1, 86_400, false)),
     )
@@ -144,14 +144,14 @@ export function benchCommand(): Command {
     .addOption(
       new Option('--timeout <seconds>', 'give a request up after so many').default(300).argParser(one(0.1, 86_400, false)),
     )
-    .addOption(new Option('--json <file>', 'write the result there ("-": to stdout, in place of tables)'))
+    .addOption(new Option('--result <file>', 'write the result there as JSON ("-": to stdout, in place of tables)'))
     .addOption(new Option('--html <file>', 'write a page with plots there'))
     .addHelpText(
       'after',
       `
 Examples:
   shardmesh bench --streams 1,4,16 --requests 48
-  shardmesh bench --rate 4 --seconds 60 --prompt-tokens lognormal:200:0.8 --output-tokens 16-128 --slo ttft=500ms,itl=50ms
+  shardmesh bench --rate 4 --duration 60 --prompt-tokens lognormal:200:0.8 --output-tokens 16-128 --slo ttft=500ms,itl=50ms
   shardmesh bench --url http://127.0.0.1:8000 --trace requests.jsonl --html report.html
 `,
     )
@@ -178,7 +178,7 @@ async function firstModel(url: string, apiKey: string | null): Promise<string> {
   if (!response.ok)
     throw new ShardmeshError('config_invalid', `${url}/v1/models: HTTP ${response.status}: ${await response.text()}`);
   const { data } = (await response.json()) as { data?: { id: string }[] };
-  if (!data?.[0]) throw new ShardmeshError('config_invalid', `${url}/v1/models lists no model: name one with --model`);
+  if (!data?.[0]) throw new ShardmeshError('config_invalid', `${url}/v1/models lists no model: name one with --ask-model`);
   return data[0].id;
 }
 
@@ -187,12 +187,12 @@ async function bench(values: BenchValues): Promise<void> {
   const apiKey = values.apiKey ?? null;
   const list = loads(values);
   const objectives = values.slo === undefined ? null : parseObjectives(values.slo);
-  const secondsMax = values.seconds ?? (values.requests === undefined && values.trace === undefined ? secondsDefault : null);
+  const secondsMax = values.duration ?? (values.requests === undefined && values.trace === undefined ? secondsDefault : null);
   const lengths = {
     promptTokens: parseLengthDistribution(values.promptTokens),
     outputTokens: parseLengthDistribution(values.outputTokens),
   };
-  const model = values.model ?? (await firstModel(url, apiKey));
+  const model = values.askModel ?? (await firstModel(url, apiKey));
   const extraBody = { ...(values.ignoreEos ? { ignore_eos: true } : {}), ...values.extraBody };
   const client = new CompletionClient({ url, model, apiKey, timeoutMs: values.timeout * 1000, extraBody });
   const result: BenchResult = {
@@ -238,9 +238,9 @@ async function bench(values: BenchValues): Promise<void> {
   } finally {
     client.close();
   }
-  if (values.json !== undefined && values.json !== '-') writeFileSync(values.json, `${JSON.stringify(result)}\n`);
+  if (values.result !== undefined && values.result !== '-') writeFileSync(values.result, `${JSON.stringify(result)}\n`);
   if (values.html !== undefined) writeFileSync(values.html, htmlReport(result));
-  process.stdout.write(`${values.json === '-' ? JSON.stringify(result) : textReport(result)}\n`);
+  process.stdout.write(`${values.result === '-' ? JSON.stringify(result) : textReport(result)}\n`);
   if (result.runs.every(answeredNothing))
     throw new ShardmeshError('config_invalid', `no request was answered; ${firstError(result.runs)}`);
 }

@@ -106,7 +106,7 @@ const options = {
   advertise: () =>
     new Option(
       '--advertise <host[:port]>',
-      `how other hosts reach this one: serve lets workers of theirs join (port, default ${meshPort}, and the two after it), a worker is found there by the others (default: any free port)`,
+      `how other hosts reach this one: serve lets workers of theirs join (port, default ${meshPort}, and the two after it), a worker is found there by the others (port, and the next for tcp links; default: any free ones)`,
     ).argParser(advertised),
   mesh: () =>
     new Option('--mesh <folder>', 'folder that remembers the mesh of serve --advertise (default: ~/.config/shardmesh/mesh)'),
@@ -155,6 +155,8 @@ const options = {
   noLocalModel: () =>
     new Option('--no-local-model', 'fetch the weight slice from the coordinator even where the model file is on this host'),
   json: () => new Option('--json', 'print one JSON object instead of text'),
+  url: () => new Option('--url <url>', 'the server, without /v1').default('http://127.0.0.1:8080'),
+  apiKey: () => new Option('--api-key <key>', 'API key of the server').env('SHARDMESH_API_KEY'),
   ask: () => new Option('--ask <question>', 'ask the model one question when it is ready'),
   logLevel: () =>
     new Option('--log-level <level>', 'least level that is logged')

@@ -11,7 +11,7 @@ import { table } from './table.ts';
 interface TraceValues {
   url: string;
   seconds: number;
-  streams: number;
+  ownStreams: number;
   file: string;
   apiKey?: string;
   json?: boolean;
@@ -36,26 +36,24 @@ export function traceCommand(): Command {
     .description(
       'Records what every process of a running mesh does for a while. Open the file in chrome://tracing or ui.perfetto.dev.',
     )
-    .addOption(new Option('--url <url>', 'the server').default('http://127.0.0.1:8080'))
     .addOption(
       new Option('--seconds <n>', 'how long to record').default(1).argParser(number(0.001, traceLimits.millisecondsMax / 1_000)),
     )
     .addOption(
-      new Option('--streams <n>', 'streams of our own to decode meanwhile (0: what others ask for)')
+      new Option('--own-streams <n>', 'streams of our own to decode meanwhile (0: what others ask for)')
         .default(0)
         .argParser(number(0, 512)),
     )
-    .addOption(new Option('--file <file>', 'where the timeline goes').default('trace.json'))
-    .addOption(new Option('--api-key <key>', 'API key of the server').env('SHARDMESH_API_KEY'));
-  return addOptions(command, ['json'])
+    .addOption(new Option('--file <file>', 'where the timeline goes').default('trace.json'));
+  return addOptions(command, ['url', 'apiKey', 'json'])
     .addHelpText(
       'after',
-      '\nExamples:\n  shardmesh trace --streams 4\n  shardmesh trace --url http://127.0.0.1:9090 --seconds 3 --file steps.json\n',
+      '\nExamples:\n  shardmesh trace --own-streams 4\n  shardmesh trace --url http://127.0.0.1:9090 --seconds 3 --file steps.json\n',
     )
     .action(async (values: TraceValues) => trace(values));
 }
 
-async function trace({ url, seconds, streams, file, apiKey, json }: TraceValues): Promise<void> {
+async function trace({ url, seconds, ownStreams: streams, file, apiKey, json }: TraceValues): Promise<void> {
   const headers = { 'content-type': 'application/json', ...(apiKey ? { authorization: `Bearer ${apiKey}` } : {}) };
   const ours = new AbortController();
   const load = Array.from({ length: streams }, (_, index) => decode(url, headers, index, ours.signal));

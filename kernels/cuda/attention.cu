@@ -296,6 +296,7 @@ __global__ void attention_join_kernel(const AttentionStep step) {
 
 Problem check(const AttentionStep& step) {
   if (step.layout.key != KeyType::Int8) return "attention: keys must be int8";
+  if (step.layout.value != ValueType::Int8) return "attention: values must be int8";
   const int D = step.layout.head_size;
   if (D != 32 && D != 64 && D != 128 && D != 256) return "attention: the head size must be 32, 64, 128 or 256";
   if (step.q_stride % 4 != 0 || reinterpret_cast<uintptr_t>(step.q) % 16 != 0) return "attention: q must be 16-byte aligned, its stride a multiple of 4";

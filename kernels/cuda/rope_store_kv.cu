@@ -75,6 +75,7 @@ Problem rope_store_kv(float* q, int64_t q_stride, int q_heads, const float* k, i
                       uint8_t* cache, const DeviceRows& rows, Stream stream) {
   if (layout.head_size % 32 != 0 || layout.head_size < 32 || layout.head_size > kHeadSizeMax) return "rope_store_kv: the head size must be a multiple of 32, at most 256";
   if (layout.key == KeyType::F32) return "rope_store_kv: keys are int8 or f16";
+  if (layout.value != ValueType::Int8) return "rope_store_kv: values must be int8";
   if (table.dimensions % 2 != 0 || table.dimensions > layout.head_size) return "rope_store_kv: an even number of dimensions of a head can be rotated";
   if (rows.tokens < 1 || rows.tokens > 65535) return "rope_store_kv: tokens must be in 1..65535";
   const dim3 grid(static_cast<unsigned>((q_heads + 2 * layout.heads + kWarps - 1) / kWarps), static_cast<unsigned>(rows.tokens));

@@ -43,7 +43,7 @@ describe.skipIf(missing !== null)('hosts', () => {
     const script = `fetch('${url}/v1/completions', { method: 'POST', headers: { 'content-type': 'application/json' }, body: ${JSON.stringify(body)} }).then((answer) => answer.text()).then(console.log)`;
     return (await a.answer(a.run(process.execPath, ['-e', script]))).output;
   };
-  const startServe = async (cut: string[]): Promise<void> => {
+  const startServe = async (link: 'grpc' | 'tcp', cut: string[]): Promise<void> => {
     serve = a.shardmesh(
       'serve',
       '--advertise',
@@ -53,7 +53,7 @@ describe.skipIf(missing !== null)('hosts', () => {
       '--port',
       '0',
       '--link',
-      'grpc',
+      link,
       ...cut,
       ...small,
     );
@@ -71,7 +71,7 @@ describe.skipIf(missing !== null)('hosts', () => {
     const model = await findModel('smollm2-135m-instruct-q4_1');
     a.give(model, model.slice(defaultCacheDirectory().length));
     for (const host of [a, c]) host.give(dirname((await findNatsServer()).path), 'nats-server/given');
-    await startServe(['--pp', '2']);
+    await startServe('grpc', ['--pp', '2']);
   });
   afterAll(async () => {
     await network?.close();
@@ -119,10 +119,10 @@ describe.skipIf(missing !== null)('hosts', () => {
     expect(open).toMatchObject({ code: 2, output: expect.stringContaining('needs API keys') as string });
   });
 
-  it('hosts - tp 2 across hosts, after a restart of serve, with the credentials that are there', async () => {
+  it('hosts - tp 2 across hosts over sealed tcp links, after a restart of serve, with the credentials that are there', async () => {
     serve.child.kill('SIGTERM');
     await serve.ended;
-    await startServe(['--tp', '2']);
+    await startServe('tcp', ['--tp', '2']);
     await ready();
     expect(await completed()).toContain('Paris');
   });

@@ -26,7 +26,7 @@ async function bench(...args: string[]): Promise<{ stdout: string; stderr: strin
 }
 
 async function benchResult(...args: string[]): Promise<BenchResult> {
-  return JSON.parse((await bench('--json', '-', ...args)).stdout) as BenchResult;
+  return JSON.parse((await bench('--result', '-', ...args)).stdout) as BenchResult;
 }
 
 describe('shardmesh bench on our own mesh', () => {

@@ -43,15 +43,34 @@ const command = async (...args: string[]): Promise<{ code: number | null; output
 };
 const newToken = async (): Promise<string> => (await askCoordinator(folder, { command: 'token', minutes: 1 })).token;
 
-/** The one port that a worker listens on. */
-async function gRpcPortOf(pid: number): Promise<number> {
+/** The ports that a worker listens on: of gRPC, and of sealed tcp links. */
+function portsOf(pid: number): number[] {
   const lines = execFileSync('sh', ['-c', `cat /proc/${pid}/net/tcp; ls -l /proc/${pid}/fd`], { encoding: 'utf8' });
   const sockets = new Set([...lines.matchAll(/socket:\[(\d+)\]/g)].map((match) => match[1]));
-  const listening = lines
+  return lines
     .split('\n')
     .map((line) => line.trim().split(/\s+/))
-    .filter((columns) => columns[3] === '0A' && sockets.has(columns[9]));
-  return parseInt(listening[0]?.[1]?.split(':')[1] ?? '', 16);
+    .filter((columns) => columns[3] === '0A' && sockets.has(columns[9]))
+    .map((columns) => parseInt(columns[1]?.split(':')[1] ?? '', 16));
+}
+
+/** Whether a TLS server answers there within 300 ms; a tcp link says nothing to a stranger. */
+const speaksTls = (port: number): Promise<boolean> =>
+  new Promise((resolve) => {
+    const socket = connectTls({ host: '127.0.0.1', port, rejectUnauthorized: false });
+    const end = (answer: boolean): void => {
+      socket.destroy();
+      resolve(answer);
+    };
+    socket.on('secureConnect', () => end(true)).on('error', () => end(true));
+    setTimeout(end, 300, false);
+  });
+
+async function gRpcPortOf(pid: number): Promise<number> {
+  const ports = portsOf(pid);
+  const tls = await Promise.all(ports.map(speaksTls));
+  expect(tls.filter(Boolean)).toHaveLength(1);
+  return ports[tls.indexOf(true)] ?? 0;
 }
 
 const codeOf = (stream: NodeJS.EventEmitter): Promise<number> =>

@@ -63,8 +63,8 @@ std::string compare(Launcher launcher, TensorType type, Values values, const Cas
   for (float& b : bias) b = random.uniform();
   const size_t out_count = static_cast<size_t>(subtree_stride) * c.subtrees.size();
 
-  AlignedBytes activations(reference.activation_bytes(c.tokens, c.columns), 0);
-  const Activations in{x.data(), x_stride, c.tokens, c.columns, activations.data()};
+  AlignedBytes activations(reference.activation_bytes(ActivationType::Int8, c.tokens, c.columns), 0);
+  const Activations in{x.data(), x_stride, c.tokens, c.columns, activations.data(), ActivationType::Int8};
   std::vector<float> expected = simt::poisoned<float>(out_count);
   reference.quantize_activations(in, {0, 1});
   reference.linear({&packed.matrix, in, static_cast<int>(c.segment_ends.size()), c.segment_ends.data(), static_cast<int>(c.subtrees.size()), c.subtrees.data(),

@@ -187,7 +187,7 @@ struct Scene {
   StepRows rows;
 
   // `all`: every position is a row.
-  Scene(const Shape& s, bool all, Random& random) : shape(s), layout(make_kv_layout(s.key, s.kv_head.back() + 1, s.head_size, s.block_tokens)) {
+  Scene(const Shape& s, bool all, Random& random) : shape(s), layout(make_kv_layout(s.key, ValueType::Int8, s.kv_head.back() + 1, s.head_size, s.block_tokens)) {
     std::vector<int32_t> ids;
     for (const auto& [context, count] : s.sequences) {
       for (int b = 0; b < (context + s.block_tokens - 1) / s.block_tokens; b++) ids.push_back(static_cast<int32_t>(ids.size()));

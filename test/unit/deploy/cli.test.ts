@@ -15,7 +15,7 @@ const examplesOf = (command: Command): string[] =>
 
 describe('command line', () => {
   test('command line - has the commands it should have', () => {
-    expect(names).toEqual(['serve', 'worker', 'plan', 'models', 'trace', 'enroll', 'keys', 'doctor']);
+    expect(names).toEqual(['serve', 'worker', 'plan', 'models', 'trace', 'enroll', 'bench', 'keys', 'doctor']);
     expect(leaves(program).map(({ path }) => path.join(' '))).toEqual([
       'serve',
       'worker',
@@ -26,6 +26,7 @@ describe('command line', () => {
       'models verify',
       'trace',
       'enroll',
+      'bench',
       'keys',
       'doctor',
     ]);
@@ -43,7 +44,19 @@ describe('command line', () => {
       commands.flatMap(examplesOf).map(async (line) => (await parseCommand(wordsOf(line).slice(1))).name),
     );
     expect(new Set(parsed)).toEqual(
-      new Set(['serve', 'worker', 'plan', 'models list', 'models pull', 'models inspect', 'trace', 'doctor', 'keys', 'enroll']),
+      new Set([
+        'serve',
+        'worker',
+        'plan',
+        'models list',
+        'models pull',
+        'models inspect',
+        'trace',
+        'doctor',
+        'keys',
+        'enroll',
+        'bench',
+      ]),
     );
   });
 
@@ -64,7 +77,7 @@ describe('command line', () => {
 
   test('command line - loads one command alone, and none by the name of something else', async () => {
     expect((await shardmeshProgram('worker')).commands.map((command) => command.name())).toEqual(['worker']);
-    expect((await shardmeshProgram('constructor')).commands).toHaveLength(8);
+    expect((await shardmeshProgram('constructor')).commands).toHaveLength(9);
   });
 
   test('command line - plan takes every option of serve', () => {
