@@ -80,6 +80,10 @@ const stand = spawn(
   { stdio: ['ignore', 'ignore', 'inherit'] },
 );
 children.push(stand);
+stand.once('exit', (code) => {
+  console.error(`bench:coordinator: the stand-in worker ended with exit code ${code}`);
+  process.exit(1);
+});
 const coordinator = spawn(
   process.execPath,
   [

@@ -1,5 +1,5 @@
 /**
- * `npm run bench:scheduler -- [--out FILE] [--json]`: time to plan a decode step and to commit its result, against the number of running sequences. Writes a plot
+ * `npm run bench:scheduler -- [--out FILE] [--json] [--steps 300]`: time to plan a decode step and to commit its result, against the number of running sequences. Writes a plot
  * (one self-contained SVG file); a straight line means that each sequence costs the same however many there are.
  */
 import { writeFileSync } from 'node:fs';
@@ -9,13 +9,15 @@ import { PrefixCache } from '../../dist/coordinator/kv-cache/prefix-cache.js';
 import { Scheduler } from '../../dist/coordinator/scheduler/scheduler.js';
 import { decodeMessage, encodeMessage } from '../../dist/protocol/message-codec.js';
 
-const { values } = parseArgs({ options: { out: { type: 'string' }, json: { type: 'boolean', default: false } } });
+const { values } = parseArgs({
+  options: { out: { type: 'string' }, json: { type: 'boolean', default: false }, steps: { type: 'string', default: '300' } },
+});
 const placement = 'ccccccccccccccccccccccccci';
 const blockTokens = 16;
 const promptLength = 64;
 const outputTokens = 512;
 const warmSteps = 60;
-const steps = 300;
+const steps = Number(values.steps);
 
 function makeScheduler(count) {
   let cache = null;
@@ -26,7 +28,7 @@ function makeScheduler(count) {
     pool,
     blockTokens,
     secret: new Uint8Array(32),
-    identity: { modelSha256: 'm', kvType: 'int8', arithmetic: '1' },
+    identity: { modelSha256: 'm', activations: 'int8', kvType: 'int8', arithmetic: '1' },
   });
   const scheduler = new Scheduler({
     placement,
@@ -113,7 +115,7 @@ const points = [1, 8, 16, 32, 64, 128, 256, 384, 512, 768, 1_024].map((sequences
 const total = ({ plan, encode, decode, commit }) => plan + encode + decode + commit;
 if (values.json) console.log(JSON.stringify(points));
 else {
-  console.log('sequences   plan  encode  decode  commit   all   a sequence   (microseconds, median of 300 steps)');
+  console.log(`sequences   plan  encode  decode  commit   all   a sequence   (microseconds, median of ${steps} steps)`);
   for (const point of points) {
     const numbers = [point.plan, point.encode, point.decode, point.commit, total(point)].map((one) => one.toFixed(0).padStart(7));
     console.log(`${String(point.sequences).padStart(9)}${numbers.join(' ')}   ${(total(point) / point.sequences).toFixed(2)}`);

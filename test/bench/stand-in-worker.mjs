@@ -85,6 +85,7 @@ function join() {
     executor: 'cpu',
     arithmetic: 'none',
     grpcAddress: '',
+    tcpAddress: '',
     weightBytesPerSecond: 0,
   };
   send({ type: 'join', worker, protocolMin: 1, protocolMax: 1, epochSeen: epoch, facts });

@@ -42,7 +42,13 @@ class Engine {
     const cut = cutModel(unitsOfModel(facts), { count: ranks, parts: null }, { count: 1, parts: null });
     engine.blocks = Math.ceil(context / blockTokens);
     for (let rank = 0; rank < ranks; rank++) {
-      const program = buildProgram(facts, cut, { stage: 0, rank, kvType: 'auto', contextTokensMax: context });
+      const program = buildProgram(facts, cut, {
+        stage: 0,
+        rank,
+        kvType: 'auto',
+        activations: 'int8',
+        contextTokensMax: context,
+      });
       const cores = Array.from({ length: threads }, (_, thread) => rank * threads + thread);
       const executor = loadAddon().createExecutor(
         {
@@ -111,14 +117,12 @@ class Engine {
         blockTables: Int32Array.from(
           rows.flatMap(({ slot }) => Array.from({ length: this.blocks }, (_, i) => slot * this.blocks + i)),
         ),
-        outputs: [],
+        outputs: null,
         waitTimeoutMs: 60_000,
       };
       let row = -1;
-      for (const { slot, ids } of rows) {
-        row += ids.length;
-        if (output) step.outputs.push({ row, slot, score: null, banned: [] });
-      }
+      const last = rows.map(({ ids }) => (row += ids.length));
+      step.outputs = Int32Array.from(output ? last.flatMap((at) => [at, -1, 0]) : []);
       for (const executor of this.#executors) executor.submit(step);
     }
     return finished;
