@@ -1,7 +1,7 @@
 /** What a coordinator is started with: checked by the command line, frozen, and never read from the environment below this point. */
 import type { Address } from '../protocol/addresses.ts';
 import type { Credentials } from '../protocol/credentials.ts';
-import type { LinkDriver } from '../protocol/placement.ts';
+import type { LinkDriver, WireType } from '../protocol/placement.ts';
 import type { CutShares } from '../kernels/programs/units.ts';
 
 export interface CoordinatorConfig {
@@ -14,6 +14,8 @@ export interface CoordinatorConfig {
   /** null: the best each worker has. */
   isa: 'avx512' | 'avx2' | 'portable' | null;
   link: LinkDriver | 'auto';
+  /** How activations travel between workers. */
+  wire: WireType;
   http: { host: string; port: number; apiKeys: string[] };
   /** A running broker and who we are on it; null: a private broker and local workers. */
   broker: Credentials | null;

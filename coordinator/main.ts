@@ -162,6 +162,7 @@ async function start(
     mesh: {
       model: facts.name,
       link: config.link,
+      wire: config.wire,
       seats: plan.seats.map(({ stage, rank }) => ({ stage, rank })),
       placementTemplate: {
         stages: plan.cut.stages.map((stage) => ({ ...stage, ranks: stage.ranks.map((rank) => ({ ...rank, worker: '' })) })),

@@ -7,6 +7,9 @@ import type { Program } from './programs/program.ts';
 export type Isa = 'avx512' | 'avx2' | 'portable';
 export type ExecutorKind = 'cpu' | 'reference' | 'reference-f32';
 
+/** `bf16` rounds to nearest even; `q8` takes 34 bytes for 32 values. */
+export type WireType = 'f32' | 'bf16' | 'q8';
+
 export interface CpuFeatures {
   model: string;
   isas: Isa[];
@@ -42,6 +45,8 @@ export interface ExecutorOptions {
   quietSteps?: boolean;
   /** Ranks of every stage, in order; absent: every stage has as many as the program's own. Links are laid out by it. */
   ranksPerStage?: number[];
+  /** How reductions and hidden states travel, the same on all ranks of the mesh; absent: as they are. */
+  wire?: WireType;
 }
 
 /** Largest number of blocks that fits, before anything is allocated. */

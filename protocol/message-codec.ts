@@ -202,6 +202,7 @@ const placement = record<Placement>({
     1,
   ),
   link: oneOf('shm', 'tcp', 'grpc', 'nats', 'auto'),
+  wire: oneOf('f32', 'bf16', 'q8'),
 });
 
 const sampling = record<SamplingParams>({

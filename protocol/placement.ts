@@ -7,6 +7,9 @@ export interface Range {
 
 export type LinkDriver = 'shm' | 'tcp' | 'grpc' | 'nats';
 
+/** How reductions and hidden states travel: as they are, rounded to bf16, or 34 bytes for 32 values. With less than f32 bits depend on the split. */
+export type WireType = 'f32' | 'bf16' | 'q8';
+
 export interface RankPlacement {
   worker: string;
   /** Attention units (design section 13), feed-forward units, vocabulary units of 1,024 ids. */
@@ -29,4 +32,6 @@ export interface Placement {
   stages: StagePlacement[];
   /** Link driver forced by the operator, else picked for each pair when the mesh is connected. */
   link: LinkDriver | 'auto';
+  /** Of every link, whatever driver carries it. */
+  wire: WireType;
 }

@@ -53,7 +53,8 @@ export function shardKey(assign: Assign): string {
   }));
   const { activations, contextTokensMax, stepTokensMax, sequencesMax } = assign;
   const limits = { blockTokens, kvBlocks, kvCacheBytes, activations, kvType, contextTokensMax, stepTokensMax, sequencesMax };
-  return JSON.stringify({ stages, stage, rank, sliceSha256, executor, isa, cores, spin, limits });
+  const { wire } = placement;
+  return JSON.stringify({ stages, wire, stage, rank, sliceSha256, executor, isa, cores, spin, limits });
 }
 
 /**
@@ -130,6 +131,7 @@ function executorOptions(
     kind: assign.executor === 'reference' ? 'reference' : 'cpu',
     isa: assign.isa as ExecutorOptions['isa'],
     program,
+    wire: assign.placement.wire,
     ranksPerStage: assign.placement.stages.map((stage) => stage.ranks.length),
     cores,
     threads: cores.length || own.threads,

@@ -343,7 +343,13 @@ export class ShardWorker {
     if (!shard || !assign || message.epoch !== this.#epoch) return;
     if (this.#state !== 'connected') {
       const self: PeerAddress = { stage: assign.stage, rank: assign.rank };
-      const peers = await this.#links.connect(message, self, (frame) => shard.executor.deliver(frame), connectTimeoutMs);
+      const { wire } = assign.placement;
+      const peers = await this.#links.connect(
+        { ...message, wire },
+        self,
+        (frame) => shard.executor.deliver(frame),
+        connectTimeoutMs,
+      );
       if (message.epoch !== this.#epoch) return;
       shard.executor.connect(peers, this.#tcp ?? undefined);
       const { stepTokensMax, sequencesMax } = assign;

@@ -20,7 +20,7 @@ import type {
   WorkerFacts,
   WorkerMessage,
 } from '../../protocol/messages.ts';
-import type { LinkDriver, Placement } from '../../protocol/placement.ts';
+import type { LinkDriver, Placement, WireType } from '../../protocol/placement.ts';
 import type { StepResult } from '../../protocol/step-plan.ts';
 
 /** One rank of the placement, without the worker that fills it. */
@@ -33,6 +33,7 @@ export interface MeshOptions {
   model: string;
   /** Link driver for every pair, or `auto`. */
   link: LinkDriver | 'auto';
+  wire: WireType;
   seats: Seat[];
   /** Stages and ranks with `worker` left empty. */
   placementTemplate: Pick<Placement, 'stages'>;
@@ -455,6 +456,7 @@ export class Mesh {
       epoch: this.#epoch,
       model: this.#options.model,
       link: this.#options.link,
+      wire: this.#options.wire,
       stages: this.#options.placementTemplate.stages.map((stage, index) => ({
         layers: stage.layers,
         ranks: stage.ranks.map((rank, position) => ({ ...rank, worker: workerOf(index, position) })),

@@ -25,6 +25,7 @@ export interface PlannerOptions {
   pipelineParallel: CutShares;
   activations: ActivationType;
   kvType: KvType;
+  wire: keyof typeof wireBytes;
   contextTokensMax: number | null;
   blockTokens: number;
   /** Of each worker. */
@@ -37,6 +38,9 @@ export interface PlannerOptions {
   /** Bytes of one KV block on this shard. */
   kvBytesPerBlock(program: Program, blockTokens: number): number;
 }
+
+/** Bytes of a value on its way between workers. */
+const wireBytes = { f32: 4, bf16: 2, q8: 34 / 32 };
 
 /** One worker of a placement. */
 export interface WorkerPlan {
@@ -61,7 +65,8 @@ export interface PlacementPlan {
   replicas: number;
   /** Workers of all replicas. */
   workers: number;
-  bits: Program['bits'];
+  /** `free`: activations are rounded on their way, so the bits depend on how the model is split. */
+  bits: Program['bits'] | 'free';
   /** Of one replica. */
   shards: WorkerPlan[];
   /** Largest of a worker. */
@@ -157,12 +162,13 @@ function placementPlan(
   { tp, pp }: { tp: string; pp: string },
   replicas: number,
 ): PlacementPlan {
-  const { facts, blockTokens, kvCacheBytes, machine, contextTokens } = options;
+  const { facts, blockTokens, kvCacheBytes, machine, contextTokens, wire } = options;
   const units = unitsOfModel(facts);
   const shards: WorkerPlan[] = [];
-  let bits: Program['bits'] = 'exact';
+  let bits: PlacementPlan['bits'] = 'exact';
   const load: PlacementLoad = {
     hiddenSize: facts.hiddenSize,
+    wireBytes: wireBytes[wire],
     stages: cut.stages.map(({ layers, ranks }, stage) => ({
       layers: layers.to - layers.from,
       ranks: ranks.map((rankUnits, rank) => {
@@ -188,6 +194,7 @@ function placementPlan(
       }),
     })),
   };
+  if (wire !== 'f32' && shards.length > 1) bits = 'free';
   const memoryBytes = replicas * shards.reduce((sum, shard) => sum + shard.weightBytes + kvCacheBytes, 0);
   const predict = (streams: number): Prediction => predictSpeed(load, machine, { streams, contextTokens }, replicas);
   return {

@@ -51,6 +51,8 @@ export interface StageLoad {
 /** A placement as the model sees it: who reads what. */
 export interface PlacementLoad {
   hiddenSize: number;
+  /** Of one value in a reduction or a hidden state on its way. */
+  wireBytes: number;
   stages: readonly StageLoad[];
 }
 
@@ -85,9 +87,13 @@ export function predictSpeed(load: PlacementLoad, machine: MachineSpeed, workloa
   const tokens = Math.ceil(streams / microBatches);
   const shared: Sharing = { workers: workersOfOne * replicas, busyReplicas, microBatches };
 
-  const stages = load.stages.map((stage) => stageTime(stage, load.hiddenSize, machine, { ...workload, tokens }, shared));
+  const stages = load.stages.map((stage) =>
+    stageTime(stage, load.hiddenSize * load.wireBytes, machine, { ...workload, tokens }, shared),
+  );
   const hops =
-    load.stages.length === 1 ? 0 : load.stages.length * exchange(machine, shared.workers, tokens * load.hiddenSize * 4);
+    load.stages.length === 1
+      ? 0
+      : load.stages.length * exchange(machine, shared.workers, tokens * load.hiddenSize * load.wireBytes);
   const wayRound = sum(stages.map((stage) => stage.compute + stage.link)) + hops + machine.stepSeconds;
   const slowest = Math.max(...stages.map((stage) => stage.compute + stage.link)) + machine.stepSeconds;
   const round = Math.max(wayRound, microBatches * slowest);
@@ -107,7 +113,7 @@ interface Sharing {
 
 function stageTime(
   stage: StageLoad,
-  hiddenSize: number,
+  vectorBytes: number,
   machine: MachineSpeed,
   { tokens, contextTokens }: { tokens: number; contextTokens: number },
   shared: Sharing,
@@ -118,15 +124,14 @@ function stageTime(
   const busyWorkers = stage.ranks.length * busyStages * shared.busyReplicas;
   const perWorker = kernelSpeed(machine.kernels, Math.min(machine.cores, busyWorkers * threads), tokens) / busyWorkers;
   const bytes = Math.max(...stage.ranks.map((rank) => rank.matrixBytes + tokens * contextTokens * rank.kvBytesPerToken));
-  return { compute: bytes / perWorker, link: reductionTime(stage, hiddenSize, machine, tokens, shared.workers) };
+  return { compute: bytes / perWorker, link: reductionTime(stage, tokens * vectorBytes, machine, shared.workers) };
 }
 
 /** Two reductions a layer. Everybody reads everybody's vectors, so the sum of what the others send counts. */
-function reductionTime(stage: StageLoad, hiddenSize: number, machine: MachineSpeed, tokens: number, workers: number): number {
+function reductionTime(stage: StageLoad, vectorBytes: number, machine: MachineSpeed, workers: number): number {
   if (stage.ranks.length === 1) return 0;
   const fewest = (index: 0 | 1): number => Math.min(...stage.ranks.map((rank) => rank.vectors[index]));
   const total = (index: 0 | 1): number => sum(stage.ranks.map((rank) => rank.vectors[index]));
-  const vectorBytes = tokens * hiddenSize * 4;
   return (
     stage.layers * sum(([0, 1] as const).map((index) => exchange(machine, workers, (total(index) - fewest(index)) * vectorBytes)))
   );

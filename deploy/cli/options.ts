@@ -101,6 +101,10 @@ const options = {
     new Option('--link <driver>', 'how ranks and stages reach each other')
       .choices(['auto', 'shm', 'tcp', 'grpc', 'nats'])
       .default('auto'),
+  wire: () =>
+    new Option('--wire <type>', 'how activations travel between ranks; less than f32 gives up that every split has the same bits')
+      .choices(['f32', 'bf16', 'q8'])
+      .default('f32'),
   port: () => new Option('--port <n>', 'HTTP port (0: any free one)').default(8080).argParser(integer(0, 65535)),
   host: () => new Option('--host <address>', 'HTTP address; beyond loopback API keys are needed').default('127.0.0.1'),
   advertise: () =>
@@ -181,6 +185,7 @@ export interface OptionValues {
   executor: 'auto' | 'cpu' | 'reference';
   isa: 'auto' | 'avx512' | 'avx2' | 'portable';
   link: 'auto' | 'shm' | 'tcp' | 'grpc' | 'nats';
+  wire: 'f32' | 'bf16' | 'q8';
   port: number;
   host: string;
   advertise?: Advertised;

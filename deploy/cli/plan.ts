@@ -70,6 +70,7 @@ async function plan(values: OptionValues): Promise<void> {
     pipelineParallel: values.pp,
     activations: values.activations,
     kvType: values.kvType,
+    wire: values.wire,
     contextTokensMax: values.contextTokensMax ?? null,
     blockTokens: values.blockTokens,
     kvCacheBytes: values.kvCacheBytes,
@@ -256,9 +257,11 @@ export function planText(report: PlanReport, basis: readonly Basis[], blockToken
 }
 
 const bitsText = ({ bits }: PlacementPlan): string =>
-  bits === 'exact'
-    ? 'exact bits: any split, any executor, the same answer'
-    : 'bits per kind: the same answer on any split, as long as all workers have the same kind of executor';
+  ({
+    exact: 'exact bits: any split, any executor, the same answer',
+    'per-kind': 'bits per kind: the same answer on any split, as long as all workers have the same kind of executor',
+    free: 'bits free: another split may give another answer, because --wire rounds what travels between workers',
+  })[bits];
 
 const indented = (line: string): string => `  ${line}`;
 const rangeText = ({ from, to }: Range): string => `${from}..${to - 1}`;

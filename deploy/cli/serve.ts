@@ -28,6 +28,7 @@ export const serveOptions: OptionName[] = [
   'executor',
   'isa',
   'link',
+  'wire',
   'host',
   'port',
   'apiKeys',
@@ -131,6 +132,7 @@ export async function coordinatorConfig(values: OptionValues): Promise<Coordinat
     executor: values.executor === 'reference' ? 'reference' : 'cpu',
     isa: values.isa === 'auto' ? null : values.isa,
     link: values.link,
+    wire: values.wire,
     http: { host: values.host, port: values.port, apiKeys: keys },
     broker,
     hosts: values.advertise

@@ -14,6 +14,7 @@
 
 #include "links.h"
 #include "program.h"
+#include "wire.h"
 
 namespace shardmesh {
 
@@ -30,6 +31,7 @@ struct ExecutorConfig {
   int sequences_max;
   bool quiet_steps = false;   // steps end silently: they are counted, no event tells of them (traced ones excepted)
   std::vector<int> ranks_per_stage;  // empty: every stage has the program's number of ranks
+  WireType wire = WireType::F32;     // of reductions and hidden states, the same on all ranks of the mesh
 };
 
 struct SlotSampling {

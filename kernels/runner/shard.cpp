@@ -190,6 +190,7 @@ void Shard::plan_memory() {
   }
   // Also where hidden states are laid close together for a frame.
   size_t partial_bytes = std::min(T * static_cast<size_t>(p.hidden_size) * 4, std::max(kExchangePieceBytes, static_cast<size_t>(p.hidden_size) * 4));
+  size_t received_bytes = 0;
   for (size_t i = 0; i < p.operations.size(); i++) {
     const Operation& o = p.operations[i];
     const auto piece = [&](size_t row_bytes) { return std::min<size_t>(static_cast<size_t>(piece_rows(static_cast<int>(i))), T) * row_bytes; };
@@ -197,6 +198,9 @@ void Shard::plan_memory() {
       const size_t row_bytes = subtrees(static_cast<int>(i))[static_cast<size_t>(p.rank)].size() * static_cast<size_t>(buffer(o.out).width) * 4;
       partial_bytes = std::max(partial_bytes, T * row_bytes);
       exchange_bytes_ = std::max(exchange_bytes_, piece(row_bytes));
+      size_t sums = 0;
+      for (const auto& of_rank : subtrees(static_cast<int>(i))) sums += of_rank.size();
+      if (config_.wire != WireType::F32) received_bytes = std::max(received_bytes, piece(sums * static_cast<size_t>(buffer(o.out).width) * 4));
     } else if (o.kind == OperationKind::GatherRows) {
       exchange_bytes_ = std::max(exchange_bytes_, piece(static_cast<size_t>(buffer(o.out).width) * 4));
     } else if (o.kind == OperationKind::GatherLogits) {
@@ -206,12 +210,15 @@ void Shard::plan_memory() {
   }
   const size_t partial_at = bytes;
   bytes += align(partial_bytes);
+  const size_t received_at = bytes;
+  bytes += align(received_bytes);
   buffer_memory_ = Memory(bytes + kLine, "the buffers of a step (stepTokensMax)");
   for (size_t i = 0; i < buffers_.size(); i++) {
     buffers_[i].data = reinterpret_cast<float*>(buffer_memory_.data() + rooms[i].values);
     if (rooms[i].quantized) buffers_[i].quantized = buffer_memory_.data() + rooms[i].quantized - 1;
   }
   partial_ = reinterpret_cast<float*>(buffer_memory_.data() + partial_at);
+  if (received_bytes > 0) received_ = reinterpret_cast<float*>(buffer_memory_.data() + received_at);
 
   // Scratch of the attention, for each thread.
   for (const Operation& o : p.operations)

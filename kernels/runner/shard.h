@@ -81,6 +81,8 @@ class Shard {
 
   // Subtree sums of this rank between a partial product and its reduction: [subtree][token][width], when they are not written into the exchange.
   float* partial() const { return partial_; }
+  // The sums of all ranks for one piece, taken back from the wire; null when they travel as they are.
+  float* received() const { return received_; }
   // Rows of one exchange piece of operation `index` (all_reduce, gather_rows, gather_logits): the same on all ranks.
   int piece_rows(int index) const { return piece_rows_[static_cast<size_t>(index)]; }
   // Maximal subtrees of each rank in the cut of operation `index` (linear_partial, all_reduce), `first` counted over all units.
@@ -111,6 +113,7 @@ class Shard {
   std::unique_ptr<uint8_t, Unowned> scratch_;
   size_t scratch_stride_ = 0, scratch_bytes_ = 0;
   float* partial_ = nullptr;
+  float* received_ = nullptr;
   size_t exchange_bytes_ = 64;
   std::vector<int> piece_rows_;                             // per operation
   std::vector<std::vector<std::vector<Subtree>>> subtrees_;  // per operation, per rank

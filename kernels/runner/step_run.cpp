@@ -44,7 +44,7 @@ int64_t monotonic_now_ns() {
 }
 
 StepRun::StepRun(const RunContext& context, const StepInput& input)
-    : context_(context), shard_(context.shard), program_(context.shard.program()), kernels_(context.shard.kernels()), input_(input), token_ids_(input.token_ids) {
+    : context_(context), shard_(context.shard), program_(context.shard.program()), kernels_(context.shard.kernels()), wire_(context.shard.config().wire), input_(input), token_ids_(input.token_ids) {
   const int tokens = static_cast<int>(input.positions.size()), sequences = static_cast<int>(input.slots.size());
   first_row_.assign(static_cast<size_t>(sequences) + 1, tokens);
   for (int t = tokens; t-- > 0;) first_row_[static_cast<size_t>(input.row_sequence[static_cast<size_t>(t)])] = t;
@@ -303,14 +303,16 @@ StepRun::Status StepRun::gather_rows(int index) {
 }
 
 // Hidden states travel in pieces of rows, as exchanges do; rows lie close together in a frame.
+int StepRun::hidden_piece_rows() const { return static_cast<int>(std::max<size_t>(1, kExchangePieceBytes / (static_cast<size_t>(program_.hidden_size) * 4))); }
+
 StepRun::Status StepRun::receive_hidden(int index) {
   const Operation& o = program_.operations[static_cast<size_t>(index)];
   const PeerAddress source{program_.stage - 1, program_.rank % ranks_of(program_.stage - 1)};
-  const size_t row_bytes = static_cast<size_t>(program_.hidden_size) * 4;
-  const int piece_rows = static_cast<int>(std::max<size_t>(1, kExchangePieceBytes / row_bytes));
+  const size_t row_bytes = wire_bytes(wire_, program_.hidden_size);
+  const int piece_rows = hidden_piece_rows();
   TensorLink* link = context_.links ? context_.links->from(source) : nullptr;
   if (!link) return fail(FailureCode::Internal, where(index) + ": no link from stage " + std::to_string(source.stage) + " rank " + std::to_string(source.rank));
-  float* staging = shard_.partial();
+  uint8_t* staging = reinterpret_cast<uint8_t*>(shard_.partial());
   for (; piece_ * piece_rows < rows_.tokens; piece_++) {
     const int from = piece_ * piece_rows, count = std::min(piece_rows, rows_.tokens - from);
     const size_t bytes = static_cast<size_t>(count) * row_bytes;
@@ -324,7 +326,7 @@ StepRun::Status StepRun::receive_hidden(int index) {
       failure_.peer = source;
       return fail(FailureCode::Internal, where(index) + ": a hidden frame of " + std::to_string(got) + " bytes, expected " + std::to_string(bytes));
     }
-    for (int t = 0; t < count; t++) std::memcpy(row(o.out, from + t), reinterpret_cast<const uint8_t*>(staging) + static_cast<size_t>(t) * row_bytes, row_bytes);
+    for (int t = 0; t < count; t++) from_wire(wire_, staging + static_cast<size_t>(t) * row_bytes, program_.hidden_size, row(o.out, from + t));
   }
   piece_ = 0;
   return Status::Done;
@@ -332,17 +334,17 @@ StepRun::Status StepRun::receive_hidden(int index) {
 
 StepRun::Status StepRun::send_hidden(int index) {
   const Operation& o = program_.operations[static_cast<size_t>(index)];
-  const size_t row_bytes = static_cast<size_t>(program_.hidden_size) * 4;
-  const int piece_rows = static_cast<int>(std::max<size_t>(1, kExchangePieceBytes / row_bytes));
+  const size_t row_bytes = wire_bytes(wire_, program_.hidden_size);
+  const int piece_rows = hidden_piece_rows();
   const int pieces = (rows_.tokens + piece_rows - 1) / piece_rows, own_ranks = program_.ranks, next_ranks = ranks_of(program_.stage + 1);
   for (int t = 0; piece_ == 0 && peer_ < 0 && t < rows_.tokens; t++)
     if (!kernels_.all_finite(row(o.in, t), program_.hidden_size))
       return fail(FailureCode::NonFinite, where(index) + ": the hidden state of row " + std::to_string(t) + " is not finite");
-  float* staging = shard_.partial();
+  uint8_t* staging = reinterpret_cast<uint8_t*>(shard_.partial());
   if (peer_ < 0) peer_ = program_.rank;
   for (; piece_ < pieces; piece_++) {
     const int from = piece_ * piece_rows, count = std::min(piece_rows, rows_.tokens - from);
-    for (int t = 0; t < count; t++) std::memcpy(reinterpret_cast<uint8_t*>(staging) + static_cast<size_t>(t) * row_bytes, row(o.in, from + t), row_bytes);
+    for (int t = 0; t < count; t++) to_wire(wire_, row(o.in, from + t), program_.hidden_size, staging + static_cast<size_t>(t) * row_bytes);
     for (; peer_ < next_ranks; peer_ += own_ranks) {  // rank r of the next stage is served by rank r mod tp
       const PeerAddress peer{program_.stage + 1, peer_};
       TensorLink* link = context_.links ? context_.links->to(peer) : nullptr;
@@ -407,7 +409,7 @@ void StepRun::linear(const Action& action) {
   });
 }
 
-// The sums go straight into the exchange when one piece holds them all, else into a buffer of their own.
+// The sums go straight into the exchange when one piece holds them all and they travel as they are, else into a buffer of their own.
 void StepRun::linear_partial(int index) {
   const Operation& o = program_.operations[static_cast<size_t>(index)];
   const Buffer& in = shard_.buffer(o.in);
@@ -416,7 +418,7 @@ void StepRun::linear_partial(int index) {
   for (const Subtree& s : shard_.subtrees(index)[static_cast<size_t>(program_.rank)])
     subtrees[count++] = {s.first - static_cast<int>(o.cut.ranks[static_cast<size_t>(program_.rank)].from), s.count};
   partial_ = shard_.partial();
-  if (program_.ranks > 1 && rows_.tokens <= shard_.piece_rows(index + 1)) {
+  if (program_.ranks > 1 && wire_ == WireType::F32 && rows_.tokens <= shard_.piece_rows(index + 1)) {
     const FrameKey key{FrameKind::Reduce, input_.step, static_cast<uint16_t>(index + 1), 0};
     own_block_ = context_.links->exchange()->begin(key, count * static_cast<size_t>(rows_.tokens) * static_cast<size_t>(o.width) * 4);
     if (own_block_) {
@@ -443,19 +445,33 @@ StepRun::Status StepRun::all_reduce(int index) {
   const size_t own_subtrees = shard_.subtrees(index)[static_cast<size_t>(program_.rank)].size();
   for (; piece_ * piece_rows < rows_.tokens; piece_++) {
     const int from = piece_ * piece_rows, count = std::min(piece_rows, rows_.tokens - from);
-    const size_t piece_bytes = static_cast<size_t>(count) * static_cast<size_t>(width) * 4;
+    const size_t row_bytes = wire_bytes(wire_, width), piece_bytes = static_cast<size_t>(count) * row_bytes;
     const auto bytes_of = [&](int r) { return shard_.subtrees(index)[static_cast<size_t>(r)].size() * piece_bytes; };
     const auto fill = [&](uint8_t* block) {
       for (size_t s = 0; s < own_subtrees; s++)
-        std::memcpy(block + s * piece_bytes, partial_ + static_cast<int64_t>(s) * partial_subtree_stride_ + from * width, piece_bytes);
+        for (int t = 0; t < count; t++, block += row_bytes) to_wire(wire_, partial_ + static_cast<int64_t>(s) * partial_subtree_stride_ + (from + t) * width, width, block);
     };
     Payloads payloads;
     const Status status = exchange(FrameKind::Reduce, index, piece_, count, fill, bytes_of, &payloads);
     if (status != Status::Done) return status;
+    if (wire_ != WireType::F32) take_from_wire(index, count, &payloads);
     finish_reduction(index, from, count, payloads);
   }
   piece_ = 0;
   return Status::Done;
+}
+
+// Every rank's sums, the own ones included, become the fp32 values that all ranks see.
+void StepRun::take_from_wire(int index, int rows, Payloads* payloads) {
+  const int64_t width = shard_.buffer(program_.operations[static_cast<size_t>(index)].out).width;
+  const size_t row_bytes = wire_bytes(wire_, width);
+  float* out = shard_.received();
+  for (int r = 0; r < program_.ranks; r++) {
+    const uint8_t* in = (*payloads)[static_cast<size_t>(r)];
+    (*payloads)[static_cast<size_t>(r)] = reinterpret_cast<const uint8_t*>(out);
+    const int64_t sums = static_cast<int64_t>(shard_.subtrees(index)[static_cast<size_t>(r)].size()) * rows;
+    for (int64_t i = 0; i < sums; i++, in += row_bytes, out += width) from_wire(wire_, in, width, out);
+  }
 }
 
 // Finishes the tree for rows [first_row, first_row + rows); payloads[r] holds the subtrees of rank r, [subtree][rows][width].

@@ -65,6 +65,7 @@ class StepRun {
   void linear(const Action& action);
   void linear_partial(int index);
   Status all_reduce(int index);
+  void take_from_wire(int index, int rows, Payloads* payloads);
   void finish_reduction(int index, int first_row, int rows, const Payloads& payloads);
   void rope(int index);
   Status store_kv(int index);
@@ -100,12 +101,14 @@ class StepRun {
   float* row(int buffer, int r) const { return shard_.buffer(buffer).data + r * shard_.buffer(buffer).stride; }
   PeerAddress self() const { return {program_.stage, program_.rank}; }
   int ranks_of(int stage) const;
+  int hidden_piece_rows() const;
   void apply_sampled(uint32_t step, int slot, int32_t token);
 
   const RunContext& context_;
   Shard& shard_;
   const Program& program_;
   const KernelSet& kernels_;
+  const WireType wire_;
   const StepInput& input_;
   StepRows rows_{};
   std::vector<int32_t> first_row_;

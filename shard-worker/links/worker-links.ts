@@ -8,6 +8,7 @@ import type { Frame, FrameDtype } from '../../protocol/frame-codec.ts';
 import { checkId, type MeshId, type PlacementId, type WorkerId } from '../../protocol/ids.ts';
 import type { GrpcListener } from '../../protocol/grpc/index.ts';
 import type { Connect } from '../../protocol/messages.ts';
+import type { Placement, WireType } from '../../protocol/placement.ts';
 import type { Transport } from '../../protocol/transport.ts';
 import { framesTravel } from './frame-paths.ts';
 import type { FrameLink, LinkPeer } from './frame-link.ts';
@@ -43,6 +44,7 @@ interface Epoch {
   placement: PlacementId;
   epoch: number;
   self: PeerAddress;
+  wire: WireType;
   deliver: (frame: NativeFrame) => void;
   peers: { address: PeerAddress; worker: WorkerId; link: FrameLink }[];
 }
@@ -113,7 +115,7 @@ export class WorkerLinks {
    * @throws {ShardmeshError} `worker_lost`: a peer did not answer within `timeoutMs`; `invalid_message`: a driver that cannot be used here
    */
   async connect(
-    connect: Pick<Connect, 'placement' | 'epoch' | 'linkKey' | 'peers'>,
+    connect: Pick<Connect, 'placement' | 'epoch' | 'linkKey' | 'peers'> & Pick<Placement, 'wire'>,
     self: PeerAddress,
     deliver: (frame: NativeFrame) => void,
     timeoutMs: number,
@@ -151,7 +153,7 @@ export class WorkerLinks {
       linkPeers[driver].push({ worker: id, grpcAddress });
     }
     const placement = checkId<PlacementId>('placement', connect.placement);
-    this.#epoch = { placement, epoch: connect.epoch, self, deliver, peers };
+    this.#epoch = { placement, epoch: connect.epoch, self, wire: connect.wire, deliver, peers };
     this.#grpc.setPeers(linkPeers.grpc);
     this.#nats?.setPeers(linkPeers.nats);
     const key = Buffer.from(connect.linkKey, 'hex');
@@ -179,7 +181,7 @@ export class WorkerLinks {
     const { kind, step, operation, subtree, rows, payload } = frame;
     const { placement, self } = epoch;
     const header = { mesh: this.#mesh, placement, epoch: epoch.epoch, step, operation, subtree, kind, source: self, rows };
-    return peer.link.send(peer.worker, { ...header, dtype: dtypeOf[kind] }, payload);
+    return peer.link.send(peer.worker, { ...header, dtype: dtypeOf(kind, epoch.wire) }, payload);
   }
 
   /**
@@ -214,7 +216,7 @@ export class WorkerLinks {
       epoch.peers.some(
         ({ address, worker }) => worker === source && address.stage === frame.source.stage && address.rank === frame.source.rank,
       );
-    if (!epoch || !known || kind === 'probe' || kind === 'echo') {
+    if (!epoch || !known || kind === 'probe' || kind === 'echo' || frame.dtype !== dtypeOf(kind, epoch.wire)) {
       this.#staleFrames++;
       return;
     }
@@ -222,14 +224,11 @@ export class WorkerLinks {
   }
 }
 
-/** Sampled ids are integers of two sizes, the others rows of fp32. */
-const dtypeOf: Record<NativeFrame['kind'], FrameDtype> = {
-  reduce: 'f32',
-  rows: 'f32',
-  logits: 'f32',
-  hidden: 'f32',
-  tokens: 'bytes',
-};
+/** Sampled ids are integers of two sizes; rows of the embedding and logits are always fp32. */
+function dtypeOf(kind: NativeFrame['kind'], wire: WireType): FrameDtype {
+  if (kind === 'tokens') return 'bytes';
+  return kind === 'reduce' || kind === 'hidden' ? wire : 'f32';
+}
 
 function asLost(cause: Error): never {
   throw new ShardmeshError('worker_lost', cause.message, { cause });

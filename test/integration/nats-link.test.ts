@@ -165,7 +165,7 @@ describe('nats link', () => {
       await Promise.all(
         links.map((link, rank) =>
           link.connect(
-            { placement, epoch: 3, linkKey: '00'.repeat(32), peers: peersSeenBy(rank) },
+            { placement, epoch: 3, linkKey: '00'.repeat(32), wire: 'f32', peers: peersSeenBy(rank) },
             { stage: 0, rank },
             (frame) => received[rank]?.push({ ...frame, payload: Uint8Array.from(frame.payload) }),
             5_000,

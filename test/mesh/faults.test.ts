@@ -76,6 +76,7 @@ async function makeMesh(seed: number, stages: number, ranks: number) {
     mesh: {
       model: 'm',
       link: 'auto',
+      wire: 'f32',
       seats,
       placementTemplate: {
         stages: Array.from({ length: stages }, () => ({

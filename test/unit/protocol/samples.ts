@@ -148,6 +148,7 @@ export const samples: { [T in Message['type']]: Extract<Message, { type: T }> } 
         },
       ],
       link: 'auto',
+      wire: 'f32',
     },
     stage: 0,
     rank: 0,

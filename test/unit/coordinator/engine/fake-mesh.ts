@@ -51,7 +51,14 @@ export class FakeMesh implements StepTransport {
     this.worker = new SimulatedWorker(this.#options);
     const rank = { worker: 'w', attentionUnits: range, feedForwardUnits: range, vocabularyUnits: range };
     const stages: StagePlacement[] = Array.from({ length: this.#stages }, () => ({ layers: range, ranks: [rank] }));
-    const placement = { id: `p${this.#epoch}`, epoch: this.#epoch, model: 'm', stages, link: 'auto' as const };
+    const placement = {
+      id: `p${this.#epoch}`,
+      epoch: this.#epoch,
+      model: 'm',
+      stages,
+      link: 'auto' as const,
+      wire: 'f32' as const,
+    };
     this.#began({ epoch: this.#epoch, placement, kvBlocks: this.#options.blocks, arithmetic: '1' });
   }
 

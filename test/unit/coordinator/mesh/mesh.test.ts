@@ -49,6 +49,7 @@ function makeMesh(seats: Seat[] = [0, 1].map((rank) => ({ stage: 0, rank }))) {
     {
       model: 'm',
       link: 'auto',
+      wire: 'f32',
       seats,
       placementTemplate: {
         stages: Array.from({ length: stages }, (_, stage) => ({

@@ -33,6 +33,7 @@ const options = (change: Partial<PlannerOptions> = {}): PlannerOptions => ({
   pipelineParallel: shares(1),
   activations: 'int8',
   kvType: 'auto',
+  wire: 'f32',
   contextTokensMax: null,
   blockTokens: 16,
   kvCacheBytes: 256 * MiB,

@@ -16,10 +16,11 @@ const machine: MachineSpeed = {
   wakeSeconds: 50e-6,
 };
 const rank = (matrixBytes: number, vectors: [number, number] = [1, 1]) => ({ matrixBytes, kvBytesPerToken: 0, vectors });
-const whole: PlacementLoad = { hiddenSize: 1_000, stages: [{ layers: 10, ranks: [rank(80e6)] }] };
-const split: PlacementLoad = { hiddenSize: 1_000, stages: [{ layers: 10, ranks: [rank(40e6), rank(40e6)] }] };
+const whole: PlacementLoad = { hiddenSize: 1_000, wireBytes: 4, stages: [{ layers: 10, ranks: [rank(80e6)] }] };
+const split: PlacementLoad = { hiddenSize: 1_000, wireBytes: 4, stages: [{ layers: 10, ranks: [rank(40e6), rank(40e6)] }] };
 const piped: PlacementLoad = {
   hiddenSize: 1_000,
+  wireBytes: 4,
   stages: [
     { layers: 5, ranks: [rank(40e6)] },
     { layers: 5, ranks: [rank(40e6)] },
@@ -82,12 +83,12 @@ describe('speed model', () => {
   });
 
   test('speed model - the slowest rank sets the pace', () => {
-    const uneven = { hiddenSize: 1_000, stages: [{ layers: 10, ranks: [rank(60e6), rank(20e6)] }] };
+    const uneven = { hiddenSize: 1_000, wireBytes: 4, stages: [{ layers: 10, ranks: [rank(60e6), rank(20e6)] }] };
     expect(predictSpeed(uneven, machine, one).tokenSeconds).toBeCloseTo(60e6 / 8e9 + 0.00028, 9);
   });
 
   test('speed model - every vector that the others send is read', () => {
-    const cut = { hiddenSize: 1_000, stages: [{ layers: 10, ranks: [rank(40e6, [1, 2]), rank(40e6, [2, 1])] }] };
+    const cut = { hiddenSize: 1_000, wireBytes: 4, stages: [{ layers: 10, ranks: [rank(40e6, [1, 2]), rank(40e6, [2, 1])] }] };
     // 3 vectors each time, the receiver with the fewest of its own reads 2 of them: 18 us.
     expect(predictSpeed(cut, machine, one).tokenSeconds).toBeCloseTo(0.005 + 20 * 18e-6, 9);
   });
@@ -117,6 +118,7 @@ describe('speed model', () => {
   test('speed model - reads the K/V of every token in every context', () => {
     const load = {
       hiddenSize: 1_000,
+      wireBytes: 4,
       stages: [{ layers: 10, ranks: [{ matrixBytes: 80e6, kvBytesPerToken: 10_000, vectors: [1, 1] as const }] }],
     };
     expect(predictSpeed(load, machine, { streams: 1, contextTokens: 1_600 }).tokenSeconds).toBeCloseTo(96e6 / 16e9, 9);
@@ -124,7 +126,7 @@ describe('speed model', () => {
   });
 
   test('speed model - more workers than cores wait to be scheduled in', () => {
-    const three = { hiddenSize: 1_000, stages: [{ layers: 10, ranks: [rank(30e6), rank(25e6), rank(25e6)] }] };
+    const three = { hiddenSize: 1_000, wireBytes: 4, stages: [{ layers: 10, ranks: [rank(30e6), rank(25e6), rank(25e6)] }] };
     // Two vectors of the others: 10 + 8 us and 50 us to wake; a third of 16 GB/s each.
     expect(predictSpeed(three, machine, one).tokenSeconds).toBeCloseTo(30e6 / (16e9 / 3) + 20 * 68e-6, 9);
   });
@@ -134,7 +136,7 @@ describe('speed model', () => {
   });
 
   test('speed model - refuses a placement without ranks and a workload without streams', () => {
-    expect(() => predictSpeed({ hiddenSize: 1, stages: [] }, machine, one)).toThrow('at least one rank');
+    expect(() => predictSpeed({ hiddenSize: 1, wireBytes: 4, stages: [] }, machine, one)).toThrow('at least one rank');
     expect(() => predictSpeed(whole, machine, { streams: 0, contextTokens: 0 })).toThrow('at least one stream');
   });
 });

@@ -1,7 +1,6 @@
 import { afterEach, describe, expect, it } from 'vitest';
 import type { NativeFrame, PeerAddress } from '../../../../kernels/binding-types.ts';
 import { newMeshId, newPlacementId, newWorkerId, type WorkerId } from '../../../../protocol/ids.ts';
-import type { Connect } from '../../../../protocol/messages.ts';
 import type { LinkDriver } from '../../../../protocol/placement.ts';
 import { WorkerLinks } from '../../../../shard-worker/links/worker-links.ts';
 
@@ -19,6 +18,8 @@ interface Rank {
   frames: NativeFrame[];
 }
 
+type ConnectLinks = Parameters<WorkerLinks['connect']>[0];
+
 /** One worker for each rank, all in this process. */
 async function makeRanks(ranksPerStage: number[]): Promise<Rank[]> {
   const addresses = ranksPerStage.flatMap((ranks, stage) => Array.from({ length: ranks }, (_, rank) => ({ stage, rank })));
@@ -32,14 +33,11 @@ async function makeRanks(ranksPerStage: number[]): Promise<Rank[]> {
   );
 }
 
-const connectMessage = (
-  ranks: Rank[],
-  epoch: number,
-  driverOf: (a: PeerAddress) => LinkDriver = () => 'grpc',
-): Pick<Connect, 'placement' | 'epoch' | 'linkKey' | 'peers'> => ({
+const connectMessage = (ranks: Rank[], epoch: number, driverOf: (a: PeerAddress) => LinkDriver = () => 'grpc'): ConnectLinks => ({
   placement,
   epoch,
   linkKey: '00'.repeat(32),
+  wire: 'f32',
   peers: ranks.map(({ worker, address, links }) => ({
     ...address,
     worker,
@@ -51,7 +49,7 @@ const connectMessage = (
   })),
 });
 
-const enter = (rank: Rank, message: Pick<Connect, 'placement' | 'epoch' | 'linkKey' | 'peers'>, timeoutMs = 5_000) =>
+const enter = (rank: Rank, message: ConnectLinks, timeoutMs = 5_000) =>
   rank.links.connect(
     message,
     rank.address,
