@@ -350,6 +350,8 @@ export interface KernelTest {
       fill: number;
     },
   ): Float32Array;
+  /** One row on its way between ranks: its bytes, what a receiver takes from them, and the length of a tcp frame that holds it. */
+  wire(args: { type: WireType; x: Float32Array }): { bytes: Uint8Array; values: Float32Array; tcpBytes: number };
   /** Our own functions; `gumbel` takes token ids, under a fixed key. */
   elementary(args: { name: 'exp' | 'log' | 'gumbel' | 'sin' | 'cos'; x: Float32Array }): Float32Array;
   /** The token sampled at each position of [from, to), from the same logits and state. */

@@ -2,11 +2,13 @@
  * Measures, in well under a second, what the speed model needs to know of this machine: how fast the native executor walks through weights like those of the model
  * (generated, same shapes and types), and what a reduction between two ranks over shared memory costs. Nothing of the model file but its header is looked at.
  */
+import { randomBytes } from 'node:crypto';
 import {
   outputNumbers,
   type Addon,
   type ExecutorOptions,
   type Isa,
+  type NativeTcp,
   type PeerLink,
   type SlotSampling,
   type StepDone,
@@ -74,17 +76,18 @@ export async function measureKernels(options: MeasureOptions): Promise<MeasuredK
 }
 
 /**
- * One reduction between two ranks of this process over shared memory, publishing, waiting and joining included: what a step of two equal ranks takes longer than the step
+ * One reduction between two ranks of this process, over shared memory or over sealed tcp on loopback, publishing, waiting and joining included: what a step of two equal ranks takes longer than the step
  * of one rank alone with the same amount of work, at one token and at eight.
  * @returns null where it cannot be measured: with one core
  */
-export async function measureReduction(options: MeasureOptions): Promise<LinkSpeed | null> {
+export async function measureReduction(options: MeasureOptions, driver: 'shm' | 'tcp' = 'shm'): Promise<LinkSpeed | null> {
   const { cores, activations, kvType } = options;
   const [first, second] = cores;
   if (first === undefined || second === undefined) return null;
   const facts = linkFacts(options.facts);
   const cut = cutModel(unitsOfModel(facts), { count: 2, parts: null }, { count: 1, parts: null });
   const pair: MeasuredRank[] = [];
+  const tcp: NativeTcp[] = [];
   const half = halfOf(facts);
   const alone = await loadRank(options, half, wholeProgram(half, options), [first]);
   try {
@@ -93,11 +96,15 @@ export async function measureReduction(options: MeasureOptions): Promise<LinkSpe
       pair.push(await loadRank(options, facts, program, [core]));
     }
     const segments = pair.map((rank) => rank.openSegment());
+    if (driver === 'tcp') await meet(options.addon, tcp);
     for (const [self, rank] of pair.entries())
       rank.connect(
         segments.flatMap((segment, other): PeerLink[] =>
-          other === self ? [] : [{ peer: { stage: 0, rank: other }, driver: 'shm', ...segment }],
+          other === self
+            ? []
+            : [{ peer: { stage: 0, rank: other }, ...(driver === 'tcp' ? { driver } : { driver, ...segment }) }],
         ),
+        tcp[self],
       );
     alone.connect([]);
     // Embedding rows and logits are exchanged as well.
@@ -112,7 +119,20 @@ export async function measureReduction(options: MeasureOptions): Promise<LinkSpe
     return { seconds: Math.max(small - vectorBytes / bytesPerSecond, exchangeSecondsMin), bytesPerSecond };
   } finally {
     await Promise.all([alone, ...pair].map((rank) => rank.dispose()));
+    for (const endpoint of tcp) endpoint.close();
   }
+}
+
+/** Two endpoints with a connection between them. */
+async function meet(addon: MeasureOptions['addon'], tcp: NativeTcp[]): Promise<void> {
+  for (let rank = 0; rank < 2; rank++) tcp.push(addon.openTcp('127.0.0.1', 0));
+  const key = randomBytes(32);
+  await Promise.all(
+    tcp.map((endpoint, rank) => {
+      const peers = [{ peer: { stage: 0, rank: 1 - rank }, address: `127.0.0.1:${tcp[1 - rank]?.port}` }];
+      return endpoint.meet({ self: { stage: 0, rank }, epoch: 1, key, peers, timeoutMs: 2_000 });
+    }),
+  );
 }
 
 const exchangeSecondsMin = 0.3e-6;
@@ -260,7 +280,7 @@ interface StepTime {
 interface MeasuredRank {
   readonly isa: string;
   openSegment(): { pid: number; fd: number; bytes: number };
-  connect(peers: PeerLink[]): void;
+  connect(peers: PeerLink[], tcp?: NativeTcp): void;
   step(input: StepInput): Promise<StepDone>;
   readonly lastStep: number;
   dispose(): Promise<void>;
@@ -299,9 +319,9 @@ async function loadRank(options: MeasureOptions, facts: ModelFacts, program: Pro
       return lastStep;
     },
     openSegment: () => executor.openSegment(),
-    connect: (peers) => {
+    connect: (peers, tcp) => {
       if (peers.length === 0) executor.openSegment();
-      executor.connect(peers);
+      executor.connect(peers, tcp);
       executor.openSlots(
         Array.from({ length: batch }, (_, slot) => ({
           slot,

@@ -107,7 +107,7 @@ async function measureMachine(
   const basis: Basis[] = [];
   const cores = values.cores ?? addon?.cpuFeatures().cores ?? Array.from({ length: availableParallelism() }, (_, core) => core);
   let kernels: MeasuredKernels | null = null;
-  let shm: LinkSpeed | null = null;
+  let reduction: LinkSpeed | null = null;
   if (addon) {
     const options = {
       addon,
@@ -121,7 +121,8 @@ async function measureMachine(
       ...(values.executor === 'reference' ? { sampleBytesMax: 1024 ** 2 } : {}),
     };
     kernels = await measureKernels(options);
-    if (values.link === 'auto' || values.link === 'shm') shm = await measureReduction(options);
+    if (values.link === 'auto' || values.link === 'shm') reduction = await measureReduction(options);
+    if (values.link === 'tcp') reduction = await measureReduction(options, 'tcp');
   }
   for (const { threads, tokens, bytesPerSecond } of kernels?.points ?? [])
     basis.push({
@@ -135,7 +136,7 @@ async function measureMachine(
       value: `${assumed.bytesPerSecondOfCore / 1e9} GB/s (the native addon is not built: npm run build)`,
       source: 'assumed',
     });
-  const link = await linkSpeed(values, shm, basis);
+  const link = await linkSpeed(values, reduction, basis);
   basis.push({
     what: 'sampling and hand-over, a step',
     value: microseconds(kernels?.stepSeconds ?? assumed.stepSeconds),
@@ -169,7 +170,7 @@ function wasBusy({ cores, kernels }: MachineSpeed): boolean {
   return cores > 1 && speed(cores) < speed(1);
 }
 
-async function linkSpeed(values: OptionValues, shm: LinkSpeed | null, basis: Basis[]): Promise<LinkSpeed> {
+async function linkSpeed(values: OptionValues, reduction: LinkSpeed | null, basis: Basis[]): Promise<LinkSpeed> {
   const say = (name: string, link: LinkSpeed, source: Basis['source']): LinkSpeed => {
     basis.push({
       what: `one exchange over ${name}`,
@@ -184,7 +185,8 @@ async function linkSpeed(values: OptionValues, shm: LinkSpeed | null, basis: Bas
   });
   if (values.link === 'grpc') return say('gRPC, loopback', oneWay(await measureGrpc()), 'measured');
   if (values.link === 'nats') return say('NATS, loopback', oneWay(await measurePrivateNats()), 'measured');
-  return shm ? say('shared memory', shm, 'measured') : say('shared memory', assumed.shm, 'assumed');
+  if (values.link === 'tcp' && reduction) return say('sealed tcp, loopback', reduction, 'measured');
+  return reduction ? say('shared memory', reduction, 'measured') : say('shared memory', assumed.shm, 'assumed');
 }
 
 /** Over a broker of its own, as `serve` would start. */

@@ -147,13 +147,6 @@ void call_js(napi_env raw_env, napi_value, void* context, void* data) {
   }
 }
 
-WireType wire_of(const std::string& name) {
-  if (name == "f32") return WireType::F32;
-  if (name == "bf16") return WireType::Bf16;
-  if (name == "q8") return WireType::Q8;
-  throw std::runtime_error("options.wire must be 'f32', 'bf16' or 'q8', got '" + name + "'");
-}
-
 class ExecutorWrap : public Napi::ObjectWrap<ExecutorWrap> {
  public:
   static Napi::Function define(Napi::Env env) {
@@ -205,7 +198,7 @@ class ExecutorWrap : public Napi::ObjectWrap<ExecutorWrap> {
     const Napi::Value ranks = options.Get("ranksPerStage");
     if (!ranks.IsUndefined()) config.ranks_per_stage = integers_of(ranks, "options.ranksPerStage", 1, kRanksMax);
     const Napi::Value wire = options.Get("wire");
-    if (!wire.IsUndefined()) config.wire = wire_of(text_of(wire, "options.wire"));
+    if (!wire.IsUndefined()) config.wire = wire_type_of(wire, "options.wire");
     state_->self = {config.program.stage, config.program.rank};
     state_->on_step = Napi::Persistent(function_of(callbacks.Get("onStep"), "callbacks.onStep"));
     state_->on_frame = Napi::Persistent(function_of(callbacks.Get("onFrame"), "callbacks.onFrame"));

@@ -8,6 +8,8 @@
 #include "../include/arithmetic.h"
 #include "../include/kernel_set.h"
 #include "../include/program.h"
+#include "../include/wire.h"
+#include "../links/tcp_connection.h"
 #include "../runner/rope_table.h"
 #include "../runner/sampler.h"
 #include "../runner/sampler_math.h"
@@ -307,6 +309,22 @@ Napi::Value score(const Arguments& a) {
   return float_result(a.env, out);
 }
 
+// {type, x} -> {bytes: the row on the wire, values: what the receiver takes from it, tcpBytes: of a tcp frame that holds it}
+Napi::Value wire(const Arguments& a) {
+  const std::vector<float> x = float32_array_of(a.at("x"), "x");
+  const WireType type = wire_type_of(a.at("type"), "type");
+  const int64_t width = static_cast<int64_t>(x.size());
+  Napi::Uint8Array bytes = Napi::Uint8Array::New(a.env, wire_bytes(type, width));
+  to_wire(type, x.data(), width, bytes.Data());
+  std::vector<float> values(x.size());
+  from_wire(type, bytes.Data(), width, values.data());
+  Napi::Object result = Napi::Object::New(a.env);
+  result.Set("bytes", bytes);
+  result.Set("values", float_result(a.env, values));
+  result.Set("tcpBytes", static_cast<double>(bytes.ByteLength() + kTcpFrameOverhead));
+  return result;
+}
+
 template <Napi::Value (*body)(const Arguments&)>
 Napi::Value hook(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&] {
@@ -328,6 +346,7 @@ Napi::Object kernel_test_object(Napi::Env env) {
   object.Set("attention", Napi::Function::New(env, hook<attention>, "attention"));
   object.Set("elementary", Napi::Function::New(env, hook<function>, "elementary"));
   object.Set("sample", Napi::Function::New(env, hook<sample>, "sample"));
+  object.Set("wire", Napi::Function::New(env, hook<wire>, "wire"));
   object.Set("score", Napi::Function::New(env, hook<score>, "score"));
   return object;
 }

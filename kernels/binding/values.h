@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../include/links.h"
+#include "../include/wire.h"
 
 namespace shardmesh::binding {
 
@@ -149,6 +150,14 @@ class PromiseWork : public Napi::AsyncWorker {
 inline PeerAddress address_of(const Napi::Value& value, const std::string& name) {
   const Napi::Object object = object_of(value, name);
   return {static_cast<int>(integer_of(object.Get("stage"), name + ".stage", 0, 65535)), static_cast<int>(integer_of(object.Get("rank"), name + ".rank", 0, 65535))};
+}
+
+inline WireType wire_type_of(const Napi::Value& value, const std::string& name) {
+  const std::string type = text_of(value, name);
+  if (type == "f32") return WireType::F32;
+  if (type == "bf16") return WireType::Bf16;
+  if (type == "q8") return WireType::Q8;
+  throw Napi::RangeError::New(value.Env(), name + " must be 'f32', 'bf16' or 'q8', got '" + type + "'");
 }
 
 // Defined by the other files of this folder.

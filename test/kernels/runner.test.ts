@@ -120,6 +120,25 @@ describe('step runner, the same bits', () => {
       expect(await scoreOn({ ...types, cut, host }, prompt, { chunk: 41 })).toEqual(await scoreOn(types, prompt));
   });
 
+  test.each([
+    ['bf16', 0.05],
+    ['q8', 0.1],
+  ] as const)('step runner - %s on the wire is near f32, whatever carries it and whatever the chunks', async (wire, most) => {
+    const exact = await scoreOn({}, prompt);
+    const shm = await scoreOn({ cut: threeRankTwoStageCut, wire }, prompt, { chunk: 41 });
+    expect(await scoreOn({ cut: threeRankTwoStageCut, wire, host: true }, prompt, { chunk: 7 })).toEqual(shm);
+    expect(shm).not.toEqual(exact);
+    // Seven numbers a row, the first one its log-probability.
+    const difference =
+      prompt.slice(1).reduce((sum, _, row) => sum + Math.abs(shm[7 * row]! - exact[7 * row]!), 0) / prompt.length;
+    expect(difference).toBeGreaterThan(0);
+    expect(difference).toBeLessThan(most);
+  });
+
+  test('step runner - nothing is rounded where nothing travels', async () => {
+    expect(await scoreOn({ wire: 'q8' }, prompt)).toEqual(await scoreOn({}, prompt));
+  });
+
   test('step runner - a sequence among others equals the sequence alone', async () => {
     const alone = await scoreOn({}, prompt.slice(0, 40));
     const mesh = await start();

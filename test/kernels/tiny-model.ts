@@ -13,6 +13,7 @@ import {
   type PeerLink,
   type SlotSampling,
   type StepDone,
+  type WireType,
 } from '../../kernels/index.ts';
 import type { Operation, Program, Range, TensorType, UnitCut, WeightSlice } from '../../kernels/programs/program.ts';
 
@@ -434,6 +435,7 @@ export interface TinyMeshOptions extends TinyTypes {
   weights?: TinyWeights;
   /** Every pair of workers talks through the host driver instead of shared memory. */
   host?: boolean;
+  wire?: WireType;
 }
 
 /** Rows of one sequence in a step. `tokens: null`: one row, the token that step `after` sampled. */
@@ -495,6 +497,7 @@ export class TinyMesh {
             kvBlocks: options.kvBlocks ?? 96,
             stepTokensMax: options.stepTokensMax ?? 256,
             sequencesMax: 16,
+            ...(options.wire ? { wire: options.wire } : {}),
           },
           {
             onStep: (done) => {

@@ -61,7 +61,7 @@ describe('trace', () => {
     const recorder = new TraceRecorder();
     const mesh = meshOf([{ id: worker, recorder, ahead: 0 }]);
     const taken = takeTrace(mesh, ours, 30);
-    await new Promise((resolve) => setTimeout(resolve, 15));
+    while (!ours.on || !recorder.on) await new Promise((resolve) => setTimeout(resolve, 1));
     ours.add('plan', 1, monotonicUs());
     const count = traceLimits.spansPerMessageMax + 5;
     for (let i = 0; i < count; i++) recorder.add(i % 2 ? 'submit' : 'products', 1, 1_000_000 + i, 1_000_002 + i, 'compute');

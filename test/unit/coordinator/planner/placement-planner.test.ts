@@ -158,8 +158,10 @@ describe('placement planner', () => {
     expect(planPlacements({ ...small, contextTokensMax: 2_048 }).advice[0]).not.toContain('KV cache of');
   });
 
-  test('placement planner - float weights promise their bits per kind only', () => {
+  test('placement planner - float weights promise their bits per kind only, rounded activations none', () => {
     expect(planPlacements(options({ facts: makeFacts({}, 'F16', 'F16') })).asked.bits).toBe('per-kind');
+    expect(planPlacements(options({ wire: 'q8' })).asked.bits).toBe('free');
+    expect(planPlacements(options({ wire: 'q8' })).placements.find((one) => one.workers === 1)?.bits).toBe('exact');
     expect(planPlacements(options({ kvType: 'f16-int8' })).asked).toMatchObject({ bits: 'per-kind', kvTokens: 22_816 });
   });
 });
