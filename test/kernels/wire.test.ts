@@ -4,26 +4,26 @@ import { loadAddon, type WireType } from '../../kernels/index.ts';
 import { cutModel, unitsOfModel, vectorsSent } from '../../kernels/programs/index.ts';
 import { makeFacts } from '../unit/coordinator/planner/make-facts.ts';
 
-const { wire } = loadAddon().kernelTest;
+const { kernelTest } = loadAddon();
 const numbers = (values: Iterable<number>): Float32Array => Float32Array.from(values);
 
 describe('wire types', () => {
   test('wire - f32 is what it was', () => {
     const x = numbers([0, -0, 1.5, -3e38, 1e-30, NaN]);
-    const { bytes, values } = wire({ type: 'f32', x });
+    const { bytes, values } = kernelTest.wire({ type: 'f32', x });
     expect([bytes.length, values]).toEqual([24, x]);
   });
 
   test('wire - bf16 rounds to nearest even', () => {
     const x = [1, 1 + 2 ** -8, 1 + 3 * 2 ** -8, 1 + 2 ** -8 + 2 ** -20, -1 - 2 ** -8, 3.4e38, Infinity];
-    const { bytes, values } = wire({ type: 'bf16', x: numbers(x) });
+    const { bytes, values } = kernelTest.wire({ type: 'bf16', x: numbers(x) });
     expect(bytes.length).toBe(14);
     expect([...values]).toEqual([1, 1, 1 + 2 ** -6, 1 + 2 ** -7, -1, Infinity, Infinity]);
   });
 
   test('wire - q8 takes 34 bytes for 32 values, a half as scale, and rounds to nearest even', () => {
     const x = numbers([...Array.from({ length: 32 }, (_, i) => (i === 5 ? -127 : i + 0.5)), 254, 1, 3, -2]);
-    const { bytes, values } = wire({ type: 'q8', x });
+    const { bytes, values } = kernelTest.wire({ type: 'q8', x });
     expect(bytes.length).toBe(34 + 6);
     expect([...bytes.subarray(0, 2), ...bytes.subarray(34, 36)]).toEqual([0x00, 0x3c, 0x00, 0x40]);
     expect([...values.subarray(0, 8)]).toEqual([0, 2, 2, 4, 4, -127, 6, 8]);
@@ -32,10 +32,10 @@ describe('wire types', () => {
 
   test.each(['bf16', 'q8'] as const)('wire - a value that is not finite stays not finite in %s', (type) => {
     for (const bad of [NaN, Infinity, -Infinity]) {
-      const values = wire({ type, x: numbers([1, bad, 2]) }).values;
+      const values = kernelTest.wire({ type, x: numbers([1, bad, 2]) }).values;
       expect(Number.isFinite(values[1])).toBe(false);
     }
-    expect([...wire({ type, x: new Float32Array(40) }).values]).toEqual(Array.from({ length: 40 }, () => 0));
+    expect([...kernelTest.wire({ type, x: new Float32Array(40) }).values]).toEqual(Array.from({ length: 40 }, () => 0));
   });
 });
 
@@ -53,7 +53,7 @@ describe('bytes a token', () => {
   const units = unitsOfModel(facts);
   const cut = cutModel(units, { count: 2, parts: null }, { count: 1, parts: null });
   const sentByRank = (type: WireType): number[] => {
-    const frame = (vectors: number): number => wire({ type, x: new Float32Array(vectors * facts.hiddenSize) }).tcpBytes;
+    const frame = (vectors: number): number => kernelTest.wire({ type, x: new Float32Array(vectors * facts.hiddenSize) }).tcpBytes;
     return (cut.stages[0]?.ranks ?? []).map(
       (rank) => facts.layers * vectorsSent(units, rank).reduce((sum, vectors) => sum + frame(vectors), 0),
     );
