@@ -53,7 +53,8 @@ describe('bytes a token', () => {
   const units = unitsOfModel(facts);
   const cut = cutModel(units, { count: 2, parts: null }, { count: 1, parts: null });
   const sentByRank = (type: WireType): number[] => {
-    const frame = (vectors: number): number => kernelTest.wire({ type, x: new Float32Array(vectors * facts.hiddenSize) }).tcpBytes;
+    const frame = (vectors: number): number =>
+      kernelTest.wire({ type, x: new Float32Array(vectors * facts.hiddenSize) }).tcpBytes;
     return (cut.stages[0]?.ranks ?? []).map(
       (rank) => facts.layers * vectorsSent(units, rank).reduce((sum, vectors) => sum + frame(vectors), 0),
     );
