@@ -2,7 +2,7 @@
  * Streams completions of any OpenAI-compatible server over keep-alive connections and notes when each piece of text came. Built on node:http directly: `fetch`
  * costs several times the processor time for each event.
  */
-import { Agent, request, type IncomingMessage } from 'node:http';
+import { Agent, request, type ClientRequest, type IncomingMessage } from 'node:http';
 import { Agent as SecureAgent, request as secureRequest } from 'node:https';
 import { SseParser } from './sse-parser.ts';
 
@@ -92,29 +92,38 @@ export class CompletionClient {
         answer.error ??= error;
         resolve(answer);
       };
-      const outgoing = (this.#secure ? secureRequest : request)(
-        `${url}/v1/${chat ? 'chat/completions' : 'completions'}`,
-        {
-          method: 'POST',
-          agent: this.#agent,
-          ...(signal ? { signal } : {}),
-          headers: {
-            'content-type': 'application/json',
-            'content-length': body.length,
-            ...(apiKey === null ? {} : { authorization: `Bearer ${apiKey}` }),
-          },
-        },
-        (response) => {
-          if (response.statusCode === 200) readStream(response, answer, end);
-          else readError(response, end);
-        },
-      );
+      let outgoing: ClientRequest;
       const timer = setTimeout(() => {
         end('timeout');
         outgoing.destroy();
       }, timeoutMs);
-      outgoing.on('error', (error: NodeJS.ErrnoException) => end(signal?.aborted ? 'aborted' : (error.code ?? error.message)));
-      outgoing.end(body);
+      const send = (): void => {
+        outgoing = (this.#secure ? secureRequest : request)(
+          `${url}/v1/${chat ? 'chat/completions' : 'completions'}`,
+          {
+            method: 'POST',
+            agent: this.#agent,
+            ...(signal ? { signal } : {}),
+            headers: {
+              'content-type': 'application/json',
+              'content-length': body.length,
+              ...(apiKey === null ? {} : { authorization: `Bearer ${apiKey}` }),
+            },
+          },
+          (response) => {
+            if (response.statusCode === 200) readStream(response, answer, end);
+            else readError(response, end);
+          },
+        );
+        const sent = outgoing;
+        sent.on('error', (error: NodeJS.ErrnoException) => {
+          // The server ended an idle connection just as it was taken again, and knows nothing of this request: a new connection.
+          if (sent.reusedSocket && error.code === 'ECONNRESET' && !settled && answer.chunkAt.length === 0) send();
+          else end(signal?.aborted ? 'aborted' : (error.code ?? error.message));
+        });
+        sent.end(body);
+      };
+      send();
     });
   }
 }

@@ -3,7 +3,6 @@
  * the bench tools of llama.cpp and ik_llama.cpp where their paths are given. All programs take turns in every round, so a noisy minute meets each of them; shown are
  * the best round and the spread. Needs `npm run build` and the default model in the cache (or `--model`).
  */
-import { spawnSync } from 'node:child_process';
 import { loadAddon } from '../../dist/kernels/index.js';
 import { defaultCacheDirectory } from '../../dist/kernels/model-file/cache-directory.js';
 import { catalogue } from '../../dist/kernels/model-file/catalogue.js';
@@ -11,6 +10,7 @@ import { cachedModel } from '../../dist/kernels/model-file/download.js';
 import { openModel } from '../../dist/kernels/model-file/model-file.js';
 import { buildProgram, cutModel, unitsOfModel } from '../../dist/kernels/programs/index.js';
 import { openSlice } from '../../dist/shard-worker/weights/slice-source.js';
+import { llamaBatchedBench, llamaBench } from './peers/llama-cpp.mjs';
 
 const blockTokens = 32;
 const sampling = {
@@ -165,63 +165,19 @@ async function decode(engine, sequences, context, steps) {
   return (sequences * steps * 1000) / (performance.now() - began);
 }
 
-function runTool(command, args) {
-  const { status, stdout, stderr, error } = spawnSync(command, args, { encoding: 'utf8', maxBuffer: 1 << 26 });
-  if (status !== 0) throw new Error(`${command} ${args.join(' ')} failed: ${error?.message ?? stderr.slice(-2000)}`);
-  return stdout;
-}
-
-/** [work, tokens per second] of llama-bench: prefill of `context` tokens, decode of one sequence. */
-function llamaBench(directory, model, threads, prefillTokens, steps) {
-  const out = runTool(`${directory}/llama-bench`, [
-    '-m',
-    model,
-    '-t',
-    `${threads}`,
-    '-p',
-    `${prefillTokens}`,
-    '-n',
-    `${steps}`,
-    '-r',
-    '1',
-    '-o',
-    'json',
-  ]);
-  return JSON.parse(out.slice(out.indexOf('['))).map((one) => [
-    one.n_gen > 0 ? 'decode 1' : `prefill ${prefillTokens}`,
-    one.avg_ts,
-  ]);
-}
-
-/** [work, tokens per second] of llama-batched-bench: lines "| PP | TG | B | N_KV | T_PP s | S_PP t/s | T_TG s | S_TG t/s | ...". */
-function llamaBatchedBench(directory, model, threads, context, steps, sequences) {
-  const list = sequences.filter((count) => count > 1);
-  if (list.length === 0) return [];
-  const kv = Math.max(...list) * (context + steps);
-  const args = [
-    '-m',
-    model,
-    '-t',
-    `${threads}`,
-    '-tb',
-    `${threads}`,
-    '-c',
-    `${kv}`,
-    '-b',
-    '2048',
-    '-ub',
-    '512',
-    '-npp',
-    `${context}`,
-    '-ntg',
-    `${steps}`,
+/** [work, tokens per second] of the tools of a rival: prefill and decode of one sequence, then decode of several. */
+function rivalFigures(directory, model, threads, { prefillTokens, context, steps, sequences }) {
+  const one = llamaBench(directory, model, { threads: [threads], prefillTokens, decodeTokens: steps });
+  const several = llamaBatchedBench(directory, model, {
+    threads,
+    promptTokens: context,
+    decodeTokens: steps,
+    sequences: sequences.filter((count) => count > 1),
+  });
+  return [
+    ...one.map(({ prefill: tokens, value }) => [tokens ? `prefill ${tokens}` : 'decode 1', value]),
+    ...[...several].map(([count, value]) => [`decode ${count}`, value]),
   ];
-  const out = runTool(`${directory}/llama-batched-bench`, [...args, '-npl', list.join(',')]);
-  return out
-    .split('\n')
-    .map((line) => line.split('|').map((cell) => Number(cell.trim())))
-    .filter((cells) => cells.length > 9 && cells[3] > 1 && Number.isFinite(cells[8]))
-    .map((cells) => [`decode ${cells[3]}`, cells[8]]);
 }
 
 /** The arguments after `--step`. */
@@ -280,10 +236,8 @@ export async function benchSteps(argv) {
     for (const directory of rivals) {
       const name = directory.replace(/\/+$/, '');
       for (const threads of numbers(options.threads)) {
-        for (const [work, value] of llamaBench(directory, model, threads, prefillTokens, steps))
-          note(`${name} -t ${threads}`, work, value);
-        for (const [work, value] of llamaBatchedBench(directory, model, threads, context, steps, sequences))
-          note(`${name} -t ${threads}`, work, value);
+        const size = { prefillTokens, context, steps, sequences };
+        for (const [work, value] of rivalFigures(directory, model, threads, size)) note(`${name} -t ${threads}`, work, value);
       }
     }
   }
