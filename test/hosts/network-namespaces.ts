@@ -11,9 +11,13 @@ import { join } from 'node:path';
 import { cli } from '../integration/helpers/serve.ts';
 
 export interface Host {
+  /** Of the network, as `ip` and `tc` know it. */
+  readonly namespace: string;
   readonly address: string;
   /** Its own; closed to the users of other hosts. */
   readonly home: string;
+  /** Bytes that have left through its interface. */
+  bytesSent(): number;
   /** Puts a copy of a file or folder into this host's cache. */
   give(path: string, to: string): void;
   /** A command in this host's namespace, as its user. */
@@ -139,8 +143,15 @@ function makeHost({ name, address, user, home, running }: HostOptions): Host {
     return { child, output: () => output, ended };
   };
   return {
+    namespace: name,
     address,
     home,
+    bytesSent: () => {
+      const [link] = JSON.parse(execFileSync('ip', ['-n', name, '-s', '-j', 'link', 'show', 'eth0'], { encoding: 'utf8' })) as [
+        { stats64: { tx: { bytes: number } } },
+      ];
+      return link.stats64.tx.bytes;
+    },
     run,
     give: (path, to) => {
       const target = join(env.SHARDMESH_CACHE, to);

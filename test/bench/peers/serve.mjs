@@ -5,12 +5,18 @@ import { fileURLToPath } from 'node:url';
 
 const cli = fileURLToPath(new URL('../../../dist/deploy/cli/main.js', import.meta.url));
 
-/** Resolves when it is ready: { url, readySeconds, residentBytes(), stop() }. */
+const kvCacheBytes = 256 * 1024 ** 2;
+
+/** Resolves when it is ready: { url, readySeconds, processes() (resident bytes of each without K/V), stop() }. */
 export async function startServe(args) {
   const began = performance.now();
-  const child = spawn(process.execPath, [cli, 'serve', '--port', '0', '--log-level', 'error', ...args], {
-    stdio: ['ignore', 'pipe', 'inherit'],
-  });
+  const child = spawn(
+    process.execPath,
+    [cli, 'serve', '--port', '0', '--log-level', 'error', '--kv-cache-bytes', `${kvCacheBytes}`, ...args],
+    {
+      stdio: ['ignore', 'pipe', 'inherit'],
+    },
+  );
   process.on('exit', () => child.kill('SIGKILL'));
   const url = await new Promise((resolve, reject) => {
     let text = '';
@@ -36,7 +42,19 @@ const statusOf = (pid) => {
     return '';
   }
 };
-const residentBytes = (pid) => Number(/^VmRSS:\s+(\d+)/m.exec(statusOf(pid))?.[1] ?? 0) * 1024;
+
+/** Without the K/V cache: the one mapping of just its size. */
+function residentBytes(pid) {
+  let resident = 0;
+  let size = 0;
+  for (const line of readFileSync(`/proc/${pid}/smaps`, 'latin1').split('\n')) {
+    const range = /^([0-9a-f]+)-([0-9a-f]+) /.exec(line);
+    if (range) size = parseInt(range[2], 16) - parseInt(range[1], 16);
+    const pages = /^Rss:\s+(\d+)/.exec(line);
+    if (pages && size !== kvCacheBytes) resident += Number(pages[1]) * 1024;
+  }
+  return resident;
+}
 
 /** A process and all below it. */
 function treeOf(root) {
