@@ -2,7 +2,7 @@
  * `npm run bench:hosts -- [--rate 1gbit] [--streams 1,8] [--json]` (as root): a mesh whose workers are on hosts of their own, network namespaces behind interfaces that
  * `tc` shapes. Tokens per second, the share of a step in collectives, and what each token costs on the wire (counted by the interface of the second host, headers and
  * plans included), for tensor parallelism over sealed tcp with each wire type; and two stages, with the same on one host over shared memory beside. All "hosts" share
- * this machine's cores, so the network is what is compared, not how much faster more hosts are.
+ * this machine's first two cores, one compute thread each, so the network is what is compared, not how much faster more hosts are.
  */
 import { execFileSync } from 'node:child_process';
 import { dirname } from 'node:path';
@@ -77,16 +77,18 @@ try {
         link,
         '--wire',
         wire,
+        '--cores',
+        hosts > 1 ? '0' : '0,1',
         ...cut,
         ...small,
       );
       const workers = [];
       if (hosts > 1) await until('the broker', () => /waiting for \d of \d workers/.test(serve.output()), serve.output);
-      for (const host of others.slice(0, hosts - 1)) {
+      for (const [index, host] of others.slice(0, hosts - 1).entries()) {
         const { output } = enrolled.has(host) ? { output: '' } : await a.answer(a.shardmesh('enroll'));
         enrolled.add(host);
         const token = /--enroll (\S+)$/m.exec(output)?.[1];
-        workers.push(host.shardmesh('worker', ...(token ? ['--enroll', token] : [])));
+        workers.push(host.shardmesh('worker', '--cores', String((index + 1) % 2), ...(token ? ['--enroll', token] : [])));
       }
       const said = () => [serve, ...workers].map((one) => one.output()).join('\n');
       await until('the mesh', () => /^shardmesh ready /m.test(serve.output()), said);

@@ -7,6 +7,9 @@ const cli = fileURLToPath(new URL('../../../dist/deploy/cli/main.js', import.met
 
 const kvCacheBytes = 256 * 1024 ** 2;
 
+const running = new Set();
+process.once('exit', () => running.forEach((child) => child.kill('SIGKILL')));
+
 /** Resolves when it is ready: { url, readySeconds, processes() (resident bytes of each without K/V), stop() }. */
 export async function startServe(args) {
   const began = performance.now();
@@ -17,7 +20,7 @@ export async function startServe(args) {
       stdio: ['ignore', 'pipe', 'inherit'],
     },
   );
-  process.on('exit', () => child.kill('SIGKILL'));
+  running.add(child);
   const url = await new Promise((resolve, reject) => {
     let text = '';
     child.stdout.on('data', (data) => {
