@@ -49,6 +49,8 @@ struct SlotOpen {
   std::vector<int32_t> prompt_tokens, output_tokens;
 };
 
+// Rows of a sequence that follow each other may sample, all but the first holding the draft of the token before it: such a row has a result only if the row
+// before it has one and sampled this row's token.
 struct OutputRow {
   int row, slot;
   int32_t score;              // -1: sample

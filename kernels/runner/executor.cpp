@@ -300,7 +300,8 @@ class ShardExecutor final : public Executor {
     expect(s.row_sequence.back() == S - 1, "the last sequence has no rows");
     std::fill(used.begin(), used.end(), false);
     expect(static_cast<int64_t>(s.outputs.size()) <= T, number(static_cast<int64_t>(s.outputs.size())) + " outputs for " + number(T) + " rows");
-    for (const OutputRow& o : s.outputs) {
+    for (size_t i = 0; i < s.outputs.size(); i++) {
+      const OutputRow& o = s.outputs[i];
       expect(o.row >= 0 && o.row < T, "output row " + number(o.row) + " is not in 0.." + number(T - 1));
       const int32_t slot = s.slots[static_cast<size_t>(s.row_sequence[static_cast<size_t>(o.row)])];
       expect(o.slot == slot, "output row " + number(o.row) + " belongs to slot " + number(slot) + ", not " + number(o.slot));
@@ -309,7 +310,10 @@ class ShardExecutor final : public Executor {
         check_token(o.score, "score token");
         continue;
       }
-      expect(!used[static_cast<size_t>(slot)], "slot " + number(slot) + " samples twice in a step");
+      if (used[static_cast<size_t>(slot)]) {
+        const bool follows = s.outputs[i - 1].slot == slot && s.outputs[i - 1].score < 0 && s.outputs[i - 1].row == o.row - 1;
+        expect(follows, "slot " + number(slot) + " samples again at row " + number(o.row) + ", which does not follow the row that it sampled before");
+      }
       used[static_cast<size_t>(slot)] = true;
     }
   }

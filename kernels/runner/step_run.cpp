@@ -35,6 +35,9 @@ const char* action_name(ActionKind kind) {
   return "action";
 }
 
+// What sampling found of an output row; rejected: the row before it gave another token than this row's own.
+enum class RowState : uint8_t { Done, Rejected, NotFinite };
+
 }  // namespace
 
 int64_t monotonic_now_ns() {
@@ -589,37 +592,62 @@ StepRun::Status StepRun::gather_logits(int index) {
   return Status::Done;
 }
 
+// Output `index` samples behind a row of the same sequence that samples too: its own token is a draft of what that row gives.
+bool StepRun::is_draft(size_t index) const {
+  if (index == 0) return false;
+  const OutputRow &o = input_.outputs[index], &before = input_.outputs[index - 1];
+  return o.score < 0 && before.score < 0 && o.slot == before.slot;
+}
+
 StepRun::Status StepRun::sample(const Operation& o) {
   const int64_t began = monotonic_now_ns();
   std::vector<SampledToken> results(static_cast<size_t>(tail_rows_));
-  std::vector<char> finite(static_cast<size_t>(tail_rows_), 1);
+  std::vector<RowState> states(static_cast<size_t>(tail_rows_), RowState::Done);
+  chosen_.resize(input_.outputs.size(), -1);
   const auto one = [&](int r, Sampler& sampler) {
-    const OutputRow& output = input_.outputs[static_cast<size_t>(tail_from_ + r)];
-    const float* logits = row(o.in, r);
-    if (!kernels_.all_finite(logits, program_.vocabulary_size)) {
-      finite[static_cast<size_t>(r)] = 0;
+    const size_t index = static_cast<size_t>(tail_from_ + r);
+    const OutputRow& output = input_.outputs[index];
+    if (is_draft(index) && chosen_[index - 1] != input_.token_ids[static_cast<size_t>(output.row)]) {
+      states[static_cast<size_t>(r)] = RowState::Rejected;
       return;
     }
-    const SlotState& state = context_.slots[static_cast<size_t>(output.slot)];
+    const float* logits = row(o.in, r);
+    if (!kernels_.all_finite(logits, program_.vocabulary_size)) {
+      states[static_cast<size_t>(r)] = RowState::NotFinite;
+      return;
+    }
+    SlotState& state = context_.slots[static_cast<size_t>(output.slot)];
     const uint32_t position = static_cast<uint32_t>(input_.positions[static_cast<size_t>(output.row)]) + 1;
-    results[static_cast<size_t>(r)] = output.score >= 0 ? sampler.score(logits, output.score, std::max(0, state.parameters().logprobs))
-                                                        : sampler.sample(logits, state, position, output.banned.data(), output.banned.size());
+    SampledToken& result = results[static_cast<size_t>(r)];
+    if (output.score >= 0) {
+      result = sampler.score(logits, output.score, std::max(0, state.parameters().logprobs));
+      return;
+    }
+    result = sampler.sample(logits, state, position, output.banned.data(), output.banned.size());
+    state.count(result.token);
+    chosen_[index] = result.token;
   };
+  // A thread takes a row with the drafts behind it: whether and how those are sampled hangs on the rows before them.
   share(tail_rows_ == 1 ? 0 : static_cast<double>(tail_rows_) * static_cast<double>(program_.vocabulary_size), [&](Part part) {
-    for (int r = part.index; r < tail_rows_; r += part.count) one(r, context_.samplers[static_cast<size_t>(part.index)]);
+    int turn = -1;
+    for (int r = 0; r < tail_rows_; r++) {
+      if (r == 0 || !is_draft(static_cast<size_t>(tail_from_ + r))) turn++;
+      if (turn % part.count == part.index) one(r, context_.samplers[static_cast<size_t>(part.index)]);
+    }
   });
   for (int r = 0; r < tail_rows_; r++) {
     const OutputRow& output = input_.outputs[static_cast<size_t>(tail_from_ + r)];
-    if (!finite[static_cast<size_t>(r)])
+    if (states[static_cast<size_t>(r)] == RowState::Rejected) continue;
+    if (states[static_cast<size_t>(r)] == RowState::NotFinite)
       return fail(FailureCode::NonFinite, where(-1) + ": the logits of row " + std::to_string(output.row) + " (slot " + std::to_string(output.slot) + ") are not finite");
     SampledToken& sampled = results[static_cast<size_t>(r)];
     OutputResult result{output.slot, sampled.token, sampled.has_logprob, sampled.logprob, {}};
     for (const TokenLogprob& t : sampled.top) result.top.emplace_back(t.token, t.logprob);
     outputs_.push_back(std::move(result));
     if (output.score >= 0) continue;
-    context_.slots[static_cast<size_t>(output.slot)].count(sampled.token);
-    sampled_.push_back(output.slot);
-    sampled_.push_back(sampled.token);
+    // Of a row and its drafts the last sampled token is the one that later steps ask for.
+    if (!is_draft(static_cast<size_t>(tail_from_ + r))) sampled_.insert(sampled_.end(), {output.slot, -1});
+    sampled_.back() = sampled.token;
     if (program_.stages == 1) apply_sampled(input_.step, output.slot, sampled.token);
   }
   timings_.sample_us += static_cast<double>(monotonic_now_ns() - began) / 1000.0;

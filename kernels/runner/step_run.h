@@ -74,6 +74,7 @@ class StepRun {
   Status select_rows(const Operation& o);
   Status gather_logits(int index);
   Status sample(const Operation& o);
+  bool is_draft(size_t index) const;
   Status send_tokens();
 
   // One piece of an exchange with the ranks of the own stage; `piece` numbers them within the operation. Own bytes are written by `fill` unless the piece was
@@ -126,6 +127,7 @@ class StepRun {
   int64_t wait_began_ns_ = 0;
   float* partial_ = nullptr;              // where the last partial product lies
   int64_t partial_subtree_stride_ = 0;
+  std::vector<int32_t> chosen_;           // by output row: the token sampled there, else -1
   std::vector<int32_t> sampled_;          // pairs slot, token of this step
 
   std::vector<OutputResult> outputs_;

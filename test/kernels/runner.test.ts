@@ -164,7 +164,7 @@ describe('step runner, decoding', () => {
   const generate = async (options: TinyMeshOptions, sampling: Partial<SlotSampling>, count = 24) => {
     const mesh = await start(options);
     mesh.open(0, sampling, prompt.slice(0, 30));
-    const blocks = [4, 8, 1, 6];
+    const blocks = [4, 8, 1, 6, 12, 3, 10];
     const last = [{ row: 29, score: null }];
     let previous = mesh.submit([{ slot: 0, position: 0, tokens: prompt.slice(0, 30), blocks, outputs: last }]);
     const all = [previous];
@@ -209,6 +209,53 @@ describe('step runner, decoding', () => {
     expect(seed).not.toEqual(one);
     expect(choice).not.toEqual(one);
     expect(choice).not.toEqual(seed);
+  });
+
+  const penalties = { ...sampled, repetitionPenalty: 1.3, presencePenalty: 0.4, frequencyPenalty: 0.3, logitBias: [[7, 1.5]] };
+
+  /** Up to `drafts` right tokens behind each row, then a wrong one; the result of one step is known before the next is made, but for `tail` rows at the end. */
+  const generateWithDrafts = async (options: TinyMeshOptions, sampling: Partial<SlotSampling>, want: number[], drafts: number) => {
+    const mesh = await start(options);
+    mesh.open(0, sampling, prompt.slice(0, 30));
+    const blocks = Array.from({ length: Math.ceil((31 + want.length + drafts) / 16) }, (_, i) => (i * 5 + 4) % 96);
+    const first = { slot: 0, position: 0, tokens: prompt.slice(0, 30), blocks, outputs: [{ row: 29, score: null }] };
+    const outputs = await mesh.run([first]);
+    let last = 0;
+    while (outputs.length < want.length - 1) {
+      const right = want.slice(outputs.length, outputs.length + drafts);
+      const tokens = [outputs.at(-1)!.token, ...right, (want[outputs.length + right.length] ?? 0) ^ 1];
+      const rows = { slot: 0, position: 29 + outputs.length, tokens, blocks, outputs: tokens.map((_, row) => ({ row, score: null })) };
+      const { step, done } = mesh.submit([rows]);
+      const got = await done;
+      expect(got).toHaveLength(right.length + 1);
+      outputs.push(...got);
+      last = step;
+    }
+    // A row that asks for the token of a step with drafts gets the last that was sampled there.
+    const position = 29 + outputs.length;
+    outputs.push(...(await mesh.run([{ slot: 0, position, tokens: null, after: last, blocks, outputs: [{ row: 0, score: null }] }])));
+    await mesh.stop();
+    return outputs.slice(0, want.length).map(({ token, logprob }) => [token, logprob]);
+  };
+
+  test.each([
+    ['one worker', {}],
+    ['two ranks', { cut: twoRankCut }],
+    ['two stages of three ranks', { cut: threeRankTwoStageCut }],
+    ['two stages of three ranks, host driver', { cut: threeRankTwoStageCut, host: true }],
+    ['the best kernel set, two threads', { kind: 'cpu', threads: 2 }],
+  ] as [string, TinyMeshOptions][])('step runner - drafts are kept as far as they are what one row a step samples, on %s', async (_, options) => {
+    for (const sampling of [{}, penalties] satisfies Partial<SlotSampling>[]) {
+      const plain = await generate({}, sampling);
+      const tokens = plain.map(([token]) => token!);
+      for (const drafts of [0, 3]) expect(await generateWithDrafts(options, sampling, tokens, drafts)).toEqual(plain);
+    }
+  });
+
+  test('step runner - drafts go on from one pass of the head to the next', async () => {
+    const plain = await generate({}, penalties, 76);
+    const tokens = plain.map(([token]) => token!);
+    expect(await generateWithDrafts({ kind: 'cpu', threads: 2 }, penalties, tokens, 70)).toEqual(plain); // 64 rows a pass
   });
 
   test('step runner - a banned token is not sampled', async () => {
@@ -308,6 +355,8 @@ describe('step runner, failures', () => {
     await expect(submit({ blocks: [96] })()).rejects.toThrow('block 96 is not in 0..95');
     await expect(submit({ outputs: [{ row: 3, score: null }] })()).rejects.toThrow('output row 3 is not in 0..2');
     await expect(submit({ tokens: null, outputs: [{ row: 0, score: null }] })()).rejects.toThrow('is not a step before');
+    const apart = [0, 2].map((row) => ({ row, score: null }));
+    await expect(submit({ outputs: apart })()).rejects.toThrow('samples again at row 2, which does not follow');
     expect(await mesh.run(rows)).toHaveLength(1);
   });
 
