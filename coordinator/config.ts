@@ -38,6 +38,8 @@ export interface CoordinatorConfig {
   stepsInFlightMax: number | null;
   /** null: 1.6 times what it is without prefill. */
   itlTargetMs: number | null;
+  /** Steps may have drafts where that pays. */
+  speculation: boolean;
   cacheDirectory: string;
   /** Compiled main module of a worker process, and arguments of each. */
   workerModule: string;

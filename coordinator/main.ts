@@ -232,6 +232,7 @@ async function start(
     stepTokensMax: config.stepTokensMax,
     prefillChunkMax: config.prefillChunkMax,
     itlTargetMs: config.itlTargetMs,
+    speculation: config.speculation,
     ...(config.stepsInFlightMax === null ? {} : { stepsInFlightMax: config.stepsInFlightMax }),
     ...(log.isLevelEnabled('debug') && {
       onPlan: ({ epoch, step, sequences }, requestIds) =>

@@ -36,7 +36,10 @@ export interface PlannedOutput {
   banned: number[];
 }
 
-/** Rows of one sequence in a step. */
+/**
+ * Rows of one sequence in a step. When several of them sample, the tokens of all but the first are drafts: each stands for what the row before it will sample, and
+ * its own output comes back only if that is so.
+ */
 export interface PlannedSequence {
   slot: number;
   /** Absolute position of the first row. */
@@ -48,6 +51,10 @@ export interface PlannedSequence {
   newBlocks: number[];
   outputs: PlannedOutput[];
 }
+
+/** How many of the sequence's tokens are drafts: its last ones. */
+export const draftCount = ({ outputs }: PlannedSequence): number =>
+  outputs.length > 1 && outputs[0]!.score === null ? outputs.length - 1 : 0;
 
 export interface StepPlan {
   type: 'step_plan';
@@ -76,7 +83,7 @@ export interface StepOutput {
   top: { token: number; logprob: number }[];
 }
 
-/** From rank 0 of the last stage, once a step. Outputs in the order of the plan's sequences and their `outputs`. */
+/** From rank 0 of the last stage, once a step. Outputs in the order of the plan's sequences and their `outputs`, without those of rejected drafts. */
 export interface StepResult {
   type: 'step_result';
   placement: string;

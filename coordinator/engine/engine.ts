@@ -13,7 +13,7 @@ import { monotonicUs, TraceRecorder } from '../../protocol/trace.ts';
 import { BlockPool } from '../kv-cache/block-pool.ts';
 import { PrefixCache } from '../kv-cache/prefix-cache.ts';
 import { Scheduler, type Progress, type SchedulerCounts } from '../scheduler/scheduler.ts';
-import { outputCount, positionsMax, type Sequence, type SequenceSpec } from '../scheduler/sequence.ts';
+import { positionsMax, type Sequence, type SequenceSpec } from '../scheduler/sequence.ts';
 import { StopMatcher, StopStrings } from '../text/stop-matcher.ts';
 import type { TextModel } from '../text/text-types.ts';
 import type {
@@ -49,6 +49,8 @@ export interface EngineOptions {
   stepsInFlightMax?: number;
   /** Most time between two tokens of a stream while prompts are computed; default: 1.6 times what it is without, 20 ms at least. */
   itlTargetMs?: number | null;
+  /** Steps may have drafts where that pays; default: they never have. */
+  speculation?: boolean;
   /** Most requests that may wait for their first step. */
   waitingRequestsMax?: number;
   /** Monotonic milliseconds. */
@@ -86,6 +88,8 @@ interface Choice {
   sequence: Sequence | null;
   detokenizer: ReturnType<TextModel['detokenizer']>;
   stopMatcher: StopMatcher | null;
+  /** Given to the reader: behind a stop string the sequence may have more. */
+  outputTokens: number;
   finished: boolean;
 }
 
@@ -187,6 +191,7 @@ export class ShardmeshEngine implements Engine {
         sequence: this.#addSequence(request, index, stopTokens, live.choices[0]?.sequence ?? null),
         detokenizer: this.#options.text.detokenizer(),
         stopMatcher: stopStrings === null ? null : new StopMatcher(stopStrings),
+        outputTokens: 0,
         finished: false,
       });
     }
@@ -319,7 +324,7 @@ export class ShardmeshEngine implements Engine {
     const { stepsInFlight, microBatches } = this.#pipeline;
     if (stepsInFlight < (microBatches === 1 ? stepsAheadMin : 2 * microBatches)) return true;
     // A request that waits, or a prompt under way, gets the next step that is not planned yet.
-    if (microBatches > 1 || scheduler.waitingCount > 0 || scheduler.prefilling) return false;
+    if (microBatches > 1 || scheduler.waitingCount > 0 || scheduler.prefilling || scheduler.drafting) return false;
     return this.#pipeline.aheadMs < (planned > 0 ? aheadMsMax : aheadMsMin) && this.#pipeline.aheadMs > 0;
   }
 
@@ -362,6 +367,8 @@ export class ShardmeshEngine implements Engine {
         progress.reduce((sum, { output }) => sum + (output === null ? 0 : 1), 0),
         now,
       );
+      // Workers that have nothing to do come first, then the readers.
+      if (this.#pipeline.stepsInFlight === 0) this.#pump();
       for (const one of progress) this.#deliver(one);
       if (recorder.on) recorder.add('deliver', result.step, deliveryUs);
     } catch (error) {
@@ -382,18 +389,19 @@ export class ShardmeshEngine implements Engine {
       return;
     }
     const { request } = live;
+    choice.outputTokens++;
     const logprob = request.sampling.logprobs === null ? null : tokenLogprob(output, request.sampling.logprobs);
     // The text of a token that ends the sequence is nobody's.
     const startUs = this.#recorder.on ? monotonicUs() : 0;
     const { text, stopped } =
-      finished === 'stop' ? noText : this.#textOf(choice, sequence, choice.detokenizer.push(output.token));
+      finished === 'stop' ? noText : this.#textOf(live, choice, choice.detokenizer.push(output.token));
     if (this.#recorder.on) this.#recorder.add('detokenise', 0, startUs);
     live.events.push({ type: 'token', choice: choice.index, token: output.token, text, logprob });
     if (stopped) {
       this.#scheduler!.end(sequence);
       this.#finishChoice(live, choice, 'stop', '');
     } else if (finished !== null) {
-      const rest = this.#textOf(choice, sequence, choice.detokenizer.flush());
+      const rest = this.#textOf(live, choice, choice.detokenizer.flush());
       const held = rest.stopped ? '' : (choice.stopMatcher?.flush() ?? '');
       this.#finishChoice(live, choice, rest.stopped ? 'stop' : finished, rest.text + held);
     } else if (live.pausedSince === null && live.events.pending > httpLimits.streamBufferTokensMax) {
@@ -403,8 +411,8 @@ export class ShardmeshEngine implements Engine {
   }
 
   /** Below the smallest number of output tokens nothing stops the sequence. */
-  #textOf(choice: Choice, sequence: Sequence, text: string): { text: string; stopped: boolean } {
-    if (choice.stopMatcher === null || outputCount(sequence) < sequence.outputTokensMin) return { text, stopped: false };
+  #textOf({ request }: LiveRequest, choice: Choice, text: string): { text: string; stopped: boolean } {
+    if (choice.stopMatcher === null || choice.outputTokens < request.outputTokensMin) return { text, stopped: false };
     const result = choice.stopMatcher.push(text);
     return { text: result.text, stopped: result.stopped !== null };
   }
@@ -426,8 +434,7 @@ export class ShardmeshEngine implements Engine {
   }
 
   #finishChoice(live: LiveRequest, choice: Choice, reason: FinishReason, text: string): void {
-    const outputTokens = choice.sequence === null ? 0 : outputCount(choice.sequence);
-    live.events.push({ type: 'finished', choice: choice.index, reason, text, outputTokens });
+    live.events.push({ type: 'finished', choice: choice.index, reason, text, outputTokens: choice.outputTokens });
     choice.finished = true;
     if (choice.sequence !== null) this.#choiceOf.delete(choice.sequence);
     if (live.choices.some(({ finished }) => !finished)) return;
@@ -512,6 +519,7 @@ export class ShardmeshEngine implements Engine {
       // A sequence may be in the step that runs and in one that waits for its token: the way to the coordinator and back is never inside the token loop.
       // Chunks of one prompt fill a whole pipeline.
       sequenceStepsMax: ppSize === 1 ? stepsInFlightMax : Math.max(2, ppSize),
+      speculation: options.speculation ? this.#pipeline : null,
       waitTimeoutMs: (tokens) => this.#pipeline.waitTimeoutMs(tokens),
     });
     this.#mesh = mesh;
@@ -699,6 +707,9 @@ export class ShardmeshEngine implements Engine {
       cachedTokens: sum('cachedTokens'),
       rowsPlanned: sum('rowsPlanned'),
       rowsWasted: sum('rowsWasted'),
+      draftSteps: sum('draftSteps'),
+      draftTokens: sum('draftTokens'),
+      draftTokensAccepted: sum('draftTokensAccepted'),
     };
   }
 }

@@ -3,13 +3,13 @@
  * parameter. Everything it knows is given out as plain numbers.
  */
 import { meshTimers, stepLimits } from '../../protocol/limits.ts';
-import type { StepPlan, StepResult } from '../../protocol/step-plan.ts';
-import { StepTimes } from './step-times.ts';
+import { draftCount, type StepPlan, type StepResult } from '../../protocol/step-plan.ts';
+import { RowTimes, StepTimes } from './step-times.ts';
 
 interface PublishedStep {
   step: number;
   tokens: number;
-  /** Rows of sequences that add one token, and tokens of longer chunks. */
+  /** Rows of sequences that add one token, their drafts included, and tokens of longer chunks. */
   decodeRows: number;
   prefillTokens: number;
   publishedAt: number;
@@ -49,6 +49,10 @@ const slack = 10;
 /** The workers' own deadlines come first: they know whom they wait for. */
 const headStartMs = 500;
 const meanWeight = 0.02;
+/** Rounds with more rows than were seen may take this many times what a step takes that was planned ahead. */
+const unmeasuredRound = 2;
+/** At every step that was planned ahead. After 70 of them a round that was found 7 % too slow is tried again. */
+const roundShare = 0.999;
 /** Steps in flight of a pipeline on links that are very slow. */
 const microBatchesMax = 64;
 const rateSeconds = 10;
@@ -58,6 +62,9 @@ export class StepPipeline {
   #ppSize = 1;
   readonly #inFlight: PublishedStep[] = [];
   #times = new StepTimes();
+  /** From a result to the next, of decode steps: planned ahead, and planned when nothing was in flight. */
+  #aheadTimes = new RowTimes();
+  #roundTimes = new RowTimes();
   /** Time on a link between two stages, the least seen; null = not measured. */
   #hopMs: number | null = null;
   #resting = true;
@@ -84,6 +91,8 @@ export class StepPipeline {
     this.#ppSize = ppSize;
     this.#smallStepMs = this.#tokenMs = this.#hopMs = null;
     this.#times = new StepTimes();
+    this.#aheadTimes = new RowTimes();
+    this.#roundTimes = new RowTimes();
     this.abandon();
   }
 
@@ -111,6 +120,17 @@ export class StepPipeline {
     return Math.min(this.#ppSize + onLinks, microBatchesMax);
   }
 
+  /** What drafts are weighed by: `SpeculationTimes` of the scheduler. */
+  tokensPerMs(sequences: number): number | null {
+    const rows = Math.ceil(sequences / this.microBatches);
+    const ms = this.#aheadTimes.of(rows);
+    return ms === null ? null : rows / ms;
+  }
+
+  roundMs(rows: number): number {
+    return this.#roundTimes.of(rows) ?? unmeasuredRound * (this.#aheadTimes.of(rows) ?? rows * unmeasuredTokenMs);
+  }
+
   /** Most prompt tokens beside so many decode rows; `targetMs`: most time between two tokens of a stream, null: 1.6 times what it is without prefill. */
   prefillTokensMax(decodeRows: number, targetMs: number | null): number {
     return this.#times.prefillTokensMax(decodeRows, targetMs === null ? null : targetMs / this.microBatches);
@@ -130,7 +150,10 @@ export class StepPipeline {
     const tokens = tokensOf(plan);
     const limitMs = plan.waitTimeoutMs + headStartMs;
     let prefillTokens = 0;
-    for (const { tokens: literal } of plan.sequences) if (literal !== null && literal.length > 1) prefillTokens += literal.length;
+    for (const sequence of plan.sequences) {
+      const { length } = sequence.tokens ?? [0];
+      if (length > 1 && draftCount(sequence) === 0) prefillTokens += length;
+    }
     this.#inFlight.push({
       step: plan.step,
       tokens,
@@ -152,6 +175,7 @@ export class StepPipeline {
     const step = this.#inFlight.shift();
     if (step === undefined) return;
     const ms = now - Math.max(step.publishedAt, this.#lastResultAt);
+    this.#observeGap(step, now - this.#lastResultAt);
     this.#lastResultAt = now;
     if (step.tokens < smallStepTokens) this.#smallStepMs = slowest(this.#smallStepMs, ms);
     else this.#tokenMs = slowest(this.#tokenMs, ms / step.tokens);
@@ -179,6 +203,13 @@ export class StepPipeline {
     this.#meanStepMs += weight * (ms - this.#meanStepMs);
     this.#outputTokens += outputTokens;
     this.#outputRate.add(outputTokens, now);
+  }
+
+  #observeGap({ decodeRows, prefillTokens, afterRest, alone }: PublishedStep, ms: number): void {
+    if (prefillTokens > 0 || afterRest) return;
+    if (alone) return this.#roundTimes.observe(decodeRows, ms);
+    this.#aheadTimes.observe(decodeRows, ms);
+    this.#roundTimes.fade(roundShare);
   }
 
   /** Nothing is in flight because there is nothing to do. */

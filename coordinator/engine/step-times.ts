@@ -5,10 +5,7 @@
  *   ms of a step  ~  decodeMs(rows)  +  prefill tokens * tokenMs       tokenMs is of the latest chunks: it grows with the position in the prompt
  */
 
-/** Steps are told apart by powers of two of their decode rows: 1, 2, 3..4, 5..8 ... */
-const classOf = (rows: number): number => Math.ceil(Math.log2(rows));
-
-const decodeWeight = 0.1;
+const rowsWeight = 0.1;
 const tokenWeight = 0.3;
 /** A chunk this small is no measure of what a token costs: it rides along. */
 const measuredTokensMin = 8;
@@ -24,29 +21,50 @@ const stretch = 1.6;
 /** ... and in any case up to 50 tokens a second for each stream: faster than anybody reads. */
 const unnoticedMs = 20;
 
+/** Mean milliseconds by rows; told apart are powers of two: 1, 2, 3..4, 5..8 ... */
+export class RowTimes {
+  readonly #ms: (number | undefined)[] = [];
+
+  observe(rows: number, ms: number): void {
+    const index = classOf(rows);
+    const before = this.#ms[index];
+    this.#ms[index] = before === undefined ? ms : before + rowsWeight * (ms - before);
+  }
+
+  /** Of this many rows; of the most similar number seen when there was none. Null: nothing seen. */
+  of(rows: number): number | null {
+    const index = classOf(rows);
+    for (let distance = 0; distance < Math.max(this.#ms.length, index + 1); distance++) {
+      const ms = this.#ms[index - distance] ?? this.#ms[index + distance];
+      if (ms !== undefined) return ms;
+    }
+    return null;
+  }
+
+  /** All shrink to this share of what they are, so that what once was slow is tried again. */
+  fade(share: number): void {
+    for (const [index, ms] of this.#ms.entries()) if (ms !== undefined) this.#ms[index] = share * ms;
+  }
+}
+
+const classOf = (rows: number): number => Math.ceil(Math.log2(rows));
+
 export class StepTimes {
-  readonly #decodeMs: (number | undefined)[] = [];
+  readonly #decode = new RowTimes();
   #tokenMs: number | null = null;
 
   observe({ decodeRows, prefillTokens, ms }: { decodeRows: number; prefillTokens: number; ms: number }): void {
     if (prefillTokens === 0 && decodeRows > 0) {
-      const index = classOf(decodeRows);
-      const before = this.#decodeMs[index];
-      this.#decodeMs[index] = before === undefined ? ms : before + decodeWeight * (ms - before);
+      this.#decode.observe(decodeRows, ms);
     } else if (prefillTokens >= measuredTokensMin) {
       const tokenMs = Math.max(0, ms - (decodeRows === 0 ? 0 : (this.decodeMs(decodeRows) ?? 0))) / prefillTokens;
       this.#tokenMs = this.#tokenMs === null ? tokenMs : this.#tokenMs + tokenWeight * (tokenMs - this.#tokenMs);
     }
   }
 
-  /** Of a step of this many rows and no prefill; of the most similar one seen when there was none. Null: nothing seen. */
+  /** Of a step of this many rows and no prefill, or of a similar one. Null: nothing seen. */
   decodeMs(rows: number): number | null {
-    const index = classOf(rows);
-    for (let distance = 0; distance < Math.max(this.#decodeMs.length, index + 1); distance++) {
-      const ms = this.#decodeMs[index - distance] ?? this.#decodeMs[index + distance];
-      if (ms !== undefined) return ms;
-    }
-    return null;
+    return this.#decode.of(rows);
   }
 
   /**

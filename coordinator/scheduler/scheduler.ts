@@ -11,13 +11,26 @@
  * in flight, so its writes come last. It reads only positions that its own sequence wrote, or cached blocks, and a step in flight never writes into
  * a cached block: cached blocks are full of positions that have come back, rows in flight lie behind those.
  *
+ * **Drafts.** Where a sequence repeats earlier text and it pays (`speculation.ts`), nothing is planned until all results are here, and then one step in which the
+ * sequence has rows for its newest token and for the tokens that are expected behind it. What came true is committed. K/V of the other drafts lies behind the
+ * computed positions: no row reads it, no block with it is full, and the sequence's next rows overwrite it.
+ *
  * **Why a slot is not.** A slot's sampling state is touched when a step *samples*, which is later than when its plan arrives: a slot is closed, and
  * may be opened again, only in a plan made after every step that used it has come back.
  */
 import { ShardmeshError } from '../../protocol/errors.ts';
-import type { PlannedOutput, PlannedSequence, SequenceOpen, StepOutput, StepPlan, StepResult } from '../../protocol/step-plan.ts';
+import {
+  draftCount,
+  type PlannedOutput,
+  type PlannedSequence,
+  type SequenceOpen,
+  type StepOutput,
+  type StepPlan,
+  type StepResult,
+} from '../../protocol/step-plan.ts';
 import { InvariantError, type BlockPool } from '../kv-cache/block-pool.ts';
 import type { PrefixCache } from '../kv-cache/prefix-cache.ts';
+import { PromptLookup } from './prompt-lookup.ts';
 import {
   createSequence,
   knownTarget,
@@ -28,6 +41,7 @@ import {
   type Sequence,
   type SequenceSpec,
 } from './sequence.ts';
+import { chooseDrafts, draftRowsMax, draftSequencesMax, type SpeculationTimes } from './speculation.ts';
 
 export interface SchedulerOptions {
   placement: string;
@@ -51,6 +65,8 @@ export interface SchedulerOptions {
   stepsInFlightMax: number;
   /** Most steps in flight that may hold one sequence. 1: steps in flight are disjoint. More: a row may take the token of a step that is not back. */
   sequenceStepsMax: number;
+  /** null: no drafts. */
+  speculation: SpeculationTimes | null;
   /** Longest wait inside a step of so many rows. */
   waitTimeoutMs: (tokens: number) => number;
 }
@@ -84,10 +100,10 @@ interface Draft {
   rows: RowsInFlight[];
 }
 
-/** What a result meant for one sequence. */
+/** What a result meant for one sequence, token by token: a step gives one, or none, or several when drafts were right. */
 export interface Progress {
   sequence: Sequence;
-  /** The prompt is computed since this step (all scores are in `sequence.promptScores`). */
+  /** The prompt is computed since this step (all scores are in `sequence.promptScores`); with the first token. */
   promptComputed: boolean;
   output: StepOutput | null;
   /** The sequence ended with this output: `stop` = a stop token, `length` = `outputTokensMax`. */
@@ -105,10 +121,16 @@ export interface SchedulerCounts {
   rowsPlanned: number;
   /** Rows whose result nobody wanted: of sequences that had ended or been preempted. */
   rowsWasted: number;
+  /** Steps with drafts, the draft tokens in them, and those that were right. */
+  draftSteps: number;
+  draftTokens: number;
+  draftTokensAccepted: number;
 }
 
 /** Token ids for penalties that one plan may carry, so that a plan stays below the broker's payload limit. */
 const planPenaltyTokensMax = 100_000;
+/** So many steps after one with drafts, the next one may be near. */
+const draftsNearSteps = 8;
 
 export class Scheduler {
   readonly options: Readonly<SchedulerOptions>;
@@ -132,6 +154,10 @@ export class Scheduler {
   #cachedTokens = 0;
   #rowsPlanned = 0;
   #rowsWasted = 0;
+  #lastDraftStep = Number.NEGATIVE_INFINITY;
+  #draftSteps = 0;
+  #draftTokens = 0;
+  #draftTokensAccepted = 0;
 
   constructor(options: SchedulerOptions) {
     for (const name of [
@@ -167,6 +193,11 @@ export class Scheduler {
     );
   }
 
+  /** Steps lately had drafts: the less is planned ahead, the sooner the next ones can be. */
+  get drafting(): boolean {
+    return this.#lastStep - this.#lastDraftStep < draftsNearSteps;
+  }
+
   /** Sequences that have no blocks yet or no more: waiting, preempted, held. */
   get waitingCount(): number {
     return this.#waiting.length + this.#held;
@@ -186,6 +217,9 @@ export class Scheduler {
       cachedTokens: this.#cachedTokens,
       rowsPlanned: this.#rowsPlanned,
       rowsWasted: this.#rowsWasted,
+      draftSteps: this.#draftSteps,
+      draftTokens: this.#draftTokens,
+      draftTokensAccepted: this.#draftTokensAccepted,
     };
   }
 
@@ -244,6 +278,8 @@ export class Scheduler {
    */
   schedule(now: number): StepPlan | null {
     if (this.#inFlight.length >= this.options.stepsInFlightMax) return null;
+    const drafts = this.#chooseDrafts();
+    if (drafts !== null && this.#inFlight.length > 0) return null;
     this.#freeLeavingSlots();
     const draft: Draft = {
       step: this.#lastStep + 1,
@@ -253,9 +289,12 @@ export class Scheduler {
       penaltyTokensLeft: planPenaltyTokensMax,
       opened: [],
     };
-    this.#planDecode(draft);
-    this.#planPrefill(draft);
-    this.#admit(draft, now);
+    if (drafts !== null) this.#planDrafts(draft, drafts);
+    if (draft.rows.length === 0) {
+      this.#planDecode(draft);
+      this.#planPrefill(draft);
+      this.#admit(draft, now);
+    }
     if (draft.rows.length === 0) return null;
 
     this.#lastStep = draft.step;
@@ -287,18 +326,16 @@ export class Scheduler {
       const expected = flight === undefined ? 'no step is in flight' : `step ${flight.step} is the oldest in flight`;
       throw new ShardmeshError('invalid_message', `A result of step ${result.step} came but ${expected}.`);
     }
-    checkOutputs(flight, result);
+    const outputs = outputsOf(flight, result);
     this.#inFlight.shift();
 
     const progress: Progress[] = [];
-    let next = 0;
-    for (const rows of flight.rows) {
-      const outputs = result.outputs.slice(next, next + rows.planned.outputs.length);
-      next += outputs.length;
+    for (const [i, rows] of flight.rows.entries()) {
       const { sequence } = rows;
       if (sequence.state !== 'running' || sequence.life !== rows.life) this.#rowsWasted += rows.rows;
-      else progress.push(this.#commit(rows, outputs));
+      else progress.push(...this.#commit(rows, outputs[i]!));
     }
+    if (flight.rows.some(({ planned }) => draftCount(planned) > 0)) this.#draftSteps++;
     return progress;
   }
 
@@ -317,6 +354,39 @@ export class Scheduler {
   }
 
   // ---------------------------------------------------------------------------------------------------------------- planning
+
+  /** Every sequence that decodes, with its draft (which may be empty). Null: drafts do not pay, or there are prompts to compute. */
+  #chooseDrafts(): Map<Sequence, number[]> | null {
+    const { speculation, stepTokensMax, stepOutputsMax, prefillChunkMax } = this.options;
+    if (speculation === null || this.#running.length > draftSequencesMax || this.#waiting.some(({ paused }) => !paused)) return null;
+    const sequences: Sequence[] = [];
+    for (const sequence of this.#running) {
+      if (sequence.paused) continue;
+      if (!isDecoding(sequence)) return null;
+      if (outputIndex(sequence, sequence.planned) < sequence.outputTokensMax) sequences.push(sequence);
+    }
+    const lookups = sequences.map((sequence) => {
+      sequence.lookup ??= new PromptLookup(sequence.tokens, sequence.promptLength);
+      sequence.lookup.extend();
+      return sequence.lookup;
+    });
+    // The last output token is no draft: it is what the row before it samples.
+    const limits = sequences.map((sequence) =>
+      Math.min(prefillChunkMax, sequence.outputTokensMax - outputCount(sequence)) - 1,
+    );
+    const counts = chooseDrafts(lookups, limits, Math.min(draftRowsMax, stepTokensMax, stepOutputsMax), speculation);
+    return counts && new Map(sequences.map((sequence, i) => [sequence, draftOf(sequence, lookups[i]!, counts[i]!)]));
+  }
+
+  #planDrafts(draft: Draft, drafts: ReadonlyMap<Sequence, number[]>): void {
+    for (const [sequence, tokens] of drafts) {
+      // Nobody loses blocks for the sake of a draft.
+      const blocks = Math.ceil((sequence.tokens.length + tokens.length) / this.options.blockTokens) - sequence.blocks.length;
+      const drafted = blocks > this.#pool.free ? [] : tokens;
+      if (sequence.state !== 'running' || !this.#planRows(draft, sequence, 1 + drafted.length, drafted)) continue;
+      if (drafted.length > 0) this.#lastDraftStep = draft.step;
+    }
+  }
 
   #planDecode(draft: Draft): void {
     let decoding = 0;
@@ -437,11 +507,15 @@ export class Scheduler {
     return sequence.stepsInFlight < this.options.sequenceStepsMax;
   }
 
-  /** Adds rows of `sequence` to the plan: as many as known tokens, `rowsMax` and the budgets allow. False: none, the pool has no room this step. */
-  #planRows(draft: Draft, sequence: Sequence, rowsMax: number): boolean {
+  /**
+   * Adds rows of `sequence` to the plan: as many as known tokens, `rowsMax` and the budgets allow. False: none, the pool has no room this step.
+   * @param drafted  tokens expected behind the known ones
+   */
+  #planRows(draft: Draft, sequence: Sequence, rowsMax: number, drafted: readonly number[] = []): boolean {
     const position = sequence.planned;
     const literal = position < sequence.tokens.length;
-    const rowsWanted = Math.min(rowsMax, draft.tokensLeft, literal ? knownTarget(sequence) - position : 1);
+    const known = literal ? knownTarget(sequence) - position : 1;
+    const rowsWanted = Math.min(rowsMax, draft.tokensLeft, known + drafted.length);
     if (rowsWanted < 1 || draft.outputsLeft < 1) return false;
     if (!this.#growTable(draft, sequence, position + rowsWanted)) return false;
 
@@ -456,7 +530,7 @@ export class Scheduler {
     const planned: PlannedSequence = {
       slot: sequence.slot,
       position,
-      tokens: literal ? sequence.tokens.slice(position, position + rows) : null,
+      tokens: literal ? sequence.tokens.slice(position, position + rows).concat(drafted.slice(0, Math.max(0, rows - known))) : null,
       after: literal ? 0 : sequence.lastStep,
       newBlocks: sequence.blocks.slice(sequence.blocksAnnounced),
       outputs,
@@ -540,20 +614,28 @@ export class Scheduler {
 
   // ---------------------------------------------------------------------------------------------------------------- results
 
-  #commit({ sequence, planned, rows }: RowsInFlight, outputs: StepOutput[]): Progress {
+  #commit({ sequence, planned, rows }: RowsInFlight, outputs: StepOutput[]): Progress[] {
     sequence.stepsInFlight--;
-    sequence.computed = planned.position + rows;
-    let sampled: StepOutput | null = null;
+    const sampled: StepOutput[] = [];
+    let ended = false;
     for (const [i, output] of outputs.entries()) {
       const { row, score } = planned.outputs[i]!;
-      if (score === null) {
-        sampled = output;
-        sequence.tokens.push(output.token);
-      } else {
+      if (score !== null) {
         sequence.promptScores[planned.position + row + 1] = output;
         sequence.scoresMissing--;
+      } else if (!ended) {
+        sampled.push(output);
+        sequence.tokens.push(output.token);
+        // Drafts behind it came true as well, but the text ends here.
+        ended = sequence.stopTokens.has(output.token);
       }
     }
+    const drafts = draftCount(planned);
+    const rejected = drafts === 0 ? 0 : drafts + 1 - sampled.length;
+    this.#draftTokens += drafts;
+    this.#draftTokensAccepted += drafts - rejected;
+    sequence.planned -= rejected;
+    sequence.computed = planned.position + rows - rejected;
     this.#register(sequence);
 
     const promptEnd = sequence.outputTokensMax === 0 ? sequence.promptLength - 1 : sequence.promptLength;
@@ -563,10 +645,16 @@ export class Scheduler {
       this.#releaseFollowers(sequence);
     }
     let finished: Progress['finished'] = null;
-    if (sampled !== null && sequence.stopTokens.has(sampled.token)) finished = 'stop';
+    if (ended) finished = 'stop';
     else if (sequence.promptComputed && outputCount(sequence) >= sequence.outputTokensMax) finished = 'length';
     if (finished !== null) this.end(sequence);
-    return { sequence, promptComputed, output: sampled, finished };
+    if (sampled.length <= 1) return [{ sequence, promptComputed, output: sampled[0] ?? null, finished }];
+    return sampled.map((output, i) => ({
+      sequence,
+      promptComputed: promptComputed && i === 0,
+      output,
+      finished: i === sampled.length - 1 ? finished : null,
+    }));
   }
 
   /** Full blocks of positions that came back can be found from now on. */
@@ -616,10 +704,15 @@ function openRecord(sequence: Sequence): SequenceOpen {
   };
 }
 
-function checkOutputs({ step, rows }: StepInFlight, { outputs }: StepResult): void {
+/** What came back for each sequence of a step. @throws {ShardmeshError} `invalid_message` */
+function outputsOf({ step, rows }: StepInFlight, { outputs }: StepResult): StepOutput[][] {
   let next = 0;
-  for (const { planned } of rows) {
-    for (const { score } of planned.outputs) {
+  const all = rows.map(({ planned }) => {
+    const from = next;
+    const drafts = draftCount(planned);
+    for (const { row, score } of planned.outputs) {
+      // Behind a draft that another token was sampled for, nothing comes.
+      if (drafts > 0 && next > from && outputs[next - 1]?.token !== planned.tokens![row]) break;
       const output = outputs[next++];
       if (output === undefined) continue;
       if (output.slot !== planned.slot || (score !== null && output.token !== score)) {
@@ -630,10 +723,19 @@ function checkOutputs({ step, rows }: StepInFlight, { outputs }: StepResult): vo
         );
       }
     }
-  }
+    return outputs.slice(from, next);
+  });
   if (outputs.length !== next) {
     throw new ShardmeshError('invalid_message', `The result of step ${step} has ${outputs.length} outputs, expected ${next}.`);
   }
+  return all;
+}
+
+/** A token that ends the sequence is left out: no row behind it is wanted. */
+function draftOf(sequence: Sequence, lookup: PromptLookup, count: number): number[] {
+  const draft = lookup.draft(count);
+  const end = draft.findIndex((token) => sequence.stopTokens.has(token));
+  return end < 0 ? draft : draft.slice(0, end);
 }
 
 function newest(sequences: readonly Sequence[], wanted: (sequence: Sequence) => boolean): Sequence | null {

@@ -6,10 +6,12 @@
  *              K/V is there   rows of steps    known, not     known = prompt, then every output token that came back
  *              (step is back) in flight        planned yet
  *
- * While a decode step is in flight, `planned` may pass `tokens.length`: those rows take the token that an earlier step in flight samples.
+ * While a decode step is in flight, `planned` may pass `tokens.length`: those rows take the token that an earlier step in flight samples, or are drafts, and then
+ * `planned` falls back behind what was right when the step is back.
  */
 import type { SamplingParams, StepOutput } from '../../protocol/step-plan.ts';
 import type { BlockDigest } from '../kv-cache/prefix-cache.ts';
+import type { PromptLookup } from './prompt-lookup.ts';
 
 /** held: waits for another choice of its request to compute the prompt. preempted: lost its blocks, waits, and will prefill again. */
 export type SequenceState = 'held' | 'waiting' | 'running' | 'preempted' | 'finished';
@@ -67,6 +69,8 @@ export interface Sequence extends Readonly<SequenceSpec> {
   /** Choices of the same request that wait for this one's prompt. */
   followers: Sequence[];
   preemptions: number;
+  /** null: nobody has asked for drafts lately. */
+  lookup: PromptLookup | null;
   /** Clock of `schedule` at the first admission. */
   admittedAt: number | null;
 }
@@ -102,6 +106,7 @@ export function createSequence(id: number, spec: SequenceSpec, state: 'waiting' 
     promptComputed: false,
     followers: [],
     preemptions: 0,
+    lookup: null,
     admittedAt: null,
   };
 }

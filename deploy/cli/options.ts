@@ -156,6 +156,13 @@ const options = {
       '--itl-target-ms <n>',
       'most time between two tokens of a stream while prompts are computed (default: 1.6 times what it is without, 20 ms at least)',
     ).argParser(integer(1, 60_000)),
+  speculation: () =>
+    new Option(
+      '--speculation <mode>',
+      'guess tokens from earlier text of the sequence and check several in one step, where that is faster; the answer is the same',
+    )
+      .choices(['auto', 'off'])
+      .default('auto'),
   noLocalModel: () =>
     new Option('--no-local-model', 'fetch the weight slice from the coordinator even where the model file is on this host'),
   json: () => new Option('--json', 'print one JSON object instead of text'),
@@ -207,6 +214,7 @@ export interface OptionValues {
   prefixCache: boolean;
   stepsInFlight?: number;
   itlTargetMs?: number;
+  speculation: 'auto' | 'off';
   localModel: boolean;
   json?: boolean;
   ask?: string;

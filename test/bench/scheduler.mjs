@@ -44,6 +44,7 @@ function makeScheduler(count) {
     prefillTokensMax: () => Number.POSITIVE_INFINITY,
     stepsInFlightMax: 2,
     sequenceStepsMax: 2,
+    speculation: null,
     waitTimeoutMs: () => 2_000,
   });
   for (let i = 0; i < count; i++)

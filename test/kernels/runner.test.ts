@@ -211,7 +211,7 @@ describe('step runner, decoding', () => {
     expect(choice).not.toEqual(seed);
   });
 
-  const penalties = { ...sampled, repetitionPenalty: 1.3, presencePenalty: 0.4, frequencyPenalty: 0.3, logitBias: [[7, 1.5]] };
+  const penalties: Partial<SlotSampling> = { ...sampled, repetitionPenalty: 1.3, presencePenalty: 0.4, frequencyPenalty: 0.3, logitBias: [[7, 1.5]] };
 
   /** Up to `drafts` right tokens behind each row, then a wrong one; the result of one step is known before the next is made, but for `tail` rows at the end. */
   const generateWithDrafts = async (options: TinyMeshOptions, sampling: Partial<SlotSampling>, want: number[], drafts: number) => {
@@ -245,7 +245,7 @@ describe('step runner, decoding', () => {
     ['two stages of three ranks, host driver', { cut: threeRankTwoStageCut, host: true }],
     ['the best kernel set, two threads', { kind: 'cpu', threads: 2 }],
   ] as [string, TinyMeshOptions][])('step runner - drafts are kept as far as they are what one row a step samples, on %s', async (_, options) => {
-    for (const sampling of [{}, penalties] satisfies Partial<SlotSampling>[]) {
+    for (const sampling of [{}, penalties]) {
       const plain = await generate({}, sampling);
       const tokens = plain.map(([token]) => token!);
       for (const drafts of [0, 3]) expect(await generateWithDrafts(options, sampling, tokens, drafts)).toEqual(plain);

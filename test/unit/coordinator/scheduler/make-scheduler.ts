@@ -46,6 +46,7 @@ export function makeScheduler({ blocks = 64, cache: cached = false, ...options }
     prefillTokensMax: () => Number.POSITIVE_INFINITY,
     stepsInFlightMax: 1,
     sequenceStepsMax: 1,
+    speculation: null,
     waitTimeoutMs: () => 2000,
     ...options,
   });
