@@ -1,6 +1,7 @@
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import type { Sequence, SequenceSpec } from '../../../../coordinator/scheduler/sequence.ts';
+import type { SpeculationTimes } from '../../../../coordinator/scheduler/speculation.ts';
 import { greedy, makeScheduler } from './make-scheduler.ts';
 import {
   expectedScores,
@@ -11,7 +12,12 @@ import {
 } from './simulated-worker.ts';
 
 interface Workload {
-  options: SimulatedWorkerOptions & { microBatches: () => number; prefillTokensMax: (rows: number) => number; cache: boolean };
+  options: SimulatedWorkerOptions & {
+    microBatches: () => number;
+    prefillTokensMax: (rows: number) => number;
+    speculation: SpeculationTimes | null;
+    cache: boolean;
+  };
   requests: {
     spec: SequenceSpec;
     choices: number;
@@ -37,13 +43,16 @@ const workload: fc.Arbitrary<Workload> = fc
     stepsInFlightMax: fc.integer({ min: 1, max: 4 }),
     sequenceStepsMax: fc.integer({ min: 1, max: 3 }),
     cache: fc.boolean(),
+    /** A round with drafts takes so many times what a step takes. */
+    round: fc.option(fc.constantFrom(0.5, 1, 1.5), { freq: 3 }),
     requests: fc.array(
       fc.record({
         // Few different prompts, so that prefixes are shared; different lengths of the same text.
         promptFamily: fc.integer({ min: 0, max: 2 }),
         promptLength: fc.integer({ min: 1, max: 40 }),
         tenant: fc.constantFrom('a', 'a', 'b'),
-        outputTokensMax: fc.integer({ min: 0, max: 20 }),
+        outputTokensMax: fc.oneof({ weight: 3, arbitrary: fc.integer({ min: 0, max: 20 }) }, fc.integer({ min: 0, max: 60 })),
+        temperature: fc.constantFrom(0, 2),
         outputTokensMin: fc.integer({ min: 0, max: 6 }),
         seed: fc.integer({ min: 0, max: 3 }),
         stopTokens: fc.array(fc.integer({ min: 0, max: vocabularySize - 1 }), { maxLength: 8 }),
@@ -57,8 +66,9 @@ const workload: fc.Arbitrary<Workload> = fc
     ),
     turns: fc.array(fc.boolean(), { minLength: 1, maxLength: 40 }),
   })
-  .map(({ extraBlocks, requests, turns, parts, prefillBudget, ...others }) => {
-    const options = { ...others, microBatches: () => parts, prefillTokensMax: () => prefillBudget };
+  .map(({ extraBlocks, requests, turns, parts, prefillBudget, round, ...others }) => {
+    const speculation = round === null ? null : { tokensPerMs: (sequences: number) => sequences, roundMs: () => round };
+    const options = { ...others, microBatches: () => parts, prefillTokensMax: () => prefillBudget, speculation };
     const all = requests.map((request) => ({
       spec: {
         tenant: request.tenant,
@@ -66,7 +76,7 @@ const workload: fc.Arbitrary<Workload> = fc
           { length: request.promptLength },
           (_, i) => (i * 7 + request.promptFamily * 31) % vocabularySize,
         ),
-        sampling: { ...greedy, seed: BigInt(request.seed) },
+        sampling: { ...greedy, seed: BigInt(request.seed), temperature: request.temperature },
         outputTokensMax: request.outputTokensMax,
         outputTokensMin: Math.min(request.outputTokensMin, request.outputTokensMax),
         stopTokens: new Set(request.stopTokens),
@@ -168,15 +178,16 @@ function simulate({ options, requests, turns }: Workload) {
 
 describe('scheduler under random workloads', () => {
   it('scheduler - ends every request with the tokens it gets alone, whatever the budget, cache, stages and steps in flight', () => {
-    const seen = { preemptions: 0, cachedTokens: 0, rowsWasted: 0 };
+    const seen = { preemptions: 0, cachedTokens: 0, rowsWasted: 0, draftTokens: 0, draftTokensAccepted: 0 };
     fc.assert(
       fc.property(workload, (work) => {
         const { counts } = simulate(work);
-        for (const name of ['preemptions', 'cachedTokens', 'rowsWasted'] as const) seen[name] += counts[name];
+        for (const name of Object.keys(seen) as (keyof typeof seen)[]) seen[name] += counts[name];
       }),
       { numRuns: 300 },
     );
     // The workloads are hard enough to show something.
-    expect(Math.min(seen.preemptions, seen.cachedTokens, seen.rowsWasted)).toBeGreaterThan(100);
+    expect(Math.min(seen.preemptions, seen.cachedTokens, seen.rowsWasted, seen.draftTokensAccepted)).toBeGreaterThan(100);
+    expect(seen.draftTokens - seen.draftTokensAccepted).toBeGreaterThan(100);
   });
 });

@@ -1,7 +1,7 @@
 /**
  * A test double of the whole mesh: applies plans in order, as workers do, and checks every rule that a plan must follow. K/V of a position is the
  * hash of all tokens up to it, kept in the block where the plan puts it, so a block that two sequences share wrongly shows at once. The next token is a
- * function of that hash, the seed and the position: what a sequence gets depends on nothing else.
+ * function of that hash and the sampling: what a sequence gets depends on nothing else. Texts of a high temperature repeat themselves, but not for ever.
  */
 import type { PlannedSequence, SamplingParams, StepOutput, StepPlan, StepResult } from '../../../../protocol/step-plan.ts';
 
@@ -28,9 +28,11 @@ const mix = (a: number, b: number): number => {
   return (h ^ (h >>> 16)) >>> 0;
 };
 
-/** The token that follows a text whose hash is `hash`. Banned ids are stepped over. */
-export function sampleToken(hash: number, sampling: SamplingParams, banned: readonly number[]): number {
-  let token = mix(mix(hash, Number(sampling.seed & 0xffffffffn)), sampling.choice) % vocabularySize;
+/** The token that follows a text of hash `hash` whose last token is `last`. Banned ids are stepped over. */
+function sampleToken(hash: number, last: number, sampling: SamplingParams, banned: readonly number[]): number {
+  const repeats = sampling.temperature > 1 && hash % 8 !== 0;
+  const seed = Number(sampling.seed & 0xffffffffn);
+  let token = repeats ? (last * 2 + seed) % 7 : mix(mix(hash, seed), sampling.choice) % vocabularySize;
   while (banned.includes(token)) token = (token + 1) % vocabularySize;
   return token;
 }
@@ -46,13 +48,14 @@ export function expectedTokens(spec: {
   stopTokens: ReadonlySet<number>;
 }): number[] {
   let hash = 0;
-  for (const token of spec.promptTokens) hash = mix(hash, token);
+  let last = 0;
+  for (const token of spec.promptTokens) hash = mix(hash, (last = token));
   const outputs: number[] = [];
   while (outputs.length < spec.outputTokensMax) {
-    const token = sampleToken(hash, spec.sampling, outputs.length < spec.outputTokensMin ? [...spec.stopTokens] : []);
+    const token = sampleToken(hash, last, spec.sampling, outputs.length < spec.outputTokensMin ? [...spec.stopTokens] : []);
     outputs.push(token);
     if (spec.stopTokens.has(token)) break;
-    hash = mix(hash, token);
+    hash = mix(hash, (last = token));
   }
   return outputs;
 }
@@ -164,6 +167,10 @@ export class SimulatedWorker {
     expectRule(tokens.length >= 1 && tokens.length <= prefillChunkMax, `a chunk of ${tokens.length} rows`);
     let hash = this.#checkedHash(slot, planned.position);
     const outputs: StepOutput[] = [];
+    let asked = 0;
+    /** Sampled by the row before. */
+    let last: number | null = null;
+    let rejected = false;
     for (const [row, token] of tokens.entries()) {
       const position = planned.position + row;
       hash = mix(hash, token);
@@ -171,12 +178,17 @@ export class SimulatedWorker {
       if (block === undefined) throw new Error(`no block for position ${position} of slot ${planned.slot}`);
       this.#kv[block]![position % blockTokens] = { position, token, hash };
       for (const output of planned.outputs.filter((candidate) => candidate.row === row)) {
-        const sampled = output.score ?? sampleToken(hash, slot.sampling, output.banned);
-        if (output.score === null) slot.sampled.set(step, sampled);
+        asked++;
+        const isDraft = output.score === null && last !== null;
+        if (isDraft) expectRule(row === planned.outputs[0]!.row + asked - 1, `row ${row} is a draft behind no row that samples`);
+        if (isDraft && token !== last) rejected = true;
+        if (rejected) continue;
+        const sampled = output.score ?? sampleToken(hash, token, slot.sampling, output.banned);
+        if (output.score === null) slot.sampled.set(step, (last = sampled));
         outputs.push({ slot: planned.slot, token: sampled, logprob: scoreOf(hash, sampled), top: [] });
       }
     }
-    expectRule(outputs.length === planned.outputs.length, `${planned.outputs.length} outputs asked, rows for ${outputs.length}`);
+    expectRule(asked === planned.outputs.length, `${planned.outputs.length} outputs asked, rows for ${asked}`);
     slot.lastStep = step;
     return outputs;
   }
