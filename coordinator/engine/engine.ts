@@ -393,8 +393,7 @@ export class ShardmeshEngine implements Engine {
     const logprob = request.sampling.logprobs === null ? null : tokenLogprob(output, request.sampling.logprobs);
     // The text of a token that ends the sequence is nobody's.
     const startUs = this.#recorder.on ? monotonicUs() : 0;
-    const { text, stopped } =
-      finished === 'stop' ? noText : this.#textOf(live, choice, choice.detokenizer.push(output.token));
+    const { text, stopped } = finished === 'stop' ? noText : this.#textOf(live, choice, choice.detokenizer.push(output.token));
     if (this.#recorder.on) this.#recorder.add('detokenise', 0, startUs);
     live.events.push({ type: 'token', choice: choice.index, token: output.token, text, logprob });
     if (stopped) {

@@ -358,7 +358,8 @@ export class Scheduler {
   /** Every sequence that decodes, with its draft (which may be empty). Null: drafts do not pay, or there are prompts to compute. */
   #chooseDrafts(): Map<Sequence, number[]> | null {
     const { speculation, stepTokensMax, stepOutputsMax, prefillChunkMax } = this.options;
-    if (speculation === null || this.#running.length > draftSequencesMax || this.#waiting.some(({ paused }) => !paused)) return null;
+    if (speculation === null || this.#running.length > draftSequencesMax || this.#waiting.some(({ paused }) => !paused))
+      return null;
     const sequences: Sequence[] = [];
     for (const sequence of this.#running) {
       if (sequence.paused) continue;
@@ -371,18 +372,16 @@ export class Scheduler {
       return sequence.lookup;
     });
     // The last output token is no draft: it is what the row before it samples.
-    const limits = sequences.map((sequence) =>
-      Math.min(prefillChunkMax, sequence.outputTokensMax - outputCount(sequence)) - 1,
-    );
+    const limits = sequences.map((sequence) => Math.min(prefillChunkMax, sequence.outputTokensMax - outputCount(sequence)) - 1);
     const counts = chooseDrafts(lookups, limits, Math.min(draftRowsMax, stepTokensMax, stepOutputsMax), speculation);
     return counts && new Map(sequences.map((sequence, i) => [sequence, draftOf(sequence, lookups[i]!, counts[i]!)]));
   }
 
   #planDrafts(draft: Draft, drafts: ReadonlyMap<Sequence, number[]>): void {
     for (const [sequence, tokens] of drafts) {
-      // Nobody loses blocks for the sake of a draft.
+      // Nobody loses blocks for the sake of a draft: there must be one left for each.
       const blocks = Math.ceil((sequence.tokens.length + tokens.length) / this.options.blockTokens) - sequence.blocks.length;
-      const drafted = blocks > this.#pool.free ? [] : tokens;
+      const drafted = blocks > Math.max(0, this.#pool.free - this.#running.length) ? [] : tokens;
       if (sequence.state !== 'running' || !this.#planRows(draft, sequence, 1 + drafted.length, drafted)) continue;
       if (drafted.length > 0) this.#lastDraftStep = draft.step;
     }
@@ -494,6 +493,7 @@ export class Scheduler {
     sequence.blocksRegistered = cached.length;
     sequence.planned = sequence.computed = cached.length * blockTokens;
     sequence.stepsInFlight = 0;
+    sequence.drafted = false;
     sequence.lastStep = 0;
     if (sequence.cachedTokens === null) {
       sequence.cachedTokens = sequence.computed;
@@ -504,7 +504,7 @@ export class Scheduler {
   }
 
   #takesRows(sequence: Sequence): boolean {
-    return sequence.stepsInFlight < this.options.sequenceStepsMax;
+    return !sequence.drafted && sequence.stepsInFlight < this.options.sequenceStepsMax;
   }
 
   /**
@@ -530,7 +530,9 @@ export class Scheduler {
     const planned: PlannedSequence = {
       slot: sequence.slot,
       position,
-      tokens: literal ? sequence.tokens.slice(position, position + rows).concat(drafted.slice(0, Math.max(0, rows - known))) : null,
+      tokens: literal
+        ? sequence.tokens.slice(position, position + rows).concat(drafted.slice(0, Math.max(0, rows - known)))
+        : null,
       after: literal ? 0 : sequence.lastStep,
       newBlocks: sequence.blocks.slice(sequence.blocksAnnounced),
       outputs,
@@ -541,6 +543,7 @@ export class Scheduler {
     sequence.blocksAnnounced = sequence.blocks.length;
     sequence.planned += rows;
     sequence.stepsInFlight++;
+    sequence.drafted = drafted.length > 0;
     sequence.lastStep = draft.step;
     return true;
   }
@@ -616,6 +619,7 @@ export class Scheduler {
 
   #commit({ sequence, planned, rows }: RowsInFlight, outputs: StepOutput[]): Progress[] {
     sequence.stepsInFlight--;
+    sequence.drafted = false;
     const sampled: StepOutput[] = [];
     let ended = false;
     for (const [i, output] of outputs.entries()) {

@@ -57,6 +57,8 @@ export interface Sequence extends Readonly<SequenceSpec> {
   life: number;
   /** Steps in flight of this life that hold rows of it. */
   stepsInFlight: number;
+  /** Its rows in flight have drafts: where the next ones begin is not known before they are back. */
+  drafted: boolean;
   /** Newest step that holds rows of it; 0 = none. */
   lastStep: number;
   /** Prompt tokens that the prefix cache saved at its first admission; null = not admitted yet. */
@@ -99,6 +101,7 @@ export function createSequence(id: number, spec: SequenceSpec, state: 'waiting' 
     digests: [],
     life: 0,
     stepsInFlight: 0,
+    drafted: false,
     lastStep: 0,
     cachedTokens: null,
     promptScores: spec.scorePrompt ? new Array<StepOutput | null>(spec.promptTokens.length).fill(null) : [],

@@ -211,10 +211,21 @@ describe('step runner, decoding', () => {
     expect(choice).not.toEqual(seed);
   });
 
-  const penalties: Partial<SlotSampling> = { ...sampled, repetitionPenalty: 1.3, presencePenalty: 0.4, frequencyPenalty: 0.3, logitBias: [[7, 1.5]] };
+  const penalties: Partial<SlotSampling> = {
+    ...sampled,
+    repetitionPenalty: 1.3,
+    presencePenalty: 0.4,
+    frequencyPenalty: 0.3,
+    logitBias: [[7, 1.5]],
+  };
 
   /** Up to `drafts` right tokens behind each row, then a wrong one; the result of one step is known before the next is made, but for `tail` rows at the end. */
-  const generateWithDrafts = async (options: TinyMeshOptions, sampling: Partial<SlotSampling>, want: number[], drafts: number) => {
+  const generateWithDrafts = async (
+    options: TinyMeshOptions,
+    sampling: Partial<SlotSampling>,
+    want: number[],
+    drafts: number,
+  ) => {
     const mesh = await start(options);
     mesh.open(0, sampling, prompt.slice(0, 30));
     const blocks = Array.from({ length: Math.ceil((31 + want.length + drafts) / 16) }, (_, i) => (i * 5 + 4) % 96);
@@ -224,7 +235,13 @@ describe('step runner, decoding', () => {
     while (outputs.length < want.length - 1) {
       const right = want.slice(outputs.length, outputs.length + drafts);
       const tokens = [outputs.at(-1)!.token, ...right, (want[outputs.length + right.length] ?? 0) ^ 1];
-      const rows = { slot: 0, position: 29 + outputs.length, tokens, blocks, outputs: tokens.map((_, row) => ({ row, score: null })) };
+      const rows = {
+        slot: 0,
+        position: 29 + outputs.length,
+        tokens,
+        blocks,
+        outputs: tokens.map((_, row) => ({ row, score: null })),
+      };
       const { step, done } = mesh.submit([rows]);
       const got = await done;
       expect(got).toHaveLength(right.length + 1);
@@ -233,7 +250,9 @@ describe('step runner, decoding', () => {
     }
     // A row that asks for the token of a step with drafts gets the last that was sampled there.
     const position = 29 + outputs.length;
-    outputs.push(...(await mesh.run([{ slot: 0, position, tokens: null, after: last, blocks, outputs: [{ row: 0, score: null }] }])));
+    outputs.push(
+      ...(await mesh.run([{ slot: 0, position, tokens: null, after: last, blocks, outputs: [{ row: 0, score: null }] }])),
+    );
     await mesh.stop();
     return outputs.slice(0, want.length).map(({ token, logprob }) => [token, logprob]);
   };
@@ -244,13 +263,16 @@ describe('step runner, decoding', () => {
     ['two stages of three ranks', { cut: threeRankTwoStageCut }],
     ['two stages of three ranks, host driver', { cut: threeRankTwoStageCut, host: true }],
     ['the best kernel set, two threads', { kind: 'cpu', threads: 2 }],
-  ] as [string, TinyMeshOptions][])('step runner - drafts are kept as far as they are what one row a step samples, on %s', async (_, options) => {
-    for (const sampling of [{}, penalties]) {
-      const plain = await generate({}, sampling);
-      const tokens = plain.map(([token]) => token!);
-      for (const drafts of [0, 3]) expect(await generateWithDrafts(options, sampling, tokens, drafts)).toEqual(plain);
-    }
-  });
+  ] as [string, TinyMeshOptions][])(
+    'step runner - drafts are kept as far as they are what one row a step samples, on %s',
+    async (_, options) => {
+      for (const sampling of [{}, penalties]) {
+        const plain = await generate({}, sampling);
+        const tokens = plain.map(([token]) => token!);
+        for (const drafts of [0, 3]) expect(await generateWithDrafts(options, sampling, tokens, drafts)).toEqual(plain);
+      }
+    },
+  );
 
   test('step runner - drafts go on from one pass of the head to the next', async () => {
     const plain = await generate({}, penalties, 76);

@@ -9,6 +9,7 @@ import type { EngineEvent } from '../../coordinator/engine/engine-types.ts';
 import { MeshService } from '../../coordinator/mesh/mesh-service.ts';
 import { defaultMeshTimers } from '../../coordinator/mesh/mesh.ts';
 import { newMeshId, newPlacementId, newWorkerId } from '../../protocol/ids.ts';
+import type { SamplingParams } from '../../protocol/step-plan.ts';
 import { meshSubjects } from '../../protocol/subjects.ts';
 import { collect, fakeDetokenizer, makeRequest, settle } from '../unit/coordinator/engine/make-engine.ts';
 import { greedy } from '../unit/coordinator/scheduler/make-scheduler.ts';
@@ -123,6 +124,8 @@ async function makeMesh(seed: number, stages: number, ranks: number) {
     stepTokensMax: limits.stepTokensMax,
     prefillChunkMax: limits.prefillChunkMax,
     stepOutputsMax: limits.stepOutputsMax,
+    // Half of the histories have drafts.
+    speculation: seed % 2 === 0,
   });
   const fabric = new Fabric();
   const start = (worker = newWorkerId()): SimulatedProcess => new SimulatedProcess({ worker, bus, subjects, fabric, limits });
@@ -131,7 +134,10 @@ async function makeMesh(seed: number, stages: number, ranks: number) {
   const asked: Asked[] = [];
   const ask = (promptTokens: number[], outputTokensMax: number): Asked | null => {
     try {
-      const handle = engine.submit(makeRequest({ promptTokens, outputTokensMax, deadlineAt: performance.now() + 60_000 }));
+      const deadlineAt = performance.now() + 60_000;
+      const handle = engine.submit(
+        makeRequest({ promptTokens, sampling: samplingOf(promptTokens), outputTokensMax, deadlineAt }),
+      );
       const { events: seen, done } = collect(handle.events);
       const one: Asked = { promptTokens, outputTokensMax, events: seen, ended: false };
       void done.then(() => (one.ended = true));
@@ -146,13 +152,22 @@ async function makeMesh(seed: number, stages: number, ranks: number) {
   return { bus, coordinator, service, engine, workers, processes, start, ask, asked, fatal, events };
 }
 
+/** Every other text repeats itself: it has drafts. */
+const samplingOf = (promptTokens: number[]): SamplingParams => ({ ...greedy, temperature: promptTokens.length % 2 ? 2 : 0 });
+
 function checkEnded({ promptTokens, outputTokensMax, events, ended }: Asked): 'finished' | 'error' {
   expect(ended).toBe(true);
   const ends = events.filter(({ type }) => type === 'finished' || type === 'error');
   expect(ends).toHaveLength(1);
   expect(events.at(-1)).toBe(ends[0]);
   const tokens = events.flatMap((event) => (event.type === 'token' ? [event.token] : []));
-  const expected = expectedTokens({ promptTokens, sampling: greedy, outputTokensMax, outputTokensMin: 0, stopTokens: new Set() });
+  const expected = expectedTokens({
+    promptTokens,
+    sampling: samplingOf(promptTokens),
+    outputTokensMax,
+    outputTokensMin: 0,
+    stopTokens: new Set(),
+  });
   if (ends[0]?.type === 'finished') {
     expect(tokens).toEqual(expected);
     return 'finished';
@@ -162,7 +177,15 @@ function checkEnded({ promptTokens, outputTokensMax, events, ended }: Asked): 'f
   return 'error';
 }
 
-async function runHistory(seed: number): Promise<{ finished: number; failed: number; epochs: number; stale: number }> {
+interface Sums {
+  finished: number;
+  failed: number;
+  epochs: number;
+  stale: number;
+  drafts: number;
+}
+
+async function runHistory(seed: number): Promise<Sums> {
   const random = randomOf(seed);
   const pick = (count: number): number => Math.floor(random(count));
   const stages = 1 + pick(3);
@@ -244,6 +267,7 @@ async function runHistory(seed: number): Promise<{ finished: number; failed: num
     failed: ends.filter((end) => end === 'error').length,
     epochs: service.mesh.epoch,
     stale: numbers.staleResults + service.mesh.staleMessages + processes.reduce((sum, process) => sum + process.stalePlans, 0),
+    drafts: numbers.draftTokensAccepted,
   };
 }
 
@@ -253,23 +277,21 @@ afterEach(() => void vi.useRealTimers());
 describe('mesh under faults', () => {
   for (let first = 1; first <= seeds; first += seedsPerTest)
     it(`mesh seeds ${first} to ${first + seedsPerTest - 1} - every request ends once, with the right tokens, and the mesh heals`, async () => {
-      const sums = { finished: 0, failed: 0, epochs: 0, stale: 0 };
+      const sums: Sums = { finished: 0, failed: 0, epochs: 0, stale: 0, drafts: 0 };
       for (let seed = first; seed < first + seedsPerTest; seed++) {
         vi.clearAllTimers();
         try {
-          const { finished, failed, epochs, stale } = await runHistory(seed);
-          sums.finished += finished;
-          sums.failed += failed;
-          sums.epochs += epochs;
-          sums.stale += stale;
+          const history = await runHistory(seed);
+          for (const name of Object.keys(sums) as (keyof Sums)[]) sums[name] += history[name];
         } catch (error) {
           throw new Error(`seed ${seed}: ${(error as Error).message}`, { cause: error });
         }
       }
-      // The histories did something: requests finished and failed, epochs ended, old messages came.
+      // The histories did something: requests finished and failed, epochs ended, old messages came, drafts were right.
       expect(sums.finished).toBeGreaterThan(20 * seedsPerTest);
       expect(sums.failed).toBeGreaterThan(seedsPerTest);
       expect(sums.epochs).toBeGreaterThan(2 * seedsPerTest);
       expect(sums.stale).toBeGreaterThan(seedsPerTest);
+      expect(sums.drafts).toBeGreaterThan(seedsPerTest / 2);
     });
 });

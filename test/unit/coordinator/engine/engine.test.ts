@@ -7,11 +7,18 @@ import { expectedScores, expectedTokens, vocabularySize } from '../scheduler/sim
 import { collect, fakeDetokenizer, makeEngine, makeRequest, runAll, settle, textOf, tokensOf } from './make-engine.ts';
 
 const expected = (
-  fields: { promptTokens?: number[]; outputTokensMax?: number; seed?: bigint; choice?: number; stopTokens?: number[] } = {},
+  fields: {
+    promptTokens?: number[];
+    outputTokensMax?: number;
+    seed?: bigint;
+    choice?: number;
+    temperature?: number;
+    stopTokens?: number[];
+  } = {},
 ) =>
   expectedTokens({
     promptTokens: fields.promptTokens ?? [1, 2, 3, 4, 5],
-    sampling: { ...greedy, seed: fields.seed ?? 1n, choice: fields.choice ?? 0 },
+    sampling: { ...greedy, seed: fields.seed ?? 1n, choice: fields.choice ?? 0, temperature: fields.temperature ?? 0 },
     outputTokensMax: fields.outputTokensMax ?? 6,
     outputTokensMin: 0,
     stopTokens: new Set(fields.stopTokens ?? []),
@@ -432,54 +439,79 @@ describe('engine', () => {
     expect(engine.tokenLog()).toEqual([]);
   });
 
-  it('engine - gives each request its own text and one end, however many stages, whatever else happens', async () => {
+  it('engine - gives each request its own text and one end, however many stages, with drafts or not, whatever else happens', async () => {
     const request = fc.record({
       promptTokens: fc.array(fc.integer({ min: 0, max: vocabularySize - 1 }), { minLength: 1, maxLength: 30 }),
       outputTokensMax: fc.integer({ min: 1, max: 25 }),
+      outputTokensMin: fc.constantFrom(0, 0, 12),
       seed: fc.bigInt({ min: 0n, max: 5n }),
+      temperature: fc.constantFrom(0, 2),
       n: fc.integer({ min: 1, max: 3 }),
       stop: fc.option(fc.constantFrom('1', '<3', '><', '7>', '>', '4><5')),
       leaves: fc.boolean(),
     });
+    let accepted = 0;
     await fc.assert(
       fc.asyncProperty(
         fc.array(request, { minLength: 1, maxLength: 8 }),
         fc.integer({ min: 1, max: 3 }),
         fc.integer({ min: 20, max: 60 }),
         fc.integer({ min: 4, max: 32 }),
-        async (requests, stages, blocks, stepTokensMax) => {
-          const { engine, mesh } = makeEngine({ stages, blocks, stepTokensMax, sequencesMax: 5 });
-          const running = requests.map(({ seed, stop, leaves, ...rest }, i) => {
-            const sampling = { ...makeRequest().sampling, seed };
-            const handle = engine.submit(makeRequest({ ...rest, sampling, stopStrings: stop === null ? [] : [stop] }));
+        fc.boolean(),
+        async (requests, stages, blocks, stepTokensMax, speculation) => {
+          // A result a millisecond, drafts or not.
+          let clock = 0;
+          const options = { speculation, now: () => clock };
+          const { engine, mesh } = makeEngine({ stages, blocks, stepTokensMax, sequencesMax: 5, options });
+          const running = requests.map(({ seed, temperature, stop, leaves, outputTokensMin, ...rest }, i) => {
+            const sampling = { ...makeRequest().sampling, seed, temperature };
+            const stopStrings = stop === null ? [] : [stop];
+            const handle = engine.submit(makeRequest({ ...rest, outputTokensMin, sampling, stopStrings }));
             return { handle, leaves: leaves && i % 3 === 0, collected: collect(handle.events) };
           });
           await settle();
           for (let i = 0; mesh.step(); i++) {
+            clock++;
             await settle();
             if (i === 3) for (const { handle, leaves } of running) if (leaves) handle.cancel();
           }
           for (const [i, { collected, leaves }] of running.entries()) {
             const events = await collected.done;
-            const { promptTokens, outputTokensMax, seed, n, stop } = requests[i]!;
-            const ends = events.filter(({ type }) => type === 'finished').length;
-            if (leaves && ends < n) continue;
-            expect(ends).toBe(n);
+            const { promptTokens, outputTokensMax, outputTokensMin, seed, temperature, n, stop } = requests[i]!;
+            const ends = events.filter((event) => event.type === 'finished');
+            if (leaves && ends.length < n) continue;
+            expect(ends).toHaveLength(n);
             for (let choice = 0; choice < n; choice++) {
-              const detokenizer = fakeDetokenizer();
-              const text =
-                expected({ promptTokens, outputTokensMax, seed, choice })
-                  .map((token) => detokenizer.push(token))
-                  .join('') + detokenizer.flush();
-              const cut = stop === null ? -1 : text.indexOf(stop);
-              expect(textOf(events, choice)).toBe(cut < 0 ? text : text.slice(0, cut));
+              const tokens = expected({ promptTokens, outputTokensMax, seed, choice, temperature });
+              const { text, used } = textUntil(tokens, stop, outputTokensMin);
+              expect(textOf(events, choice)).toBe(text);
+              expect(tokensOf(events, choice)).toEqual(tokens.slice(0, used));
+              expect(ends.find((end) => end.choice === choice)!.outputTokens).toBe(used);
             }
           }
           expect(engine.status()).toMatchObject({ waiting: 0, running: 0, kvBlocksUsed: 0 });
           expect(engine.numbers().requestsLive).toBe(0);
+          accepted += engine.numbers().draftTokensAccepted;
         },
       ),
-      { numRuns: 60 },
+      { numRuns: 80 },
     );
+    expect(accepted).toBeGreaterThan(20);
   });
 });
+
+/** Text of these tokens up to a stop string, and how many of them it takes to see it; below `tokensMin` tokens nothing is looked for. */
+function textUntil(tokens: number[], stop: string | null, tokensMin: number): { text: string; used: number } {
+  const detokenizer = fakeDetokenizer();
+  let text = '';
+  let from = 0;
+  for (const [i, token] of tokens.entries()) {
+    text += detokenizer.push(token);
+    if (i + 1 < tokensMin) from = text.length;
+    const at = stop === null ? -1 : text.indexOf(stop, from);
+    if (at >= 0) return { text: text.slice(0, at), used: i + 1 };
+  }
+  text += detokenizer.flush();
+  const at = stop === null || tokens.length < tokensMin ? -1 : text.indexOf(stop, from);
+  return { text: at < 0 ? text : text.slice(0, at), used: tokens.length };
+}

@@ -104,6 +104,39 @@ describe('step pipeline', () => {
     expect(pipeline.numbers(5010).bubbleSeconds).toBeCloseTo(0.0034, 9);
   });
 
+  it('step pipeline - tells steps that were planned ahead from rounds through the coordinator', () => {
+    const pipeline = new StepPipeline();
+    const draft = (step: number, rows: number): StepPlan => {
+      const plan = makePlan(step, rows);
+      const outputs = Array.from({ length: rows }, (_, row) => ({ row, score: null, banned: [] }));
+      return { ...plan, sequences: [{ ...plan.sequences[0]!, outputs }] };
+    };
+    expect(pipeline.tokensPerMs(1)).toBeNull();
+    pipeline.published(makePlan(1, 40), 0);
+    pipeline.published(makePlan(2, 1), 0);
+    pipeline.completed(makeResult(1), 1, 100);
+    pipeline.completed(makeResult(2), 1, 104);
+    expect(pipeline.tokensPerMs(1)).toBe(0.25);
+    // A round may take twice as long as long as none was measured.
+    expect(pipeline.roundMs(8)).toBe(8);
+    pipeline.published(draft(3, 8), 105);
+    pipeline.completed(makeResult(3), 5, 110);
+    expect(pipeline.numbers(110)).toMatchObject({ prefillTokens: 40, outputTokens: 7 });
+    expect(pipeline.roundMs(8)).toBe(6);
+    // The most similar number of rows.
+    expect(pipeline.roundMs(4)).toBe(6);
+    expect(pipeline.tokensPerMs(1)).toBe(0.25);
+    // Steps that are planned ahead let what is known of rounds fade: after a while they are tried again.
+    pipeline.published(makePlan(4, 1), 110);
+    for (let step = 5; step < 105; step++) {
+      pipeline.published(makePlan(step, 1), step);
+      pipeline.completed(makeResult(step - 1), 1, 110 + step);
+    }
+    expect(pipeline.roundMs(8)).toBeCloseTo(6 * 0.999 ** 99, 9);
+    pipeline.begin(1);
+    expect(pipeline.tokensPerMs(1)).toBeNull();
+  });
+
   it('step pipeline - gives rates that fade when nothing happens', () => {
     const pipeline = new StepPipeline();
     pipeline.published(makePlan(1, 40), 0);

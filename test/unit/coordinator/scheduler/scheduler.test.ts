@@ -1,6 +1,6 @@
 import { describe, expect, it } from 'vitest';
 import type { StepPlan } from '../../../../protocol/step-plan.ts';
-import { greedy, makeScheduler, makeSequence, resultOf } from './make-scheduler.ts';
+import { greedy, makeScheduler, makeSequence, resultOf, type MakeScheduler } from './make-scheduler.ts';
 
 /** slot: rows, as `0: 5..8` for literal tokens of positions 5 to 8, `0: 9 after 3` for a row that takes the token of step 3. */
 const rowsOf = (plan: StepPlan | null): string[] | null =>
@@ -398,6 +398,107 @@ describe('scheduler', () => {
       'a sequence needs 3 blocks and the pool has 2',
     );
     expect(() => scheduler.add(makeSequence({ promptTokens: 1, outputTokensMax: 0 }))).toThrow('nothing to compute');
+  });
+
+  describe('with drafts', () => {
+    /** Rounds take as long as steps: every draft pays. */
+    const speculation = { tokensPerMs: (sequences: number) => sequences, roundMs: () => 1 };
+    /** Prompt 10 11 12 13 10 11, which sampled 12: 13 10 11 12 ... is expected. */
+    const start = (options: MakeScheduler = {}, spec: Parameters<typeof makeSequence>[0] = {}) => {
+      const made = makeScheduler({ stepsInFlightMax: 3, sequenceStepsMax: 3, speculation, ...options });
+      const sequence = made.scheduler.add({
+        ...makeSequence({ outputTokensMax: 20, ...spec }),
+        promptTokens: [10, 11, 12, 13, 10, 11],
+      });
+      made.scheduler.complete(resultOf(made.scheduler.schedule(0)!, 12));
+      return { ...made, sequence };
+    };
+    const outputsOf = (plan: StepPlan, ...tokens: number[]) => ({
+      ...resultOf(plan),
+      outputs: tokens.map((token) => ({ slot: 0, token, logprob: null, top: [] })),
+    });
+
+    it('scheduler - plans drafts behind the newest token, and nothing before the result is here', () => {
+      const { scheduler, sequence } = start();
+      const plan = scheduler.schedule(0)!;
+      const sample = (row: number) => ({ row, score: null, banned: [] });
+      expect(plan.sequences).toEqual([
+        {
+          slot: 0,
+          position: 6,
+          tokens: [12, 13, 10, 11, 12, 13, 10, 11],
+          after: 0,
+          newBlocks: [],
+          outputs: [0, 1, 2, 3, 4, 5, 6, 7].map(sample),
+        },
+      ]);
+      expect(scheduler.schedule(0)).toBeNull();
+      // 13 and 10 came true, 11 did not: three tokens, and rows go on behind them.
+      expect(scheduler.complete(outputsOf(plan, 13, 10, 50))).toMatchObject([
+        { output: { token: 13 }, finished: null },
+        { output: { token: 10 }, finished: null },
+        { output: { token: 50 }, finished: null },
+      ]);
+      expect(sequence).toMatchObject({ computed: 9, planned: 9 });
+      expect(scheduler.counts()).toMatchObject({ draftSteps: 1, draftTokens: 7, draftTokensAccepted: 2 });
+      // Nothing is known of 10 50: planned ahead again.
+      expect([scheduler.schedule(0), scheduler.schedule(0)].map(rowsOf)).toEqual([['0: 9..9'], ['0: 10 after 3']]);
+    });
+
+    it('scheduler - waits for what is in flight before it drafts', () => {
+      let pays = false;
+      const { scheduler } = start({ speculation: { ...speculation, roundMs: () => (pays ? 1 : 9) } });
+      const plans = [scheduler.schedule(0)!, scheduler.schedule(0)!];
+      expect(plans.map(rowsOf)).toEqual([['0: 6..6'], ['0: 7 after 2']]);
+      pays = true;
+      scheduler.complete(resultOf(plans[0]!, 13));
+      expect(scheduler.schedule(0)).toBeNull();
+      expect(scheduler.drafting).toBe(false);
+      scheduler.complete(resultOf(plans[1]!, 10));
+      expect(rowsOf(scheduler.schedule(0))).toEqual(['0: 8..15']);
+      expect(scheduler.drafting).toBe(true);
+    });
+
+    it('scheduler - ends at a stop token inside of a draft and at the last output token', () => {
+      const stopping = start({}, { stopTokens: [10] });
+      const plan = stopping.scheduler.schedule(0)!;
+      // What would follow a stop token is not drafted.
+      expect(plan.sequences[0]!.tokens).toEqual([12, 13]);
+      expect(stopping.scheduler.complete(outputsOf(plan, 13, 10))).toMatchObject([{ finished: null }, { finished: 'stop' }]);
+      expect(stopping.sequence.tokens.slice(6)).toEqual([12, 13, 10]);
+
+      const short = start({}, { outputTokensMax: 4 });
+      const last = short.scheduler.schedule(0)!;
+      expect(last.sequences[0]!.tokens).toEqual([12, 13, 10]);
+      expect(short.scheduler.complete(outputsOf(last, 13, 10, 11))).toMatchObject([{}, {}, { finished: 'length' }]);
+    });
+
+    it('scheduler - drafts for nobody while a prompt waits, and takes no blocks from others', () => {
+      const { scheduler } = start();
+      scheduler.add(makeSequence({ promptTokens: 4 }));
+      expect(rowsOf(scheduler.schedule(0))).toEqual(['0: 6..6', '1: 0..3']);
+      // One that came while drafts are in flight is computed beside them; where the drafting sequence goes on is not known yet.
+      const late = start();
+      expect(rowsOf(late.scheduler.schedule(0))).toEqual(['0: 6..13']);
+      late.scheduler.add(makeSequence({ promptTokens: 4 }));
+      expect(rowsOf(late.scheduler.schedule(0))).toEqual(['1: 0..3']);
+      const full = start({ blocks: 3, blockTokens: 8 }, { outputTokensMax: 8 });
+      const other = full.scheduler.add(makeSequence({ promptTokens: 8, outputTokensMax: 2 }));
+      const plan = full.scheduler.schedule(0)!;
+      const outputs = [13, 30].map((token, slot) => ({ slot, token, logprob: null, top: [] }));
+      full.scheduler.complete({ ...resultOf(plan), outputs });
+      expect([other.state, full.pool.free]).toEqual(['running', 1]);
+      // Drafts behind position 7 would need the block that the other is about to need.
+      expect(rowsOf(full.scheduler.schedule(0))).toEqual(['0: 7..7', '1: 8..8']);
+    });
+
+    it('scheduler - refuses a result that goes on behind a draft that was wrong, or ends before it', () => {
+      for (const tokens of [[13, 10, 50, 12], [13], [13, 10]]) {
+        const { scheduler } = start();
+        const plan = scheduler.schedule(0)!;
+        expect(() => scheduler.complete(outputsOf(plan, ...tokens))).toThrow(/outputs, expected/);
+      }
+    });
   });
 
   it('scheduler - plans a step of 1,024 running sequences in less than 2 ms', () => {

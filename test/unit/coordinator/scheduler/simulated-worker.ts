@@ -183,7 +183,7 @@ export class SimulatedWorker {
         if (isDraft) expectRule(row === planned.outputs[0]!.row + asked - 1, `row ${row} is a draft behind no row that samples`);
         if (isDraft && token !== last) rejected = true;
         if (rejected) continue;
-        const sampled = output.score ?? sampleToken(hash, token, slot.sampling, output.banned);
+        const sampled: number = output.score ?? sampleToken(hash, token, slot.sampling, output.banned);
         if (output.score === null) slot.sampled.set(step, (last = sampled));
         outputs.push({ slot: planned.slot, token: sampled, logprob: scoreOf(hash, sampled), top: [] });
       }
