@@ -122,9 +122,8 @@ export class StepPipeline {
 
   /** What drafts are weighed by: `SpeculationTimes` of the scheduler. */
   tokensPerMs(sequences: number): number | null {
-    const rows = Math.ceil(sequences / this.microBatches);
-    const ms = this.#aheadTimes.of(rows);
-    return ms === null ? null : rows / ms;
+    const ms = this.#aheadTimes.of(sequences);
+    return ms === null ? null : sequences / ms;
   }
 
   roundMs(rows: number): number {

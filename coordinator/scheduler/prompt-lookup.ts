@@ -12,13 +12,14 @@
 const longest = 3;
 const shortest = 2;
 const entriesMin = 256;
-/** Before anything was seen. */
-const firstRate = 0.5;
+/**
+ * Share of expected tokens that come, before anything was seen, as stories and summaries of a small model have it. By length of the match: 2..3, 4..7, 8..15,
+ * 16 tokens and more.
+ */
+const firstRates = [0.35, 0.6, 0.8, 0.9];
 const rateWeight = 0.125;
-/** Matches are told apart by length: 2..3, 4..7, 8..15, 16 tokens and more. */
-const lengthClasses = 4;
 
-const classOf = (length: number): number => Math.min(Math.floor(Math.log2(length)), lengthClasses) - 1;
+const classOf = (length: number): number => Math.min(Math.floor(Math.log2(length)), firstRates.length) - 1;
 
 export class PromptLookup {
   /** The sequence's own list, which grows. */
@@ -33,7 +34,7 @@ export class PromptLookup {
   /** Tokens before `source` that equal the last ones, as far as they were followed. */
   #length = 0;
   /** Share of expected tokens that came, by length of the match. */
-  readonly #rates = new Float64Array(lengthClasses).fill(firstRate);
+  readonly #rates = Float64Array.from(firstRates);
 
   constructor(tokens: readonly number[], promptLength: number) {
     this.#tokens = tokens;

@@ -366,6 +366,8 @@ export class Scheduler {
       if (!isDecoding(sequence)) return null;
       if (outputIndex(sequence, sequence.planned) < sequence.outputTokensMax) sequences.push(sequence);
     }
+    // With stages, more than one sequence keep them busy: none may wait for the other's results.
+    if (sequences.length > 1 && this.options.microBatches() > 1) return null;
     const lookups = sequences.map((sequence) => {
       sequence.lookup ??= new PromptLookup(sequence.tokens, sequence.promptLength);
       sequence.lookup.extend();

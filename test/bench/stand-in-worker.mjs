@@ -32,12 +32,20 @@ const subjectOf = { heartbeat: 'heartbeat', join: 'register', step_result: 'resu
 const send = (message) => transport.publish(subjects[subjectOf[message.type] ?? 'event'](worker), encodeMessage(message));
 
 /** Ordinary words of the vocabulary, a few hundred of them. */
-const tokenOf = (slot, step) => 1_000 + ((slot * 31 + step * 7) % 500);
+const tokenOf = (slot, position) => 1_000 + ((slot * 31 + position * 7) % 500);
+
+/** Behind a draft that is not what the row before it samples, nothing is sampled. */
+function outputsOf({ slot, position, tokens, outputs: wanted }) {
+  const outputs = [];
+  for (const [i, { row, score }] of wanted.entries()) {
+    if (score === null && i > 0 && wanted[i - 1].score === null && outputs.at(-1).token !== tokens[row]) break;
+    outputs.push({ slot, token: score ?? tokenOf(slot, position + row), logprob: null, top: [] });
+  }
+  return outputs;
+}
 
 function answer({ placement, epoch: ofEpoch, step, sequences }) {
-  const outputs = sequences.flatMap(({ slot, outputs: wanted }) =>
-    wanted.map(({ score }) => ({ slot, token: score ?? tokenOf(slot, step), logprob: null, top: [] })),
-  );
+  const outputs = sequences.flatMap(outputsOf);
   stats.steps++;
   send({ type: 'step_result', placement, epoch: ofEpoch, step, outputs, ...timings });
 }
