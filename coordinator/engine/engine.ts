@@ -706,7 +706,7 @@ export class ShardmeshEngine implements Engine {
       cachedTokens: sum('cachedTokens'),
       rowsPlanned: sum('rowsPlanned'),
       rowsWasted: sum('rowsWasted'),
-      draftSteps: sum('draftSteps'),
+      drafts: sum('drafts'),
       draftTokens: sum('draftTokens'),
       draftTokensAccepted: sum('draftTokensAccepted'),
     };

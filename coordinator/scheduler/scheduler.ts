@@ -121,8 +121,8 @@ export interface SchedulerCounts {
   rowsPlanned: number;
   /** Rows whose result nobody wanted: of sequences that had ended or been preempted. */
   rowsWasted: number;
-  /** Steps with drafts, the draft tokens in them, and those that were right. */
-  draftSteps: number;
+  /** Drafts (rows of a sequence in a step may have one), the tokens in them, and those that were right. */
+  drafts: number;
   draftTokens: number;
   draftTokensAccepted: number;
 }
@@ -155,7 +155,7 @@ export class Scheduler {
   #rowsPlanned = 0;
   #rowsWasted = 0;
   #lastDraftStep = Number.NEGATIVE_INFINITY;
-  #draftSteps = 0;
+  #drafts = 0;
   #draftTokens = 0;
   #draftTokensAccepted = 0;
 
@@ -217,7 +217,7 @@ export class Scheduler {
       cachedTokens: this.#cachedTokens,
       rowsPlanned: this.#rowsPlanned,
       rowsWasted: this.#rowsWasted,
-      draftSteps: this.#draftSteps,
+      drafts: this.#drafts,
       draftTokens: this.#draftTokens,
       draftTokensAccepted: this.#draftTokensAccepted,
     };
@@ -335,7 +335,6 @@ export class Scheduler {
       if (sequence.state !== 'running' || sequence.life !== rows.life) this.#rowsWasted += rows.rows;
       else progress.push(...this.#commit(rows, outputs[i]!));
     }
-    if (flight.rows.some(({ planned }) => draftCount(planned) > 0)) this.#draftSteps++;
     return progress;
   }
 
@@ -638,6 +637,7 @@ export class Scheduler {
     }
     const drafts = draftCount(planned);
     const rejected = drafts === 0 ? 0 : drafts + 1 - sampled.length;
+    if (drafts > 0) this.#drafts++;
     this.#draftTokens += drafts;
     this.#draftTokensAccepted += drafts - rejected;
     sequence.planned -= rejected;

@@ -118,7 +118,7 @@ function mesh({ load, mesh: figures }: BenchRun, run: number): string {
   return `<section><h2><i style="background:${colourOf(run)}"></i>Mesh at ${escape(load)}</h2>
 <p>${figures.steps} steps of ${figures.stepMs.toFixed(2)} ms with ${figures.generationTokensPerStep.toFixed(2)} output tokens each · bubble ${percent(figures.bubbleRatio)} ·
 running ${level(figures.running)}, waiting ${level(figures.waiting)} · KV use ${percent(figures.kvUsage.mean)} (at most ${percent(figures.kvUsage.max)}) ·
-${figures.cachedTokens} prompt tokens from the cache, ${figures.promptTokens} computed · ${figures.preemptions} preemptions</p>
+${figures.cachedTokens} prompt tokens from the cache, ${figures.promptTokens} computed · ${figures.preemptions} preemptions · ${figures.draftTokensAccepted} of ${figures.draftTokens} draft tokens right</p>
 <p class="key"><span class="compute"></span>compute<span class="sync"></span>waiting in reductions<span class="link"></span>waiting for the stage before<span class="idle"></span>idle</p>
 <table class="bars">${bars.join('')}</table></section>`;
 }

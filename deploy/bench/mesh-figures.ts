@@ -9,6 +9,9 @@ export interface MeshFigures {
   promptTokens: number;
   cachedTokens: number;
   preemptions: number;
+  /** Tokens that were guessed from earlier text of their sequence, and those that were right. */
+  draftTokens: number;
+  draftTokensAccepted: number;
   /** Mean and most over the run, looked at once a second. */
   waiting: Level;
   running: Level;
@@ -142,6 +145,8 @@ export function meshFigures(before: Sample[], after: Sample[], during: Sample[][
     promptTokens: grown('prompt_tokens_total'),
     cachedTokens: grown('prompt_tokens_cached_total'),
     preemptions: grown('preemptions_total'),
+    draftTokens: grown('spec_decode_num_draft_tokens_total'),
+    draftTokensAccepted: grown('spec_decode_num_accepted_tokens_total'),
     waiting: level('num_requests_waiting'),
     running: level('num_requests_running'),
     kvUsage: level('kv_cache_usage_ratio'),

@@ -85,7 +85,7 @@ function meshLines(load: string, mesh: MeshFigures): string[] {
     '',
     `mesh, ${load}: ${mesh.steps} steps of ${fixed(mesh.stepMs, 2)} ms, ${fixed(mesh.generationTokensPerStep, 2)} output tokens a step, bubble ${percent(mesh.bubbleRatio)}; ` +
       `running ${level(mesh.running, count)}, waiting ${level(mesh.waiting, count)}, KV use ${level(mesh.kvUsage, percent)}; ` +
-      `${mesh.cachedTokens} prompt tokens from the cache, ${mesh.promptTokens} computed, ${mesh.preemptions} preemptions`,
+      `${mesh.cachedTokens} prompt tokens from the cache, ${mesh.promptTokens} computed, ${mesh.preemptions} preemptions, ${mesh.draftTokensAccepted} of ${mesh.draftTokens} draft tokens right`,
     ...table(head, rows),
   ];
 }

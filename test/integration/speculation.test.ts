@@ -53,8 +53,9 @@ const among = (served: Served): Promise<unknown[]> => Promise.all(asked.map((bod
 /** Draft tokens so far, and those that were right. */
 async function drafts(served: Served): Promise<{ all: number; accepted: number }> {
   const metrics = await (await fetch(`${served.url}/metrics`)).text();
-  const sum = (name: string): number => Number(new RegExp(`^shardmesh_draft_${name}_total (\\d+)$`, 'm').exec(metrics)![1]);
-  return { all: sum('tokens'), accepted: sum('tokens_accepted') };
+  const sum = (name: string): number =>
+    Number(new RegExp(`^shardmesh_spec_decode_num_${name}_tokens_total (\\d+)$`, 'm').exec(metrics)![1]);
+  return { all: sum('draft'), accepted: sum('accepted') };
 }
 
 describe('speculation', () => {

@@ -440,7 +440,7 @@ describe('scheduler', () => {
         { output: { token: 50 }, finished: null },
       ]);
       expect(sequence).toMatchObject({ computed: 9, planned: 9 });
-      expect(scheduler.counts()).toMatchObject({ draftSteps: 1, draftTokens: 7, draftTokensAccepted: 2 });
+      expect(scheduler.counts()).toMatchObject({ drafts: 1, draftTokens: 7, draftTokensAccepted: 2 });
       // Nothing is known of 10 50: planned ahead again.
       expect([scheduler.schedule(0), scheduler.schedule(0)].map(rowsOf)).toEqual([['0: 9..9'], ['0: 10 after 3']]);
     });
