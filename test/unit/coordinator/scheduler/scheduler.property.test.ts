@@ -187,7 +187,8 @@ describe('scheduler under random workloads', () => {
       { numRuns: 300 },
     );
     // The workloads are hard enough to show something.
-    expect(Math.min(seen.preemptions, seen.cachedTokens, seen.rowsWasted, seen.draftTokensAccepted)).toBeGreaterThan(100);
-    expect(seen.draftTokens - seen.draftTokensAccepted).toBeGreaterThan(100);
+    expect(Math.min(seen.preemptions, seen.cachedTokens, seen.rowsWasted)).toBeGreaterThan(100);
+    // Drafts come only where a text repeats itself: 150 to 700 tokens in 300 workloads.
+    expect(Math.min(seen.draftTokensAccepted, seen.draftTokens - seen.draftTokensAccepted)).toBeGreaterThan(10);
   });
 });
