@@ -2,7 +2,7 @@
 export const reportStyle = `
 :root { color-scheme: light; --ink: #1b2733; --quiet: #5d6b78; --line: #e1e6eb; --paper: #f6f8fa; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1240px; padding: 24px; background: var(--paper); color: var(--ink); font: 15px/1.45 system-ui, sans-serif; }
+body { margin: 0 auto; max-width: 1240px; padding: min(24px, 4vw); background: var(--paper); color: var(--ink); font: 15px/1.45 system-ui, sans-serif; }
 h1 { margin: 0; font-size: 24px; } h2 { margin: 0 0 8px; font-size: 16px; }
 header p { margin: 6px 0 18px; color: var(--quiet); overflow-wrap: anywhere; }
 section { margin-bottom: 18px; }
@@ -12,9 +12,10 @@ article { border-top: 4px solid var(--run); }
 article p, article ul { margin: 10px 0 0; color: var(--quiet); font-size: 13px; } article ul { padding-left: 18px; color: #a33d00; }
 .figures { display: grid; grid-template-columns: repeat(3, 1fr); gap: 10px; }
 .figures b { display: block; font-size: 22px; font-variant-numeric: tabular-nums; } .figures span { color: var(--quiet); font-size: 12px; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 14px; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 14px; } .plot { min-width: 0; overflow: hidden; }
 .plot p { margin: 0 0 6px; color: var(--quiet); font-size: 13px; }
 .u-legend { font-size: 12px; text-align: left; }
+section:not(.cards, .plots) { overflow-x: auto; }
 table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 8px; border-bottom: 1px solid var(--line); text-align: left; font-weight: normal; } th { color: var(--quiet); font-size: 13px; }
 .number { text-align: right; }
@@ -22,7 +23,7 @@ i { display: inline-block; width: 10px; height: 10px; margin-right: 7px; border-
 .bars td:first-child { width: 130px; white-space: nowrap; } .bar div { display: flex; height: 16px; } .bar small { color: var(--quiet); }
 .key { font-size: 13px; color: var(--quiet); } .key span { display: inline-block; width: 12px; height: 12px; margin: 0 5px 0 14px; vertical-align: -1px; } .key span:first-child { margin-left: 0; }
 .compute { background: #0072b2; } .sync { background: #e69f00; } .link { background: #cc79a7; } .idle { background: #d5dbe1; }
-@media (max-width: 560px) { .plots, .cards { grid-template-columns: 1fr; } }
+@media (max-width: 560px) { .plots, .cards { grid-template-columns: minmax(0, 1fr); } }
 `;
 
 export const reportScript = `
