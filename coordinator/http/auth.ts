@@ -1,11 +1,11 @@
 /**
  * Who may call: API keys (only their sha256 is kept, compared in constant time), the Host header (against DNS rebinding) and the Origin header (no web page
- * may call unless configured). Applies to every route, unknown ones too, except `/livez` and `/readyz`.
+ * may call unless configured). Applies to every route, unknown ones too, except `/livez`, `/readyz` and `/health`.
  */
 import { createHash, timingSafeEqual } from 'node:crypto';
 import { ShardmeshError } from '../../protocol/errors.ts';
 
-const openRoutes = new Set(['/livez', '/readyz']);
+const openRoutes = new Set(['/livez', '/readyz', '/health']);
 const loopbackNames = new Set(['localhost', '127.0.0.1', '[::1]']);
 
 export interface AuthOptions {

@@ -6,7 +6,7 @@ import type { ChatMessage } from '../text/text-types.ts';
 import { checkBody } from './errors.ts';
 import { chatLogprob } from './logprobs.ts';
 import { engineRequest } from './request-parameters.ts';
-import { runRequests, usage } from './run-request.ts';
+import { runRequests, usage, usageSoFar } from './run-request.ts';
 import { chatSchema, type MessageBody } from './schemas.ts';
 import { checkModel, requestContext, type HttpServerOptions } from './server.ts';
 import { streamReply } from './stream-reply.ts';
@@ -61,7 +61,7 @@ export function chatCompletions(app: FastifyInstance, options: HttpServerOptions
         ...head,
         object: 'chat.completion.chunk',
         choices: [{ index, delta, logprobs, finish_reason: reason }],
-        ...(body.stream_options?.include_usage ? { usage: null } : {}),
+        ...usageSoFar(body.stream_options, request.summary),
       });
       return streamReply(request, reply, options, async (sse) => {
         const begun = new Set<number>();

@@ -6,7 +6,7 @@ import type { TextModel } from '../text/text-types.ts';
 import { checkBody } from './errors.ts';
 import { CompletionLogprobs } from './logprobs.ts';
 import { engineRequest } from './request-parameters.ts';
-import { runRequests, usage } from './run-request.ts';
+import { runRequests, usage, usageSoFar } from './run-request.ts';
 import { completionSchema, type Prompt } from './schemas.ts';
 import { checkModel, requestContext, type HttpServerOptions } from './server.ts';
 import { streamReply } from './stream-reply.ts';
@@ -71,7 +71,7 @@ export function completions(app: FastifyInstance, options: HttpServerOptions): v
       const chunk = (index: number, piece: string, reason: FinishReason | null, logprobs: CompletionLogprobs | null) => ({
         ...head,
         choices: [{ index, text: piece, logprobs, finish_reason: reason }],
-        ...(body.stream_options?.include_usage ? { usage: null } : {}),
+        ...usageSoFar(body.stream_options, request.summary),
       });
       return streamReply(request, reply, options, async (sse) => {
         const offsets = new Map<number, number>();

@@ -3,6 +3,7 @@ import type { FastifyRequest } from 'fastify';
 import { isErrorCode, ShardmeshError } from '../../protocol/errors.ts';
 import type { EngineEvent, EngineRequest, RequestHandle } from '../engine/engine-types.ts';
 import { onDisconnect } from './disconnect.ts';
+import type { StreamOptions } from './schemas.ts';
 import type { HttpServerOptions } from './server.ts';
 
 /** What the log line and `usage` of a request say: numbers and codes, never text. */
@@ -93,6 +94,15 @@ export async function runRequests(
   } finally {
     unwatch();
   }
+}
+
+/**
+ * The `usage` of an event that carries text: null with `include_usage` (the last event has the numbers), what was used so far with `continuous_usage_stats`
+ * besides it, as vLLM has it.
+ */
+export function usageSoFar(options: StreamOptions | undefined, summary: RequestSummary) {
+  if (!options?.include_usage) return {};
+  return { usage: options.continuous_usage_stats ? usage(summary) : null };
 }
 
 export function usage({ promptTokens, cachedTokens, outputTokens }: RequestSummary) {

@@ -37,6 +37,12 @@ const unsupported = (what: string, off: (value: unknown) => boolean = () => fals
     .optional();
 const ignored = z.unknown().optional();
 
+const streamOptions = z.strictObject({
+  include_usage: optional(z.boolean()),
+  include_obfuscation: ignored,
+  continuous_usage_stats: optional(z.boolean()),
+});
+
 /** Parameters that chat and completions share. */
 const sampling = {
   model: z.string().max(256),
@@ -71,13 +77,7 @@ const sampling = {
     optional(z.record(z.string().regex(/^(0|[1-9]\d{0,6})$/, 'keys must be token ids'), z.number().min(-100).max(100))),
   ),
   stream: optional(z.boolean()),
-  stream_options: optional(
-    z.strictObject({
-      include_usage: optional(z.boolean()),
-      include_obfuscation: ignored,
-      continuous_usage_stats: unsupported('continuous_usage_stats', (value) => value === false),
-    }),
-  ),
+  stream_options: optional(streamOptions),
   user: optional(z.string().max(limits.userCharactersMax)),
   store: ignored,
   metadata: ignored,
@@ -215,4 +215,5 @@ export type ChatBody = z.output<typeof chatSchema>;
 export type CompletionBody = z.output<typeof completionSchema>;
 export type MessageBody = z.output<typeof message>;
 type SamplingBody = Pick<ChatBody, keyof typeof sampling & keyof ChatBody>;
+export type StreamOptions = z.output<typeof streamOptions>;
 export type { SamplingBody };

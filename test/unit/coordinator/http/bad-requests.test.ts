@@ -274,8 +274,8 @@ describe('bad requests', () => {
     ).toBe(415);
   });
 
-  it('http - asks for a key on every route but /livez and /readyz', async () => {
-    const open = ['/livez', '/readyz'];
+  it('http - asks for a key on every route but /livez, /readyz and /health', async () => {
+    const open = ['/livez', '/readyz', '/health'];
     for (const path of [
       ...open,
       '/v1/models',

@@ -42,6 +42,19 @@ describe('chat completions', () => {
     expect(chunks.at(-1)?.usage?.total_tokens).toBe(14);
   });
 
+  it('chat completions - with continuous_usage_stats each event says what was used so far', async () => {
+    const totals = [];
+    for await (const { usage } of await client().chat.completions.create({
+      ...chat,
+      stream: true,
+      stream_options: { include_usage: true, continuous_usage_stats: true } as { include_usage: boolean },
+    }))
+      totals.push([usage?.prompt_tokens, usage?.completion_tokens]);
+    expect(totals.at(-1)).toEqual([11, 3]);
+    expect(totals).toContainEqual([11, 1]);
+    expect(totals).toContainEqual([11, 2]);
+  });
+
   it('chat completions - keeps the choices of n apart, streamed or not', async () => {
     const whole = await client().chat.completions.create({ ...chat, n: 3 });
     expect(whole.choices.map((choice) => [choice.index, choice.message.content])).toEqual([
@@ -143,6 +156,7 @@ describe('other routes', () => {
     expect((await fetch(`${url}/readyz`)).status).toBe(200);
     engine.state = { ...engine.state, meshReady: false };
     expect((await fetch(`${url}/readyz`)).status).toBe(503);
+    expect((await fetch(`${url}/health`)).status).toBe(503);
     const other = await startServer({ canary: async () => false });
     expect((await fetch(`${other.url}/readyz`)).status).toBe(503);
     await other.server.close();
