@@ -162,7 +162,7 @@ const options = {
       'guess tokens from earlier text of the sequence and check several in one step, where that is faster; the answer is the same',
     )
       .choices(['auto', 'off'])
-      .default('off'),
+      .default('auto'),
   noLocalModel: () =>
     new Option('--no-local-model', 'fetch the weight slice from the coordinator even where the model file is on this host'),
   json: () => new Option('--json', 'print one JSON object instead of text'),

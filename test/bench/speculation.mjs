@@ -1,5 +1,5 @@
 /**
- * `npm run bench:speculation -- [--rounds 5] [--streams 1] [--json] [--serve "--tp 2"]`: output tokens per second with and without drafts, on texts that repeat themselves
+ * `npm run bench:speculation -- [--rounds 5] [--streams 1] [--text "free text"] [--json] [--serve="--tp 2"]`: output tokens per second with and without drafts, on texts that repeat themselves
  * and on one that does not, interleaved: two meshes, one question to each in turn. The answers must be the same. Best and worst of the rounds.
  */
 import { cpus } from 'node:os';
@@ -11,6 +11,7 @@ const { values } = parseArgs({
     rounds: { type: 'string', default: '5' },
     streams: { type: 'string', default: '1' },
     serve: { type: 'string', default: '--tp 2' },
+    text: { type: 'string', default: '' },
     json: { type: 'boolean', default: false },
   },
 });
@@ -78,7 +79,9 @@ const meshes = {
   off: await startServe([...args, '--speculation', 'off']),
   auto: await startServe([...args, '--speculation', 'auto']),
 };
-const rows = Object.keys(texts).map((text) => ({ text, off: [], auto: [] }));
+const rows = Object.keys(texts)
+  .filter((text) => text.includes(values.text))
+  .map((text) => ({ text, off: [], auto: [] }));
 for (let round = 0; round <= Number(values.rounds); round++)
   for (const row of rows) {
     const answers = {};

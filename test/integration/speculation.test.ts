@@ -60,9 +60,9 @@ async function drafts(served: Served): Promise<{ all: number; accepted: number }
 
 describe('speculation', () => {
   const cuts = [
-    ['--tp', '1'],
-    ['--tp', '2', '--speculation', 'auto'],
-    ['--pp', '2', '--speculation', 'auto'],
+    ['--speculation', 'off'],
+    ['--tp', '2'],
+    ['--pp', '2'],
   ];
   const limits = ['--context-tokens-max', '512', '--kv-cache-bytes', '64m', '--log-level', 'warn'];
   let servers: Served[] = [];

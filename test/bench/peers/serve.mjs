@@ -1,4 +1,4 @@
-/** `shardmesh serve` as a user starts it, and what it takes. */
+/** `shardmesh serve` as a user starts it, but without drafts (`bench:speculation` has those): greedy answers of a small model repeat themselves, and rivals' tools draft nothing. */
 import { spawn } from 'node:child_process';
 import { readdirSync, readFileSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
@@ -15,7 +15,7 @@ export async function startServe(args) {
   const began = performance.now();
   const child = spawn(
     process.execPath,
-    [cli, 'serve', '--port', '0', '--log-level', 'error', '--kv-cache-bytes', `${kvCacheBytes}`, ...args],
+    [cli, 'serve', '--port', '0', '--log-level', 'error', '--kv-cache-bytes', `${kvCacheBytes}`, '--speculation', 'off', ...args],
     {
       stdio: ['ignore', 'pipe', 'inherit'],
     },
