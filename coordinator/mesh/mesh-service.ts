@@ -85,9 +85,13 @@ export class MeshService implements StepTransport, TraceMesh {
     service.#timer = setInterval(() => {
       const now = performance.now();
       service.#ping(now);
-      service.mesh.tick(now);
+      service.mesh.tick(now, service.#brokerSilentMs(now));
     }, tickMs);
     return service;
+  }
+
+  #brokerSilentMs(now: number): number {
+    return this.#pingSentAt === null ? 0 : now - this.#pingSentAt;
   }
 
   get ready(): boolean {
@@ -138,7 +142,7 @@ export class MeshService implements StepTransport, TraceMesh {
 
   explain(fault: MeshFault): MeshFault {
     const now = performance.now();
-    return this.mesh.explain(fault, this.#pingSentAt === null ? 0 : now - this.#pingSentAt, now);
+    return this.mesh.explain(fault, this.#brokerSilentMs(now), now);
   }
 
   reportFault(fault: MeshFault): void {

@@ -230,11 +230,21 @@ export class Mesh {
     }));
   }
 
-  /** Time goes on: deadlines, and the start of a new epoch. Call it at least every 100 ms. */
-  tick(now: number): void {
+  /**
+   * Time goes on: deadlines, and the start of a new epoch. Call it at least every 100 ms.
+   * @param brokerSilentMs  for how long a ping of the broker has been without an answer: heartbeats that do not come through it are not their worker's fault
+   */
+  tick(now: number, brokerSilentMs = 0): void {
     this.#now = now;
     const { timers } = this.#options;
-    if (this.#brokerUp)
+    if (brokerSilentMs > silentMs) {
+      const overdue = [...this.#members.values()].some(({ seenAt }) => now - seenAt > timers.heartbeatTimeoutMs);
+      if (overdue && this.#phase.name === 'serving')
+        this.#endEpoch({
+          code: 'broker_lost',
+          message: `the NATS server has not answered a ping for ${Math.round(brokerSilentMs)} ms, and no heartbeat came through it for ${timers.heartbeatTimeoutMs} ms`,
+        });
+    } else if (this.#brokerUp)
       for (const [worker, member] of this.#members)
         if (now - member.seenAt > timers.heartbeatTimeoutMs)
           this.#lose(

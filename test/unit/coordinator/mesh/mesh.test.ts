@@ -248,6 +248,18 @@ describe('mesh', () => {
     expect(sent.filter((one) => one.message.type === 'assign').map((one) => one.worker)).toEqual(['a', 'b', 'a', 'spare']);
   });
 
+  it('mesh - heartbeats that stay out while the broker answers no ping are the loss of the broker, and cost no worker its seat', () => {
+    const { mesh, lost } = servingMesh();
+    mesh.tick(3_003, 1_500);
+    mesh.tick(3_103, 1_600);
+    expect(lost.map(({ epoch, loss }) => [epoch, loss.code])).toEqual([[1, 'broker_lost']]);
+    mesh.brokerLost();
+    mesh.brokerBack(4_000);
+    mesh.tick(4_001);
+    expect(mesh.epoch).toBeGreaterThan(1);
+    expect(lost.filter(({ loss }) => loss.code === 'worker_lost')).toEqual([]);
+  });
+
   it('mesh - heartbeats missed while the broker is away do not cost a worker its seat', () => {
     const { mesh, lost } = servingMesh();
     mesh.brokerLost();
