@@ -44,15 +44,16 @@ const workload: fc.Arbitrary<Workload> = fc
     sequenceStepsMax: fc.integer({ min: 1, max: 3 }),
     cache: fc.boolean(),
     /** A round with drafts takes so many times what a step takes. */
-    round: fc.option(fc.constantFrom(0.5, 1, 1.5), { freq: 3 }),
+    round: fc.option(fc.constantFrom(0.5, 1, 1.5), { freq: 8 }),
     requests: fc.array(
       fc.record({
         // Few different prompts, so that prefixes are shared; different lengths of the same text.
         promptFamily: fc.integer({ min: 0, max: 2 }),
         promptLength: fc.integer({ min: 1, max: 40 }),
         tenant: fc.constantFrom('a', 'a', 'b'),
-        outputTokensMax: fc.oneof({ weight: 3, arbitrary: fc.integer({ min: 0, max: 20 }) }, fc.integer({ min: 0, max: 60 })),
-        temperature: fc.constantFrom(0, 2),
+        outputTokensMax: fc.oneof(fc.integer({ min: 0, max: 20 }), fc.integer({ min: 0, max: 60 })),
+        // Texts of the high temperature repeat themselves, so there are drafts.
+        temperature: fc.constantFrom(0, 2, 2, 2),
         outputTokensMin: fc.integer({ min: 0, max: 6 }),
         seed: fc.integer({ min: 0, max: 3 }),
         stopTokens: fc.array(fc.integer({ min: 0, max: vocabularySize - 1 }), { maxLength: 8 }),
@@ -187,8 +188,7 @@ describe('scheduler under random workloads', () => {
       { numRuns: 300 },
     );
     // The workloads are hard enough to show something.
-    expect(Math.min(seen.preemptions, seen.cachedTokens, seen.rowsWasted)).toBeGreaterThan(100);
-    // Drafts come only where a text repeats itself: 150 to 700 tokens in 300 workloads.
-    expect(Math.min(seen.draftTokensAccepted, seen.draftTokens - seen.draftTokensAccepted)).toBeGreaterThan(10);
+    expect(Math.min(seen.preemptions, seen.cachedTokens, seen.rowsWasted, seen.draftTokensAccepted)).toBeGreaterThan(100);
+    expect(seen.draftTokens - seen.draftTokensAccepted).toBeGreaterThan(100);
   });
 });
