@@ -1,9 +1,10 @@
 /**
  * `npm run bench:speculation -- [--rounds 5] [--streams 1] [--text "free text"] [--json] [--serve="--tp 2"]`: output tokens per second with and without drafts, on texts that repeat themselves
- * and on one that does not, interleaved: two meshes, one question to each in turn. The answers must be the same. Best and worst of the rounds.
+ * and on one that does not, interleaved: two meshes, one question to each in turn. The answers must be the same. Best, median and worst of the rounds.
  */
 import { cpus } from 'node:os';
 import { parseArgs } from 'node:util';
+import { target } from './peers/measures.mjs';
 import { startServe } from './peers/serve.mjs';
 
 const { values } = parseArgs({
@@ -79,6 +80,7 @@ const meshes = {
   off: await startServe([...args, '--speculation', 'off']),
   auto: await startServe([...args, '--speculation', 'auto']),
 };
+const servers = { off: await target(meshes.off.url), auto: await target(meshes.auto.url) };
 const rows = Object.keys(texts)
   .filter((text) => text.includes(values.text))
   .map((text) => ({ text, off: [], auto: [] }));
@@ -87,9 +89,7 @@ for (let round = 0; round <= Number(values.rounds); round++)
     const answers = {};
     // Each goes first in every second round.
     for (const name of round % 2 ? ['off', 'auto'] : ['auto', 'off']) {
-      const { url } = meshes[name];
-      const { data } = await (await fetch(`${url}/v1/models`)).json();
-      const done = await ask({ url, model: data[0].id }, texts[row.text], round);
+      const done = await ask(servers[name], texts[row.text], round);
       answers[name] = done.answers;
       if (round > 0) row[name].push(done.tokensPerSecond);
     }
