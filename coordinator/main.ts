@@ -158,6 +158,7 @@ async function start(
     meshId,
     revoked: authority?.revoked() ?? [],
     onFatal,
+    onBrokerSilent: () => void local?.broker.replaceIfFrozen(),
     event,
     mesh: {
       model: facts.name,

@@ -121,6 +121,7 @@ export class Broker {
   #startedAt = 0;
   #failures = 0;
   #restarting: Promise<void> | null = null;
+  #replacing: Promise<void> | null = null;
   #reloading: Promise<void> = Promise.resolve();
   #stopping: Promise<void> | null = null;
   readonly #abort = new AbortController();
@@ -240,10 +241,15 @@ export class Broker {
   }
 
   /**
-   * Whoever has lost the connection to the server asks for this: a server that runs but does not even greet (stopped, or stuck) is killed, and started again
+   * Whoever has lost the connection to the server, or waits for an answer of it, asks for this: a server that runs but does not even greet (stopped, or stuck) is killed, and started again
    * on its port with its users. One that is merely slow to others has greeted within a few milliseconds.
    */
-  async replaceIfFrozen(): Promise<void> {
+  replaceIfFrozen(): Promise<void> {
+    this.#replacing ??= this.#replaceIfFrozen().finally(() => (this.#replacing = null));
+    return this.#replacing;
+  }
+
+  async #replaceIfFrozen(): Promise<void> {
     const child = this.#child;
     if (!child || !isRunning(child) || this.#stopping || this.#restarting || this.#startedAt === 0) return;
     for (let attempt = 0; attempt < greetingsMax; attempt++) if ((await this.#greeting(this.#port, frozenMs)) !== null) return;

@@ -22,11 +22,15 @@ export interface MeshServiceOptions {
   /** Workers whose access was taken away before this start. */
   revoked?: readonly string[];
   onFatal(error: Error): void;
+  /** Once for every ping that the broker leaves without an answer for a second. */
+  onBrokerSilent?(): void;
   event(name: string, fields: Record<string, unknown>): void;
 }
 
 const tickMs = 50;
 const pingEveryMs = 500;
+/** Of a ping, before whoever runs the broker looks whether it is frozen: well before the connection is given up. */
+const pingAnswerMs = 1_000;
 /** A worker whose connection ended is lost when it does not show itself for this long (it has two connections, and may be back). */
 const goodbyeMs = 700;
 
@@ -43,6 +47,7 @@ export class MeshService implements StepTransport, TraceMesh {
   /** When the ping that is under way was sent, and the next may be. */
   #pingSentAt: number | null = null;
   #pingNotBefore = 0;
+  #silenceReported = false;
   refusedMessages = 0;
   readonly #revoked: Set<string>;
 
@@ -187,8 +192,13 @@ export class MeshService implements StepTransport, TraceMesh {
   /** Asks the broker for a sign of life, one at a time: tells a frozen broker from a step that is late for another reason. */
   #ping(now: number): void {
     const { transport } = this.#options;
+    if (!this.#silenceReported && this.#brokerSilentMs(now) > pingAnswerMs) {
+      this.#silenceReported = true;
+      this.#options.onBrokerSilent?.();
+    }
     if (this.#pingSentAt !== null || now < this.#pingNotBefore || !transport.connected) return;
     this.#pingSentAt = now;
+    this.#silenceReported = false;
     this.#pingNotBefore = now + pingEveryMs;
     void transport
       .flush()
