@@ -1,4 +1,5 @@
 /** Values on their way between ranks, and what a token costs on the wire. */
+import fc from 'fast-check';
 import { describe, expect, test } from 'vitest';
 import { loadAddon, type WireType } from '../../kernels/index.ts';
 import { cutModel, unitsOfModel, vectorsSent } from '../../kernels/programs/index.ts';
@@ -36,6 +37,58 @@ describe('wire types', () => {
       expect(Number.isFinite(values[1])).toBe(false);
     }
     expect([...kernelTest.wire({ type, x: new Float32Array(40) }).values]).toEqual(Array.from({ length: 40 }, () => 0));
+  });
+});
+
+const halfOf = (low = 0, high = 0): number => {
+  const exponent = (high >> 2) & 31;
+  const mantissa = ((high & 3) << 8) | low;
+  return exponent === 0 ? mantissa * 2 ** -24 : (1024 + mantissa) * 2 ** (exponent - 25);
+};
+
+/** x / scale to nearest even, with the scale of the group, as `wire.h` defines it: one value at a time. */
+function q8Of(x: Float32Array, scale: number): number[] {
+  const inverse = scale > 0 ? Math.fround(1 / scale) : 0;
+  return Array.from(x, (value) => {
+    const exact = Math.min(127, Math.max(-127, Math.fround(value * inverse)));
+    const floor = Math.floor(exact);
+    const up = exact - floor > 0.5 || (exact - floor === 0.5 && floor % 2 !== 0);
+    return Math.fround(scale * (floor + (up ? 1 : 0)));
+  });
+}
+
+/** The upper half of the bits, to nearest even. */
+function bf16Of(value: number): number {
+  const bits = new Uint32Array(Float32Array.of(value).buffer);
+  const word = bits[0] ?? 0;
+  bits[0] = (((word + 0x7fff + ((word >>> 16) & 1)) >>> 16) << 16) >>> 0;
+  return new Float32Array(bits.buffer)[0] ?? 0;
+}
+
+describe('wire types on random rows', () => {
+  const finite = fc.float({ noNaN: true, noDefaultInfinity: true, min: -65_000, max: 65_000 });
+  const rows = fc.float32Array({ minLength: 1, maxLength: 32, noNaN: true, noDefaultInfinity: true, min: -65_000, max: 65_000 });
+
+  test('wire - q8 gives every value of a group, whole or short, what its definition says', () => {
+    fc.assert(
+      fc.property(rows, (x) => {
+        const { bytes, values } = kernelTest.wire({ type: 'q8', x });
+        const scale = halfOf(bytes[0], bytes[1]);
+        const amax = Math.max(...x.map(Math.abs));
+        expect(Math.abs(scale - amax / 127)).toBeLessThanOrEqual(Math.max(2 ** -25, (amax / 127) * 2 ** -11));
+        expect(Array.from(values, (value) => value + 0)).toEqual(q8Of(x, scale).map((value) => value + 0));
+      }),
+      { numRuns: 500 },
+    );
+  });
+
+  test('wire - bf16 gives every value its nearest', () => {
+    fc.assert(
+      fc.property(fc.array(finite, { minLength: 1, maxLength: 70 }), (x) => {
+        expect([...kernelTest.wire({ type: 'bf16', x: numbers(x) }).values]).toEqual(x.map(bf16Of));
+      }),
+      { numRuns: 500 },
+    );
   });
 });
 
