@@ -43,10 +43,10 @@ class ShardExecutor final : public Executor {
   ShardExecutor(ExecutorConfig config, ExecutorEvents events)
       : shard_(std::move(config)), events_(std::move(events)), open_(static_cast<size_t>(shard_.config().sequences_max), false) {
     const Program& p = shard_.program();
-    sampler_rank_ = p.stage + 1 == p.stages && p.rank == 0;
-    slots_.resize(sampler_rank_ ? open_.size() : 0);
+    const bool last_stage = p.stage + 1 == p.stages;
+    slots_.resize(last_stage ? open_.size() : 0);
     board_.latest.resize(open_.size());
-    if (sampler_rank_)
+    if (last_stage)
       for (int i = 0; i < shard_.config().threads; i++) samplers_.emplace_back(p.vocabulary_size);
     // The pinned cores are copied: the team's helpers read them as they start.
     team_ = std::make_unique<ThreadTeam>(shard_.config().threads, shard_.config().cores, shard_.config().spin);
@@ -347,14 +347,14 @@ class ShardExecutor final : public Executor {
   RunContext context() { return {shard_, *team_, links_.get(), board_, slots_, samplers_, aborted_, trace_.load(std::memory_order_relaxed)}; }
 
   void execute(std::vector<SlotOpen>& slots) {
-    if (!sampler_rank_) return;
+    if (slots_.empty()) return;
     for (const SlotOpen& open : slots)
       slots_[static_cast<size_t>(open.slot)] = SlotState(sampling_of(open.sampling), open.sampling.logit_bias, open.prompt_tokens, open.output_tokens);
   }
 
   void execute(std::vector<int>& slots) {
     for (const int slot : slots) {
-      if (sampler_rank_) slots_[static_cast<size_t>(slot)] = SlotState();
+      if (!slots_.empty()) slots_[static_cast<size_t>(slot)] = SlotState();
       board_.latest[static_cast<size_t>(slot)] = {};
     }
   }
@@ -411,7 +411,6 @@ class ShardExecutor final : public Executor {
 
   Shard shard_;
   const ExecutorEvents events_;
-  bool sampler_rank_ = false;
   std::unique_ptr<ThreadTeam> team_;
 
   // Control thread only.

@@ -48,6 +48,12 @@ SlotState::SlotState(const SamplingParameters& parameters, const std::vector<std
   for (const int32_t token : output) count(token);
 }
 
+bool SlotState::plain() const {
+  const SamplingParameters& p = parameters_;
+  if (penalties_ || !seen_.empty()) return false;
+  return p.temperature < kTemperatureMin || (p.top_p >= 1ull << 32 && p.top_k == 0 && p.min_p <= 0.0f);
+}
+
 void SlotState::count(int32_t token) {
   if (!penalties_) return;
   Seen& seen = seen_[token];
@@ -68,6 +74,17 @@ SampledToken Sampler::sample(const float* logits, const SlotState& state, uint32
   return result;
 }
 
+Candidate Sampler::candidate(const float* logits, int32_t first, int64_t count, const SlotState& state, uint32_t position) {
+  if (count == 0) return {INT32_MAX, -INFINITY};
+  const SamplingParameters& p = state.parameters_;
+  if (p.temperature < kTemperatureMin) {
+    const int32_t best = argmax(logits, count);
+    return {first + best, logits[best]};
+  }
+  loops_.divide(logits, p.temperature, count, z_.data());
+  return gumbel_argmax(p, position, z_.data(), first, count, argmax(z_.data(), count), {-INFINITY, INT32_MAX});
+}
+
 SampledToken Sampler::score(const float* logits, int32_t token, int top) {
   SampledToken result;
   result.token = token;
@@ -77,13 +94,11 @@ SampledToken Sampler::score(const float* logits, int32_t token, int top) {
 
 int32_t Sampler::choose(const float* logits, const SlotState& state, uint32_t position, const int32_t* banned, size_t banned_count) {
   const SamplingParameters& p = state.parameters_;
-  if (p.temperature < kTemperatureMin) {
-    if (state.seen_.empty() && banned_count == 0) return argmax(logits);
-    adjust(logits, state, banned, banned_count, 1.0f);
-    return argmax(z_.data());
-  }
-  adjust(logits, state, banned, banned_count, p.temperature);
-  const int32_t best = argmax(z_.data());
+  if (banned_count == 0 && state.plain()) return candidate(logits, 0, vocabulary_, state, position).token;
+  const bool greedy = p.temperature < kTemperatureMin;
+  adjust(logits, state, banned, banned_count, greedy ? 1.0f : p.temperature);
+  const int32_t best = argmax(z_.data(), vocabulary_);
+  if (greedy) return best;
   const float zmax = z_[static_cast<size_t>(best)];
   Cut cut{-INFINITY, INT32_MAX};
   const bool some = p.top_k > 0 && p.top_k < vocabulary_;
@@ -92,7 +107,7 @@ int32_t Sampler::choose(const float* logits, const SlotState& state, uint32_t po
     if (some) keep_top_p_of_keys(p.top_p, zmax, &cut);
     else keep_top_p(p.top_p, zmax, &cut);
   }
-  return gumbel_argmax(p, position, zmax, best, cut);
+  return gumbel_argmax(p, position, z_.data(), 0, vocabulary_, best, cut).token;
 }
 
 // z = (logit with penalties and bias) / divisor; banned tokens are -inf.
@@ -109,10 +124,10 @@ void Sampler::adjust(const float* logits, const SlotState& state, const int32_t*
   for (size_t i = 0; i < banned_count; i++) z_[static_cast<size_t>(banned[i])] = -INFINITY;
 }
 
-int32_t Sampler::argmax(const float* x) const {
-  const float largest = loops_.maximum(x, vocabulary_);
+int32_t Sampler::argmax(const float* x, int64_t count) const {
+  const float largest = loops_.maximum(x, count);
   int64_t i = 0;
-  while (i + 1 < vocabulary_ && x[i] != largest) i++;
+  while (i + 1 < count && x[i] != largest) i++;
   return static_cast<int32_t>(i);
 }
 
@@ -189,28 +204,28 @@ void Sampler::keep_top_p(uint64_t p, float zmax, Cut* cut) {
 
 // argmax of rn(z + noise) over the tokens inside the cut and above min-p; ties go to the lower id. A token is looked at closely only when a cheap upper
 // bound of its noise could make it win.
-int32_t Sampler::gumbel_argmax(const SamplingParameters& p, uint32_t position, float zmax, int32_t best, const Cut& cut) const {
+Candidate Sampler::gumbel_argmax(const SamplingParameters& p, uint32_t position, const float* z, int32_t first, int64_t token_count, int32_t best, const Cut& cut) const {
   const NoiseKey key = noise_key(p.seed, p.choice, position);
-  const float* z = z_.data();
-  const auto value = [&](int32_t token) { return z[token] + gumbel_noise(noise_bits(key, static_cast<uint32_t>(token))); };
+  const auto value = [&](int32_t i) { return z[i] + gumbel_noise(noise_bits(key, static_cast<uint32_t>(first + i))); };
+  const float zmax = z[best];
   float best_value = value(best);
   float bound[kNoiseBlock];
-  for (int64_t from = 0; from < vocabulary_; from += kNoiseBlock) {
-    const int count = static_cast<int>(std::min<int64_t>(kNoiseBlock, vocabulary_ - from));
+  for (int64_t from = 0; from < token_count; from += kNoiseBlock) {
+    const int count = static_cast<int>(std::min<int64_t>(kNoiseBlock, token_count - from));
     const float highest = loops_.maximum(z + from, count);
     if (highest < cut.z || highest + kNoiseMax < best_value) continue;
-    if (loops_.noise_bounds(z + from, key, static_cast<uint32_t>(from), count, bound) < best_value) continue;
+    if (loops_.noise_bounds(z + from, key, static_cast<uint32_t>(first + from), count, bound) < best_value) continue;
     for (int i = 0; i < count; i++) {
-      const int32_t token = static_cast<int32_t>(from) + i;
-      if (bound[i] < best_value || z[token] < cut.z || (z[token] == cut.z && token > cut.token)) continue;
-      const float v = value(token);
-      if (v < best_value || (v == best_value && token >= best)) continue;
-      if (p.min_p > 0.0f && exp_fixed(z[token] - zmax) < p.min_p) continue;
+      const int32_t at = static_cast<int32_t>(from) + i;
+      if (bound[i] < best_value || z[at] < cut.z || (z[at] == cut.z && first + at > cut.token)) continue;
+      const float v = value(at);
+      if (v < best_value || (v == best_value && at >= best)) continue;
+      if (p.min_p > 0.0f && exp_fixed(z[at] - zmax) < p.min_p) continue;
       best_value = v;
-      best = token;
+      best = at;
     }
   }
-  return best;
+  return {first + best, best_value};
 }
 
 // logprob = rn(rn(x - M) - log(sum))

@@ -33,6 +33,10 @@ class SlotState {
   SlotState(const SamplingParameters& parameters, const std::vector<std::pair<int32_t, float>>& bias, const std::vector<int32_t>& prompt,
             const std::vector<int32_t>& output);
   const SamplingParameters& parameters() const { return parameters_; }
+  // The token is the best one by logit, or by logit / temperature and noise: no other token has a say in it.
+  bool plain() const;
+  // Plain, and no log-probability asked for: the best candidates of parts of the vocabulary tell the token.
+  bool by_candidates() const { return plain() && parameters_.logprobs < 0; }
   // A token was sampled.
   void count(int32_t token);
 
@@ -60,6 +64,13 @@ struct SampledToken {
   std::vector<TokenLogprob> top;  // best first
 };
 
+// The best of some tokens, and what it is compared by.
+struct Candidate {
+  int32_t token;
+  float value;
+};
+inline bool is_better(const Candidate& a, const Candidate& b) { return a.value > b.value || (a.value == b.value && a.token < b.token); }
+
 // One a thread: it owns scratch of a few vocabularies.
 class Sampler {
  public:
@@ -67,6 +78,8 @@ class Sampler {
 
   // Samples the token at absolute position `position` (one past the row's own). All logits are finite. The state is not changed: call state->count().
   SampledToken sample(const float* logits, const SlotState& state, uint32_t position, const int32_t* banned, size_t banned_count);
+  // The best of the tokens [first, first + count) for a plain state, from their finite logits. None of no tokens: a token beyond all others.
+  Candidate candidate(const float* logits, int32_t first, int64_t count, const SlotState& state, uint32_t position);
   // Log-probability of `token`, and of the `top` best.
   SampledToken score(const float* logits, int32_t token, int top);
 
@@ -83,8 +96,9 @@ class Sampler {
   void keep_top_k(int32_t k, Cut* cut);
   void keep_top_p_of_keys(uint64_t p, float zmax, Cut* cut);
   void keep_top_p(uint64_t p, float zmax, Cut* cut);
-  int32_t argmax(const float* x) const;
-  int32_t gumbel_argmax(const SamplingParameters& parameters, uint32_t position, float zmax, int32_t best, const Cut& cut) const;
+  int32_t argmax(const float* x, int64_t count) const;
+  // Of the tokens [first, first + count) with values z; `best` is the index of the largest.
+  Candidate gumbel_argmax(const SamplingParameters& parameters, uint32_t position, const float* z, int32_t first, int64_t count, int32_t best, const Cut& cut) const;
   void report(const float* logits, int32_t token, int top, SampledToken* out);
 
   const int64_t vocabulary_;

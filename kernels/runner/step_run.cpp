@@ -556,6 +556,17 @@ StepRun::Status StepRun::select_rows(const Operation& o) {
   return Status::Done;
 }
 
+namespace {
+
+// A candidate of another rank; logits that are not finite anywhere leave no token.
+void join_candidate(const uint8_t* source, Candidate* best) {
+  Candidate other;
+  std::memcpy(&other, source, sizeof other);
+  if (other.token < 0 || (best->token >= 0 && is_better(other, *best))) *best = other;
+}
+
+}  // namespace
+
 StepRun::Status StepRun::gather_logits(int index) {
   const Operation& o = program_.operations[static_cast<size_t>(index)];
   const auto own_of = [&](int r) { return o.vocabulary[static_cast<size_t>(r)]; };
@@ -563,16 +574,25 @@ StepRun::Status StepRun::gather_logits(int index) {
     for (int t = 0; t < tail_rows_; t++) std::memcpy(row(o.out, t), row(o.in, t), static_cast<size_t>(shard_.buffer(o.in).width) * 4);
     return Status::Done;
   }
+  if (piece_ == 0 && peer_ < 0) find_candidates(o);
   const int piece_rows = shard_.piece_rows(index);
+  const auto row_bytes_of = [&](int rank, int r) { return by_candidates(r) ? sizeof(Candidate) : static_cast<size_t>(own_of(rank).size()) * 4; };
   for (; piece_ * piece_rows < tail_rows_; piece_++) {
     const int from = piece_ * piece_rows, count = std::min(piece_rows, tail_rows_ - from);
-    // Rank 0 needs everybody's logits, nobody needs its own: it publishes four bytes.
-    const auto bytes_of = [&](int r) { return r == 0 ? 4 : std::max<size_t>(4, static_cast<size_t>(count) * static_cast<size_t>(own_of(r).size()) * 4); };
+    // Rank 0 needs everybody's logits or candidates, nobody needs its own: it publishes four bytes.
+    const auto bytes_of = [&](int rank) {
+      size_t bytes = 0;
+      for (int r = from; rank != 0 && r < from + count; r++) bytes += row_bytes_of(rank, r);
+      return std::max<size_t>(4, bytes);
+    };
     const auto fill = [&](uint8_t* block) {
       std::memset(block, 0, 4);
       if (program_.rank == 0) return;
-      const size_t row_bytes = static_cast<size_t>(own_of(program_.rank).size()) * 4;
-      for (int t = 0; t < count; t++) std::memcpy(block + static_cast<size_t>(t) * row_bytes, row(o.in, from + t), row_bytes);
+      for (int r = from; r < from + count; r++) {
+        const size_t bytes = row_bytes_of(program_.rank, r);
+        std::memcpy(block, by_candidates(r) ? static_cast<const void*>(&candidates_[static_cast<size_t>(r)]) : row(o.in, r), bytes);
+        block += bytes;
+      }
     };
     Payloads payloads;
     // Pieces are numbered through all passes of the tail, so that keys ascend.
@@ -580,16 +600,43 @@ StepRun::Status StepRun::gather_logits(int index) {
     const Status status = exchange(FrameKind::Logits, index, number, count, fill, bytes_of, &payloads);
     if (status != Status::Done) return status;
     if (program_.rank != 0) continue;
-    for (int t = 0; t < count; t++) {
-      for (int r = 0; r < program_.ranks; r++) {
-        const size_t row_bytes = static_cast<size_t>(own_of(r).size()) * 4;
-        const void* source = r == 0 ? static_cast<const void*>(row(o.in, from + t)) : payloads[static_cast<size_t>(r)] + static_cast<size_t>(t) * row_bytes;
-        std::memcpy(row(o.out, from + t) + own_of(r).from, source, row_bytes);
+    for (int r = from; r < from + count; r++) {
+      const bool candidates = by_candidates(r);
+      if (!candidates) std::memcpy(row(o.out, r) + own_of(0).from, row(o.in, r), static_cast<size_t>(own_of(0).size()) * 4);
+      for (int rank = 1; rank < program_.ranks; rank++) {
+        const size_t bytes = row_bytes_of(rank, r);
+        const uint8_t*& source = payloads[static_cast<size_t>(rank)];
+        if (candidates) join_candidate(source, &candidates_[static_cast<size_t>(r)]);
+        else std::memcpy(row(o.out, r) + own_of(rank).from, source, bytes);
+        source += bytes;
       }
     }
   }
   piece_ = 0;
   return Status::Done;
+}
+
+// Whether the best candidate of each rank tells the token of row r of this pass, so that its logits stay where they are.
+bool StepRun::by_candidates(int r) const {
+  const OutputRow& output = output_of(r);
+  return program_.ranks > 1 && output.score < 0 && output.banned.empty() && context_.slots[static_cast<size_t>(output.slot)].by_candidates();
+}
+
+// Of the own part of the vocabulary.
+void StepRun::find_candidates(const Operation& o) {
+  const int64_t began = monotonic_now_ns();
+  const Range own = o.vocabulary[static_cast<size_t>(program_.rank)];
+  candidates_.assign(static_cast<size_t>(tail_rows_), {-1, 0});
+  share(tail_rows_ == 1 ? 0 : static_cast<double>(tail_rows_) * static_cast<double>(own.size()), [&](Part part) {
+    for (int r = part.index; r < tail_rows_; r += part.count) {
+      const float* logits = row(o.in, r);
+      if (!by_candidates(r) || !kernels_.all_finite(logits, own.size())) continue;
+      const OutputRow& output = output_of(r);
+      candidates_[static_cast<size_t>(r)] = context_.samplers[static_cast<size_t>(part.index)].candidate(
+          logits, static_cast<int32_t>(own.from), own.size(), context_.slots[static_cast<size_t>(output.slot)], sampled_position(output));
+    }
+  });
+  timings_.sample_us += static_cast<double>(monotonic_now_ns() - began) / 1000.0;
 }
 
 // Output `index` samples behind a row of the same sequence that samples too: its own token is a draft of what that row gives.
@@ -612,18 +659,19 @@ StepRun::Status StepRun::sample(const Operation& o) {
       return;
     }
     const float* logits = row(o.in, r);
-    if (!kernels_.all_finite(logits, program_.vocabulary_size)) {
+    const bool candidates = by_candidates(r);
+    if (candidates ? candidates_[static_cast<size_t>(r)].token < 0 : !kernels_.all_finite(logits, program_.vocabulary_size)) {
       states[static_cast<size_t>(r)] = RowState::NotFinite;
       return;
     }
     SlotState& state = context_.slots[static_cast<size_t>(output.slot)];
-    const uint32_t position = static_cast<uint32_t>(input_.positions[static_cast<size_t>(output.row)]) + 1;
     SampledToken& result = results[static_cast<size_t>(r)];
     if (output.score >= 0) {
       result = sampler.score(logits, output.score, std::max(0, state.parameters().logprobs));
       return;
     }
-    result = sampler.sample(logits, state, position, output.banned.data(), output.banned.size());
+    if (candidates) result.token = candidates_[static_cast<size_t>(r)].token;
+    else result = sampler.sample(logits, state, sampled_position(output), output.banned.data(), output.banned.size());
     state.count(result.token);
     chosen_[index] = result.token;
   };

@@ -30,8 +30,8 @@ struct RunContext {
   ThreadTeam& team;
   Links* links;                         // null: one worker alone
   TokenBoard& tokens;
-  std::vector<SlotState>& slots;        // rank 0 of the last stage; by slot
-  std::vector<Sampler>& samplers;       // one a thread
+  std::vector<SlotState>& slots;        // ranks of the last stage; by slot
+  std::vector<Sampler>& samplers;       // the same; one a thread
   const std::atomic<bool>& aborted;
   bool trace;                           // record spans
 };
@@ -73,6 +73,8 @@ class StepRun {
   void gated_activation(const Operation& o);
   Status select_rows(const Operation& o);
   Status gather_logits(int index);
+  bool by_candidates(int r) const;
+  void find_candidates(const Operation& o);
   Status sample(const Operation& o);
   bool is_draft(size_t index) const;
   Status send_tokens();
@@ -99,6 +101,9 @@ class StepRun {
   Status fail(FailureCode code, std::string message);
   std::string where(int index) const;
   int rows_of(int buffer) const;
+  const OutputRow& output_of(int r) const { return input_.outputs[static_cast<size_t>(tail_from_ + r)]; }
+  // Absolute position of the token that is sampled.
+  uint32_t sampled_position(const OutputRow& output) const { return static_cast<uint32_t>(input_.positions[static_cast<size_t>(output.row)]) + 1; }
   float* row(int buffer, int r) const { return shard_.buffer(buffer).data + r * shard_.buffer(buffer).stride; }
   PeerAddress self() const { return {program_.stage, program_.rank}; }
   int ranks_of(int stage) const;
@@ -127,6 +132,7 @@ class StepRun {
   int64_t wait_began_ns_ = 0;
   float* partial_ = nullptr;              // where the last partial product lies
   int64_t partial_subtree_stride_ = 0;
+  std::vector<Candidate> candidates_;     // by output row of the pass: the best known, of rows that need no more; token -1: logits are not finite
   std::vector<int32_t> chosen_;           // by output row: the token sampled there, else -1
   std::vector<int32_t> sampled_;          // pairs slot, token of this step
 

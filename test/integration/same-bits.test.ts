@@ -62,6 +62,7 @@ describe('same bits', () => {
     for (const prompt of ['long', 'short'] as const) {
       const { cells, scores } = await runAll({ shape: plainShape, companies: [cold] }, { outputTokens, prompt });
       want.set(prompt, { cell: cells[0]!, scores });
+      expect(cells[0]!.unreported.length).toBeGreaterThan(20);
       expect(new Set((JSON.parse(scores) as unknown[][])[1]).size).toBeGreaterThan(prompt === 'long' ? 100 : 20);
     }
   });
@@ -73,9 +74,10 @@ describe('same bits', () => {
     it(`same bits - ${shapeName(shape)}${emulated ? ', emulated' : ''}, ${names} equals one worker`, async () => {
       const { cells, scores } = await runAll(mesh, { outputTokens, prompt }, emulated ? await emulatedCli() : undefined);
       const { cell, scores: wantScores } = want.get(prompt)!;
-      for (const [index, { greedy, sampled, cachedTokens }] of cells.entries()) {
+      for (const [index, { greedy, sampled, unreported, cachedTokens }] of cells.entries()) {
         expect(greedy).toBe(cell.greedy);
         expect(sampled).toBe(cell.sampled);
+        expect(unreported).toBe(cell.unreported);
         expect(cachedTokens > 0).toBe(companies[index]!.cached);
       }
       expect(scores).toBe(wantScores);

@@ -266,7 +266,7 @@ describe('step runner, decoding', () => {
   ] as [string, TinyMeshOptions][])(
     'step runner - drafts are kept as far as they are what one row a step samples, on %s',
     async (_, options) => {
-      for (const sampling of [{}, penalties]) {
+      for (const sampling of [{}, { logprobs: null, temperature: 0.9, seed: 4n }, penalties]) {
         const plain = await generate({}, sampling);
         const tokens = plain.map(([token]) => token!);
         for (const drafts of [0, 3]) expect(await generateWithDrafts(options, sampling, tokens, drafts)).toEqual(plain);
@@ -278,6 +278,58 @@ describe('step runner, decoding', () => {
     const plain = await generate({}, penalties, 76);
     const tokens = plain.map(([token]) => token!);
     expect(await generateWithDrafts({ kind: 'cpu', threads: 2 }, penalties, tokens, 70)).toEqual(plain); // 64 rows a pass
+  });
+
+  test.each([
+    ['two ranks', { cut: twoRankCut }],
+    ['two ranks of the best kernel set, two threads', { cut: twoRankCut, kind: 'cpu', threads: 2 }],
+    ['two stages of three ranks', { cut: threeRankTwoStageCut }],
+    ['two stages of three ranks, host driver', { cut: threeRankTwoStageCut, host: true }],
+  ] as [string, TinyMeshOptions][])(
+    'step runner - the best candidates of the ranks give the tokens that all logits give, on %s',
+    async (_, options) => {
+      for (const sampling of [{}, { temperature: 0.9, seed: 99n }, { temperature: 2, seed: 7n, choice: 3 }, sampled, penalties]) {
+        const tokens = async (on: TinyMeshOptions, logprobs: number | null): Promise<number[]> =>
+          (await generate(on, { ...sampling, logprobs }, 40)).map(([token]) => token!);
+        const fromAllLogits = await tokens({}, 0);
+        expect(new Set(fromAllLogits).size).toBeGreaterThan(5);
+        expect(await tokens(options, null)).toEqual(fromAllLogits);
+        expect(await tokens({}, null)).toEqual(fromAllLogits);
+      }
+    },
+  );
+
+  test('step runner - only rows that need more than candidates send their logits', async () => {
+    const others = tiny.vocabulary - (twoRankCut.vocabulary[0]!.to - twoRankCut.vocabulary[0]!.from);
+    const bytesOf = async (sampling: Partial<SlotSampling>[], output: Partial<TinyRows['outputs'][0]> = {}): Promise<number> => {
+      const mesh = await start({ cut: twoRankCut, host: true });
+      sampling.forEach((one, slot) => mesh.open(slot, one, [1, 2]));
+      await mesh.run(
+        sampling.map((_, slot) => ({
+          slot,
+          position: 0,
+          tokens: [1, 2],
+          blocks: [slot],
+          outputs: [{ row: 1, score: null, ...output }],
+        })),
+      );
+      return mesh.frameBytes.get('logits')!;
+    };
+    const plain = { logprobs: null };
+    // Rank 0 publishes four bytes to say that it is there.
+    expect(await bytesOf([plain])).toBe(4 + 8);
+    expect(await bytesOf([{ ...plain, temperature: 1, seed: 3n }])).toBe(4 + 8);
+    const whole = 4 + 4 * others;
+    expect(await bytesOf([{ logprobs: 0 }])).toBe(whole);
+    expect(await bytesOf([plain], { score: 5 })).toBe(whole);
+    expect(await bytesOf([plain], { banned: [5] })).toBe(whole);
+    expect(await bytesOf([{ ...plain, presencePenalty: 0.5 }])).toBe(whole);
+    expect(await bytesOf([{ ...plain, logitBias: [[3, 1]] }])).toBe(whole);
+    for (const cut of [{ topP: 0.9 }, { topK: 10 }, { minP: 0.1 }]) {
+      expect(await bytesOf([{ ...plain, ...cut, temperature: 1 }])).toBe(whole);
+      expect(await bytesOf([{ ...plain, ...cut }])).toBe(4 + 8);
+    }
+    expect(await bytesOf([plain, { logprobs: 2 }, plain])).toBe(whole + 16);
   });
 
   test('step runner - a banned token is not sampled', async () => {

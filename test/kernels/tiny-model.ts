@@ -9,6 +9,7 @@ import {
   type Executor,
   type ExecutorKind,
   type Isa,
+  type NativeFrame,
   type OutputResult,
   type PeerLink,
   type SlotSampling,
@@ -466,14 +467,19 @@ interface Member {
   pending: Map<number, { resolve: (done: StepDone) => void; reject: (error: Error) => void }>;
 }
 
+type FrameBytes = Map<NativeFrame['kind'], number>;
+
 /** All ranks of the tiny model in this process. */
 export class TinyMesh {
   readonly members: Member[];
+  /** Payload that went over the host driver. */
+  readonly frameBytes: Readonly<FrameBytes>;
   readonly #cut: TinyCut;
   #step = 0;
 
-  private constructor(members: Member[], cut: TinyCut) {
+  private constructor(members: Member[], cut: TinyCut, frameBytes: FrameBytes) {
     this.members = members;
+    this.frameBytes = frameBytes;
     this.#cut = cut;
   }
 
@@ -481,6 +487,10 @@ export class TinyMesh {
     const cut = options.cut ?? wholeCut;
     const weights = options.weights ?? tinyWeights();
     const members: Member[] = [];
+    const frameBytes: FrameBytes = new Map();
+    const onFrame = ({ kind, payload }: NativeFrame): void => {
+      frameBytes.set(kind, (frameBytes.get(kind) ?? 0) + payload.length);
+    };
     for (let stage = 0; stage < cut.stages.length; stage++)
       for (let rank = 0; rank < cut.heads.length; rank++) {
         const program = tinyProgram(weights, cut, stage, rank, options);
@@ -505,6 +515,7 @@ export class TinyMesh {
               pending.delete(done.step);
             },
             onFrame: (destination, frame) => {
+              onFrame(frame);
               const to = members.find((m) => m.stage === destination.stage && m.rank === destination.rank);
               to?.executor.deliver(frame);
             },
@@ -519,7 +530,7 @@ export class TinyMesh {
         );
         members.push({ stage, rank, executor, pending });
       }
-    const mesh = new TinyMesh(members, cut);
+    const mesh = new TinyMesh(members, cut, frameBytes);
     mesh.connect(options.host ?? false);
     return mesh;
   }

@@ -66,9 +66,10 @@ describe('same bits, whole matrix', () => {
 
       for (const company of companies)
         it(`same bits - ${companyName(company)}`, async () => {
-          const { greedy, sampled, cachedTokens } = await mesh.run(company, asked);
+          const { greedy, sampled, unreported, cachedTokens } = await mesh.run(company, asked);
           expect(greedy).toBe(want.greedy);
           expect(sampled).toBe(want.sampled);
+          expect(unreported).toBe(want.unreported);
           expect(cachedTokens > 0).toBe(company.cached);
         });
       it('same bits - scores of the prompt', async () => {

@@ -44,6 +44,8 @@ export interface CellResult {
   greedy: string;
   /** The same with a seed at temperature 1. */
   sampled: string;
+  /** Text with a seed and no log-probabilities: ranks send their best candidates in place of logits. */
+  unreported: string;
   /** Prompt tokens of the greedy request that came from the prefix cache. */
   cachedTokens: number;
 }
@@ -90,7 +92,13 @@ export class MatrixMesh {
       const sampled = await this.#ask(`sampled-${where}`, seeded);
       for (const { cachedTokens } of [greedy, sampled])
         if (cachedTokens > 0 !== cached) throw new Error(`${cachedTokens} prompt tokens came from the prefix cache`);
-      return { greedy: greedy.bits, sampled: sampled.bits, cachedTokens: greedy.cachedTokens };
+      const { choices } = await complete(this.#served, { ...seeded, top_p: 1 }, keyOf(`sampled-${where}`));
+      return {
+        greedy: greedy.bits,
+        sampled: sampled.bits,
+        unreported: choices[0]?.text ?? '',
+        cachedTokens: greedy.cachedTokens,
+      };
     });
   }
 
