@@ -42,7 +42,7 @@ export interface MeasuredKernels {
   sampleBytes: number;
 }
 
-const sampleBytesDefault = 48 * 1024 ** 2;
+const sampleBytesDefault = 128 * 1024 ** 2;
 const batch = 8;
 /** Time for one point after its warm-up step. */
 const pointMs = 40;

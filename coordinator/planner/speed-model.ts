@@ -1,9 +1,10 @@
 /**
  * Predicts tokens/s of a placement from a handful of measured numbers. Pure: no clock, no machine, no model file.
  *
- *   step of a stage   = bytes read by its slowest rank / speed of its cores  +  2 reductions a layer (none when one rank holds the stage)
- *   one stream        = 1 / (sum of all stages + one hop after each stage + fixed cost): a token needs the token before it
+ *   step of a stage   = bytes read by its ranks, as its cores can share them / speed of those cores  +  2 reductions a layer (none when one rank holds the stage)
+ *   one stream        = 1 / (sum of all stages + one hop after each stage + fixed cost + serving): a token needs the token before it
  *   several streams   = micro-batches fill the stages; the slowest stage sets the pace, and one stream's way round is the least a round takes
+ *   serving           = CPU of coordinator, broker and event loops, where no core is left for it beside the threads that compute
  *
  * Bytes read are the matrices of a rank, once a step whatever the number of tokens, and the K/V of every token's context. Decode is bound by them.
  */
@@ -23,15 +24,29 @@ export interface LinkSpeed {
   bytesPerSecond: number;
 }
 
+/** CPU that a step takes besides computing, in all processes together. */
+export interface ServiceCost {
+  /** Plan, result, one token, with one worker. */
+  stepSeconds: number;
+  /** For each further worker. */
+  workerSeconds: number;
+  /** For each further sequence of the step. */
+  sequenceSeconds: number;
+}
+
 export interface MachineSpeed {
+  /** Cores that may compute. */
   cores: number;
+  /** All cores of the machine. Coordinator, broker and event loops use those that do not compute, if there are any. */
+  hostCores: number;
   /** At least one point. */
   kernels: readonly KernelSpeed[];
   link: LinkSpeed;
   /** A step's time that depends neither on bytes nor on the split: sampling, hand-over. */
   stepSeconds: number;
-  /** Added to every exchange when workers outnumber cores, for then one has to be scheduled in. */
+  /** From a message to the moment a thread that sleeps for it runs: in every hop to a stage that has nothing else to do, and in every exchange when workers outnumber cores. */
   wakeSeconds: number;
+  service: ServiceCost;
 }
 
 /** What one rank reads in a step. */
@@ -93,10 +108,15 @@ export function predictSpeed(load: PlacementLoad, machine: MachineSpeed, workloa
   const hops =
     load.stages.length === 1
       ? 0
-      : load.stages.length * exchange(machine, shared.workers, tokens * load.hiddenSize * load.wireBytes);
+      : load.stages.length * (exchange(machine, shared.workers, tokens * load.hiddenSize * load.wireBytes) + machine.wakeSeconds);
+  const service = serviceTime(
+    machine,
+    { workers: workersOfOne, streams, microBatches },
+    Math.max(...stages.map(({ threads }) => threads)),
+  );
   const wayRound = sum(stages.map((stage) => stage.compute + stage.link)) + hops + machine.stepSeconds;
   const slowest = Math.max(...stages.map((stage) => stage.compute + stage.link)) + machine.stepSeconds;
-  const round = Math.max(wayRound, microBatches * slowest);
+  const round = Math.max(wayRound, microBatches * slowest) + service;
   const link = sum(stages.map((stage) => stage.link)) + hops;
   return {
     tokensPerSecond: workload.streams / round,
@@ -111,21 +131,63 @@ interface Sharing {
   microBatches: number;
 }
 
+interface StageTime {
+  compute: number;
+  link: number;
+  /** That compute at the same time, of all stages and replicas. */
+  threads: number;
+}
+
 function stageTime(
   stage: StageLoad,
   vectorBytes: number,
   machine: MachineSpeed,
   { tokens, contextTokens }: { tokens: number; contextTokens: number },
   shared: Sharing,
-): { compute: number; link: number } {
-  // Cores that read memory at the same time share it: all ranks of a stage, stages with a micro-batch of their own, replicas.
-  const busyStages = shared.microBatches;
-  const threads = Math.max(1, Math.floor(machine.cores / shared.workers));
-  const busyWorkers = stage.ranks.length * busyStages * shared.busyReplicas;
-  const perWorker = kernelSpeed(machine.kernels, Math.min(machine.cores, busyWorkers * threads), tokens) / busyWorkers;
-  const bytes = Math.max(...stage.ranks.map((rank) => rank.matrixBytes + tokens * contextTokens * rank.kvBytesPerToken));
-  return { compute: bytes / perWorker, link: reductionTime(stage, tokens * vectorBytes, machine, shared.workers) };
+): StageTime {
+  // Stages with a micro-batch of their own and replicas run at the same time and share cores and memory.
+  const busyGroups = shared.microBatches * shared.busyReplicas;
+  const threadsOfWorker = Math.max(1, Math.floor(machine.cores / shared.workers));
+  const coresOfStage = Math.max(1, Math.floor(machine.cores / busyGroups));
+  const ranksAtOnce = Math.min(stage.ranks.length, Math.max(1, Math.floor(coresOfStage / threadsOfWorker)));
+  const threads = Math.min(machine.cores, busyGroups * ranksAtOnce * threadsOfWorker);
+  const perRank = kernelSpeed(machine.kernels, threads, tokens) / (busyGroups * ranksAtOnce);
+  const bytes = stage.ranks.map((rank) => rank.matrixBytes + tokens * contextTokens * rank.kvBytesPerToken);
+  return {
+    compute: makespan(bytes, ranksAtOnce) / perRank,
+    link: reductionTime(stage, tokens * vectorBytes, machine, shared.workers),
+    threads,
+  };
 }
+
+/** The least time that `slots` need for jobs that are not divided: each job, largest first, goes to whoever has least (Graham's LPT rule). */
+function makespan(jobs: readonly number[], slots: number): number {
+  const loads = Array.from({ length: slots }, () => 0);
+  for (const job of [...jobs].sort((a, b) => b - a)) {
+    const least = Math.min(...loads);
+    loads[loads.indexOf(least)] = least + job;
+  }
+  return Math.max(...loads);
+}
+
+/**
+ * How much longer a round takes because coordinator, broker and event loops need the cores that compute. Threads wait for each other in every operation, so a
+ * core that is taken holds all of them up, unless another is taken at the same time.
+ */
+function serviceTime(
+  { hostCores, service }: MachineSpeed,
+  { workers, streams, microBatches }: { workers: number; streams: number; microBatches: number },
+  threads: number,
+): number {
+  if (threads < hostCores) return 0;
+  const cpu =
+    microBatches * (service.stepSeconds + (workers - 1) * service.workerSeconds) +
+    Math.max(0, streams - microBatches) * service.sequenceSeconds;
+  return cpu * Math.max(1 / hostCores, heldUp);
+}
+
+/** Share of that CPU time that holds computing up, fitted to measured placements. */
+const heldUp = 0.75;
 
 /** Two reductions a layer. Everybody reads everybody's vectors, so the sum of what the others send counts. */
 function reductionTime(stage: StageLoad, vectorBytes: number, machine: MachineSpeed, workers: number): number {

@@ -1,6 +1,7 @@
 /** `shardmesh plan`: how a model would be cut, what each worker would hold, and how fast that would be, before anything is loaded. */
 import { Command } from 'commander';
 import { availableParallelism } from 'node:os';
+import { measureMessage, measureWake, serviceCost } from '../../coordinator/planner/measure-host.ts';
 import { measureKernels, measureReduction, type MeasuredKernels } from '../../coordinator/planner/measure-speed.ts';
 import {
   kvBytesPerBlock,
@@ -27,12 +28,11 @@ import { table } from './table.ts';
 /** Tokens in the context of each sequence in a prediction. */
 const contextTokens = 256;
 
-/** What is taken where it cannot be measured, or is not worth the time: 4-bit weights on one core of a server, shared memory, a wake-up by the scheduler. */
+/** What is taken where it cannot be measured, or is not worth the time: 4-bit weights on one core of a server, shared memory. */
 const assumed = {
   bytesPerSecondOfCore: 10e9,
   shm: { seconds: 2e-6, bytesPerSecond: 4e9 },
   stepSeconds: 200e-6,
-  wakeSeconds: 50e-6,
 } as const;
 
 /** A number of the prediction: where it comes from. */
@@ -142,23 +142,24 @@ async function measureMachine(
     value: microseconds(kernels?.stepSeconds ?? assumed.stepSeconds),
     source: kernels ? 'measured' : 'assumed',
   });
-  basis.push({
-    what: 'waiting for the scheduler, more workers than cores',
-    value: microseconds(assumed.wakeSeconds),
-    source: 'assumed',
-  });
+  const wakeSeconds = await measureWake();
+  const messageSeconds = await measureMessage();
+  basis.push({ what: 'until a sleeping worker runs', value: microseconds(wakeSeconds), source: 'measured' });
+  basis.push({ what: 'CPU of a message, for coordinator and broker', value: microseconds(messageSeconds), source: 'measured' });
   basis.push({ what: 'context of each sequence', value: `${contextTokens} tokens`, source: 'assumed' });
   return {
     basis,
     machine: {
       cores: cores.length,
+      hostCores: availableParallelism(),
       kernels: kernels?.points ?? [
         { threads: 1, tokens: 1, bytesPerSecond: assumed.bytesPerSecondOfCore },
         { threads: cores.length, tokens: 1, bytesPerSecond: assumed.bytesPerSecondOfCore * cores.length },
       ],
       link,
       stepSeconds: kernels?.stepSeconds ?? assumed.stepSeconds,
-      wakeSeconds: assumed.wakeSeconds,
+      wakeSeconds,
+      service: serviceCost(messageSeconds),
     },
   };
 }

@@ -47,12 +47,11 @@ const rows = values.rows.split(',');
 for (const row of rows) if (!groups.includes(row)) throw new Error(`--rows ${row}: there are ${groups.join(', ')}`);
 const rounds = Number(values.rounds);
 
-const llamaCpp = values['llama-cpp'] ?? obtainLlamaCpp(say);
-const rivals = [{ name: 'llama.cpp', bin: llamaCpp }];
-if (values['ik-llama-cpp']) rivals.push({ name: 'ik_llama.cpp', bin: values['ik-llama-cpp'] });
-
 const shipped = values.model ?? (await cachedModel(catalogue[0]))?.path;
 if (!shipped) throw new Error('the default model is not in the cache: run npm start once, or name a file with --model');
+const llamaCpp = values['llama-cpp'] ?? obtainLlamaCpp(shipped, say);
+const rivals = [{ name: 'llama.cpp', bin: llamaCpp }];
+if (values['ik-llama-cpp']) rivals.push({ name: 'ik_llama.cpp', bin: values['ik-llama-cpp'] });
 const folder = mkdtempSync(join(tmpdir(), 'bench-peers-'));
 process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
 for (const signal of ['SIGINT', 'SIGTERM']) process.on(signal, () => process.exit(1));

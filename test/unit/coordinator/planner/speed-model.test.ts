@@ -10,10 +10,12 @@ const kernels = [
 ];
 const machine: MachineSpeed = {
   cores: 2,
+  hostCores: 2,
   kernels,
   link: { seconds: 10e-6, bytesPerSecond: 1e9 },
   stepSeconds: 0,
   wakeSeconds: 50e-6,
+  service: { stepSeconds: 0, workerSeconds: 0, sequenceSeconds: 0 },
 };
 const rank = (matrixBytes: number, vectors: [number, number] = [1, 1]) => ({ matrixBytes, kvBytesPerToken: 0, vectors });
 const whole: PlacementLoad = { hiddenSize: 1_000, wireBytes: 4, stages: [{ layers: 10, ranks: [rank(80e6)] }] };
@@ -94,15 +96,15 @@ describe('speed model', () => {
   });
 
   test('speed model - one stream through two stages uses one core at a time', () => {
-    // Twice 40 MB at 10 GB/s, and two hops of 14 us.
-    expect(predictSpeed(piped, machine, one).tokenSeconds).toBeCloseTo(0.008 + 28e-6, 9);
+    // Twice 40 MB at 10 GB/s, and two hops of 14 us to a stage that sleeps.
+    expect(predictSpeed(piped, machine, one).tokenSeconds).toBeCloseTo(0.008 + 2 * 64e-6, 9);
   });
 
   test('speed model - several streams fill both stages with micro-batches', () => {
     // 4 tokens a micro-batch; both cores busy: 16 GB/s falls to 1 / (1/16 + (1/12.8 - 1/16) * 3/7), each gets half; two rounds of a stage.
     const bytesPerSecond = 1e9 / (1 / 16 + ((1 / 12.8 - 1 / 16) * 3) / 7);
     expect(predictSpeed(piped, machine, eight).tokenSeconds).toBeCloseTo(
-      (2 * 40e6) / (bytesPerSecond / 2) + 2 * (10e-6 + 16e-6),
+      (2 * 40e6) / (bytesPerSecond / 2) + 2 * (10e-6 + 16e-6 + 50e-6),
       9,
     );
   });
@@ -125,10 +127,40 @@ describe('speed model', () => {
     expect(predictSpeed(load, machine, { streams: 8, contextTokens: 1_000 }).tokenSeconds).toBeCloseTo(160e6 / 12.8e9, 9);
   });
 
-  test('speed model - more workers than cores wait to be scheduled in', () => {
+  test('speed model - more workers than cores wait to be scheduled in, and one core has two of three ranks', () => {
     const three = { hiddenSize: 1_000, wireBytes: 4, stages: [{ layers: 10, ranks: [rank(30e6), rank(25e6), rank(25e6)] }] };
-    // Two vectors of the others: 10 + 8 us and 50 us to wake; a third of 16 GB/s each.
-    expect(predictSpeed(three, machine, one).tokenSeconds).toBeCloseTo(30e6 / (16e9 / 3) + 20 * 68e-6, 9);
+    // One core reads 30 MB, the other 50. Two vectors of the others: 10 + 8 us, and 50 us to wake.
+    expect(predictSpeed(three, machine, one).tokenSeconds).toBeCloseTo(50e6 / 8e9 + 20 * 68e-6, 9);
+  });
+
+  test('speed model - unequal ranks are laid on cores so that the fullest has least', () => {
+    const ranks = [rank(10e6), rank(30e6), rank(20e6)];
+    const uneven = { hiddenSize: 1_000, wireBytes: 4, stages: [{ layers: 10, ranks }] };
+    expect(predictSpeed(uneven, machine, one).tokenSeconds).toBeCloseTo(30e6 / 8e9 + 20 * 68e-6, 9);
+  });
+
+  describe('with a coordinator that takes CPU', () => {
+    const service = { stepSeconds: 800e-6, workerSeconds: 200e-6, sequenceSeconds: 100e-6 };
+    const served = { ...machine, service };
+    const extra = (load: PlacementLoad, workload: typeof one, on: MachineSpeed = served): number =>
+      predictSpeed(load, on, workload).tokenSeconds -
+      predictSpeed(load, { ...on, service: machine.service }, workload).tokenSeconds;
+
+    test('speed model - three quarters of it come on top where every core computes', () => {
+      expect(extra(whole, one)).toBeCloseTo(0.75 * 800e-6, 9);
+      expect(extra(split, one)).toBeCloseTo(0.75 * 1000e-6, 9);
+      expect(extra(split, eight)).toBeCloseTo(0.75 * 1700e-6, 9);
+    });
+
+    test('speed model - every micro-batch is a step', () => {
+      expect(extra(piped, eight)).toBeCloseTo(0.75 * (2 * 1000e-6 + 6 * 100e-6), 9);
+    });
+
+    test('speed model - a core that does not compute takes all of it', () => {
+      expect(extra(piped, one)).toBe(0);
+      expect(extra(whole, one, { ...served, cores: 1 })).toBe(0);
+      expect(extra(split, one, { ...served, hostCores: 4 })).toBe(0);
+    });
   });
 
   test('speed model - the fixed cost of a step is paid once a token', () => {
