@@ -2,6 +2,7 @@
 import { Command, InvalidArgumentError, Option } from 'commander';
 import { writeFileSync } from 'node:fs';
 import type { TraceDocument } from '../../coordinator/observe/trace-document.ts';
+import { tracePicture } from '../../coordinator/observe/trace-picture.ts';
 import type { ProcessSummary } from '../../coordinator/observe/trace-summary.ts';
 import { traceLimits } from '../../protocol/limits.ts';
 import { ShardmeshError } from '../../protocol/errors.ts';
@@ -13,6 +14,7 @@ interface TraceValues {
   seconds: number;
   ownStreams: number;
   file: string;
+  picture?: string;
   apiKey?: string;
   json?: boolean;
 }
@@ -44,16 +46,17 @@ export function traceCommand(): Command {
         .default(0)
         .argParser(number(0, 512)),
     )
-    .addOption(new Option('--file <file>', 'where the timeline goes').default('trace.json'));
+    .addOption(new Option('--file <file>', 'where the timeline goes').default('trace.json'))
+    .addOption(new Option('--picture <file>', 'two steps of it as a picture as well (SVG)'));
   return addOptions(command, ['url', 'apiKey', 'json'])
     .addHelpText(
       'after',
-      '\nExamples:\n  shardmesh trace --own-streams 4\n  shardmesh trace --url http://127.0.0.1:9090 --seconds 3 --file steps.json\n',
+      '\nExamples:\n  shardmesh trace --own-streams 4\n  shardmesh trace --url http://127.0.0.1:9090 --seconds 3 --file steps.json\n  shardmesh trace --own-streams 1 --picture steps.svg\n',
     )
     .action(async (values: TraceValues) => trace(values));
 }
 
-async function trace({ url, seconds, ownStreams: streams, file, apiKey, json }: TraceValues): Promise<void> {
+async function trace({ url, seconds, ownStreams: streams, file, picture, apiKey, json }: TraceValues): Promise<void> {
   const headers = { 'content-type': 'application/json', ...(apiKey ? { authorization: `Bearer ${apiKey}` } : {}) };
   const ours = new AbortController();
   const load = Array.from({ length: streams }, (_, index) => decode(url, headers, index, ours.signal));
@@ -69,6 +72,7 @@ async function trace({ url, seconds, ownStreams: streams, file, apiKey, json }: 
     if (!response.ok) throw new Error(`the trace was answered with HTTP ${response.status}: ${await response.text()}`);
     const { summary, ...document } = (await response.json()) as Traced;
     writeFileSync(file, JSON.stringify(document));
+    if (picture !== undefined) writeFileSync(picture, tracePicture(document));
     process.stdout.write(
       json ? `${JSON.stringify(summary)}\n` : `${describe(summary)}\n${file}: ${document.traceEvents.length} events\n`,
     );
