@@ -62,11 +62,13 @@ export function obtainLlamaCpp(model, say) {
   return bin;
 }
 
-function run(command, args) {
+function outputs(command, args) {
   const { status, stdout, stderr, error } = spawnSync(command, args, { encoding: 'utf8', maxBuffer: 1 << 26 });
   if (status !== 0) throw new Error(`${command} ${args.join(' ')} failed: ${error?.message ?? stderr.slice(-2_000)}`);
-  return stdout;
+  return { stdout, stderr };
 }
+
+const run = (command, args) => outputs(command, args).stdout;
 
 /** "version: 1234 (abcdef)" of a program, or null. */
 export function versionOf(bin) {
@@ -123,9 +125,11 @@ export function llamaBatchedBench(bin, model, { threads, promptTokens, decodeTok
     '-npl',
     sequences.join(','),
   ];
-  const out = run(join(bin, 'llama-batched-bench'), ['-m', model, '-t', `${threads}`, '-tb', `${threads}`, ...sizes]);
+  const fixed = ['-m', model, '-t', `${threads}`, '-tb', `${threads}`];
+  const { stdout, stderr } = outputs(join(bin, 'llama-batched-bench'), [...fixed, ...sizes]);
+  // ik_llama.cpp prints its table to stderr.
   return new Map(
-    out
+    `${stdout}\n${stderr}`
       .split('\n')
       .map((line) => line.split('|').map((cell) => Number(cell.trim())))
       .filter((cells) => cells.length > 9 && cells[3] > 0 && Number.isFinite(cells[8]))
