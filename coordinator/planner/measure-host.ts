@@ -78,7 +78,7 @@ async function echo(socket: Socket, rounds: number): Promise<void> {
 export const serviceCost = (messageSeconds: number): ServiceCost => ({
   stepSeconds: 24 * messageSeconds,
   workerSeconds: 4 * messageSeconds,
-  sequenceSeconds: 3 * messageSeconds,
+  sequenceSeconds: 8 * messageSeconds,
 });
 
 const median = (values: number[]): number => values.sort((a, b) => a - b)[values.length >> 1] ?? 0;

@@ -1,5 +1,5 @@
 /**
- * Measures, in well under a second, what the speed model needs to know of this machine: how fast the native executor walks through weights like those of the model
+ * Measures, in about a second, what the speed model needs to know of this machine: how fast the native executor walks through weights like those of the model
  * (generated, same shapes and types), and what a reduction between two ranks over shared memory costs. Nothing of the model file but its header is looked at.
  */
 import { randomBytes } from 'node:crypto';
@@ -45,9 +45,9 @@ export interface MeasuredKernels {
 const sampleBytesDefault = 128 * 1024 ** 2;
 const batch = 8;
 /** Time for one point after its warm-up step. */
-const pointMs = 40;
-const repeatsMin = 2;
-const repeatsMax = 12;
+const pointMs = 120;
+const repeatsMin = 5;
+const repeatsMax = 60;
 
 /** Speed at one token and at eight, on one core and on all. */
 export async function measureKernels(options: MeasureOptions): Promise<MeasuredKernels> {
@@ -64,9 +64,9 @@ export async function measureKernels(options: MeasureOptions): Promise<MeasuredK
     try {
       rank.connect([]);
       for (const tokens of [1, batch]) {
-        const best = await bestStep([rank], tokens);
-        points.push({ threads, tokens, bytesPerSecond: bytes / (best.computeUs / 1e6) });
-        if (tokens === 1) stepSeconds = best.fixedUs / 1e6;
+        const typical = await typicalStep([rank], tokens);
+        points.push({ threads, tokens, bytesPerSecond: bytes / (typical.computeUs / 1e6) });
+        if (tokens === 1) stepSeconds = typical.fixedUs / 1e6;
       }
     } finally {
       await rank.dispose();
@@ -110,7 +110,7 @@ export async function measureReduction(options: MeasureOptions, driver: 'shm' | 
     // Embedding rows and logits are exchanged as well.
     const exchanges = 2 * facts.layers + 2;
     const cost = async (tokens: number): Promise<number> =>
-      ((await bestStep(pair, tokens)).computeUs - (await bestStep([alone], tokens)).computeUs) / 1e6 / exchanges;
+      ((await typicalStep(pair, tokens)).computeUs - (await typicalStep([alone], tokens)).computeUs) / 1e6 / exchanges;
     const small = Math.max(await cost(1), exchangeSecondsMin);
     const large = Math.max(await cost(batch), small);
     const vectorBytes = facts.hiddenSize * 4;
@@ -355,9 +355,10 @@ const greedy: SlotSampling = {
   logprobs: null,
 };
 
-/** Of several steps at the same positions, the fastest. Steps of `ranks` run at the same time. */
-async function bestStep(ranks: readonly MeasuredRank[], tokens: number): Promise<StepTime> {
-  const best: StepTime = { computeUs: Infinity, fixedUs: Infinity };
+/** Of several steps at the same positions, the middle one: a mesh runs at the pace of typical steps, not of the luckiest. Steps of `ranks` run at the same time. */
+async function typicalStep(ranks: readonly MeasuredRank[], tokens: number): Promise<StepTime> {
+  const computeUs: number[] = [];
+  const fixedUs: number[] = [];
   const begin = performance.now();
   for (let repeat = 0; repeat <= repeatsMax; repeat++) {
     const submitted = performance.now();
@@ -368,12 +369,14 @@ async function bestStep(ranks: readonly MeasuredRank[], tokens: number): Promise
     if (repeat === 0) continue;
     const total = Math.max(...done.map(({ timings }) => timings.totalUs));
     const sample = Math.max(...done.map(({ timings }) => timings.sampleUs));
-    best.computeUs = Math.min(best.computeUs, total - sample);
-    best.fixedUs = Math.min(best.fixedUs, sample + Math.max(0, wallUs - total));
+    computeUs.push(total - sample);
+    fixedUs.push(sample + Math.max(0, wallUs - total));
     if (repeat >= repeatsMin && performance.now() - begin > pointMs) break;
   }
-  return best;
+  return { computeUs: median(computeUs), fixedUs: median(fixedUs) };
 }
+
+const median = (values: number[]): number => values.sort((a, b) => a - b)[values.length >> 1] ?? Number.NaN;
 
 /** One token of each of `tokens` sequences at position 0. */
 function decodeStep(step: number, tokens: number): StepInput {

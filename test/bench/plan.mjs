@@ -6,7 +6,7 @@ import { execFile } from 'node:child_process';
 import { cpus } from 'node:os';
 import { fileURLToPath } from 'node:url';
 import { parseArgs, promisify } from 'node:util';
-import { decode, target } from './peers/measures.mjs';
+import { decodeAlone, target } from './peers/measures.mjs';
 import { startServe } from './peers/serve.mjs';
 
 const { values } = parseArgs({
@@ -38,9 +38,9 @@ for (let round = 0; round < Number(values.rounds); round++)
     keepBest(predicted, 1, asked.eightStreams.tokensPerSecond);
     const mesh = await startServe(args);
     const server = await target(mesh.url);
-    await decode(server, 1, 64);
-    keepBest(measured, 0, await decode(server, 1, 128));
-    keepBest(measured, 1, await decode(server, 8, 64));
+    await decodeAlone(server, 1, 64);
+    keepBest(measured, 0, await decodeAlone(server, 1, 128));
+    keepBest(measured, 1, await decodeAlone(server, 8, 64));
     await mesh.stop();
   }
 

@@ -52,6 +52,10 @@ async function load(server, { streams, requests = null, seconds = null, prompt, 
 export const decode = async (server, streams, output) =>
   (await load(server, { streams, requests: streams, prompt: 16, output })).outputTokensPerSecond;
 
+/** Output tokens per second while `streams` streams decode, by each one's mean time per token after its first: without prompts. */
+export const decodeAlone = async (server, streams, output) =>
+  (streams * 1000) / (await load(server, { streams, requests: streams, prompt: 16, output })).tpotMs.p50;
+
 /** Prompt tokens per second of one prompt until its first token is there. */
 export async function prefill(server, tokens) {
   const { promptTokens, ttftMs } = await load(server, { streams: 1, requests: 1, prompt: tokens, output: 1 });
