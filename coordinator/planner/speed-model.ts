@@ -44,7 +44,7 @@ export interface MachineSpeed {
   link: LinkSpeed;
   /** A step's time that depends neither on bytes nor on the split: sampling, hand-over. */
   stepSeconds: number;
-  /** From a message to the moment a thread that sleeps for it runs: in every hop to a stage that has nothing else to do, and in every exchange when workers outnumber cores. */
+  /** From a message to the moment a thread that sleeps for it runs: in every hop to a stage that has nothing else to do, and several times over in every exchange when workers outnumber cores. */
   wakeSeconds: number;
   service: ServiceCost;
 }
@@ -201,8 +201,11 @@ function reductionTime(stage: StageLoad, vectorBytes: number, machine: MachineSp
 
 /** One message of `bytes`. */
 function exchange({ link, cores, wakeSeconds }: MachineSpeed, workers: number, bytes: number): number {
-  return link.seconds + bytes / link.bytesPerSecond + (workers > cores ? wakeSeconds : 0);
+  return link.seconds + bytes / link.bytesPerSecond + (workers > cores ? crowdedWakes * wakeSeconds : 0);
 }
+
+/** With more workers than cores nobody spins, and whoever is woken waits for a core as well: fitted to placements of three and four workers on two cores. */
+const crowdedWakes = 8;
 
 /**
  * Bytes of matrices a second at any number of threads and tokens, from the measured points: straight lines between them, in speed over threads (through the origin

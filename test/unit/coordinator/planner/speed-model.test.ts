@@ -129,14 +129,14 @@ describe('speed model', () => {
 
   test('speed model - more workers than cores wait to be scheduled in, and one core has two of three ranks', () => {
     const three = { hiddenSize: 1_000, wireBytes: 4, stages: [{ layers: 10, ranks: [rank(30e6), rank(25e6), rank(25e6)] }] };
-    // One core reads 30 MB, the other 50. Two vectors of the others: 10 + 8 us, and 50 us to wake.
-    expect(predictSpeed(three, machine, one).tokenSeconds).toBeCloseTo(50e6 / 8e9 + 20 * 68e-6, 9);
+    // One core reads 30 MB, the other 50. Two vectors of the others: 10 + 8 us, and 8 times 50 us to wake.
+    expect(predictSpeed(three, machine, one).tokenSeconds).toBeCloseTo(50e6 / 8e9 + 20 * 418e-6, 9);
   });
 
   test('speed model - unequal ranks are laid on cores so that the fullest has least', () => {
     const ranks = [rank(10e6), rank(30e6), rank(20e6)];
     const uneven = { hiddenSize: 1_000, wireBytes: 4, stages: [{ layers: 10, ranks }] };
-    expect(predictSpeed(uneven, machine, one).tokenSeconds).toBeCloseTo(30e6 / 8e9 + 20 * 68e-6, 9);
+    expect(predictSpeed(uneven, machine, one).tokenSeconds).toBeCloseTo(30e6 / 8e9 + 20 * 418e-6, 9);
   });
 
   describe('with a coordinator that takes CPU', () => {
