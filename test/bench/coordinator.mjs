@@ -1,7 +1,7 @@
 /**
  * `npm run bench:coordinator -- [--streams 512] [--seconds 10] [--clients 1] [--json]`: how many tokens a second the coordinator can schedule, turn into text and
  * write as server-sent events, when computing costs nothing. Real NATS, real HTTP; the worker is `stand-in-worker.mjs`, the clients are `sse-clients.mjs`.
- * Says what each process took of the CPU.
+ * Says what each process took of the CPU. With `--serve --step-ms 8` it only serves, a step every 8 ms: load tools of different makes should say the same of it.
  */
 import { fork, spawn, spawnSync } from 'node:child_process';
 import { mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs';
@@ -18,13 +18,16 @@ const { values } = parseArgs({
     clients: { type: 'string', default: '1' },
     'prompt-tokens': { type: 'string', default: '16' },
     'output-tokens': { type: 'string', default: '256' },
+    'step-ms': { type: 'string', default: '0' },
+    serve: { type: 'boolean', default: false },
     json: { type: 'boolean', default: false },
     help: { type: 'boolean', default: false },
   },
 });
 if (values.help) {
   console.log(
-    `npm run bench:coordinator -- [--streams 512] [--seconds 10] [--clients 1] [--prompt-tokens 16] [--output-tokens 256] [--json]`,
+    `npm run bench:coordinator -- [--streams 512] [--seconds 10] [--clients 1] [--prompt-tokens 16] [--output-tokens 256] [--json]
+or, to hold load tools against each other:  npm run bench:coordinator -- --serve [--step-ms 8] [--streams 16]`,
   );
   process.exit(0);
 }
@@ -76,7 +79,7 @@ children.push(broker);
 const blocksEach = Math.ceil((promptTokens + outputTokens) / 16) + 1;
 const stand = spawn(
   process.execPath,
-  [here('stand-in-worker.mjs'), join(folder, 'mesh', 'worker-1.json'), String(streams * blocksEach + 1_024)],
+  [here('stand-in-worker.mjs'), join(folder, 'mesh', 'worker-1.json'), String(streams * blocksEach + 1_024), values['step-ms']],
   { stdio: ['ignore', 'ignore', 'inherit'] },
 );
 children.push(stand);
@@ -112,6 +115,11 @@ const [, port, model] = await new Promise((resolve, reject) => {
   });
   coordinator.once('exit', (code) => reject(new Error(`the coordinator ended with exit code ${code}`)));
 });
+
+if (values.serve) {
+  console.log(`http://127.0.0.1:${port} model=${model}`);
+  await new Promise(() => undefined);
+}
 
 const swarm = Array.from({ length: clients }, (_, index) => {
   const share = Math.floor(((index + 1) * streams) / clients) - Math.floor((index * streams) / clients);

@@ -1,13 +1,13 @@
 /**
- * A worker that computes nothing: it joins the mesh as a real one does, over real NATS, and answers every plan at once with tokens that cost it nothing.
- * What is measured with it is the coordinator.
+ * A worker that computes nothing: it joins the mesh as a real one does, over real NATS, and answers every plan with tokens that cost it nothing, at once or one
+ * step after the other at a fixed pace. What is measured with it is the coordinator, or a load tool against another.
  */
 import { readCredentials } from '../../dist/protocol/credentials.js';
 import { decodeCoordinatorMessage, encodeMessage } from '../../dist/protocol/message-codec.js';
 import { connectNats } from '../../dist/protocol/nats-transport.js';
 import { meshSubjects } from '../../dist/protocol/subjects.js';
 
-const [credentialsFile, kvBlocks] = process.argv.slice(2);
+const [credentialsFile, kvBlocks, stepMs = '0'] = process.argv.slice(2);
 const credentials = readCredentials(credentialsFile);
 const worker = credentials.worker;
 const subjects = meshSubjects(credentials.mesh);
@@ -50,11 +50,19 @@ function answer({ placement, epoch: ofEpoch, step, sequences }) {
   send({ type: 'step_result', placement, epoch: ofEpoch, step, outputs, ...timings });
 }
 
+/** When the last step that was taken in ends; steps run one after the other. */
+let lastEnd = 0;
+function take(plan) {
+  if (Number(stepMs) === 0) return answer(plan);
+  lastEnd = Math.max(lastEnd, performance.now()) + Number(stepMs);
+  setTimeout(() => answer(plan), lastEnd - performance.now());
+}
+
 async function receive(bytes) {
   const message = decodeCoordinatorMessage(bytes);
   switch (message.type) {
     case 'step_plans':
-      return message.plans.forEach(answer);
+      return message.plans.forEach(take);
     case 'assign': {
       const { placement, sliceSha256 } = message;
       if (placement.epoch < epoch || (placement.epoch === epoch && state !== 'idle')) return;
