@@ -402,9 +402,23 @@ export class Mesh {
     return this.#seated.filter((worker): worker is string => worker !== null);
   }
 
+  /**
+   * The same process says twice who it is, before it has loaded anything of this epoch: a heartbeat had overtaken its first word and was answered with `rejoin`, or
+   * its connection came back. Nothing is lost; an assignment that it missed is repeated when its heartbeat shows that.
+   */
+  #isSameIntroduction(worker: string, before: Join['facts'], now: Join['facts']): boolean {
+    const phase = this.#phase;
+    return phase.name === 'loading' && !phase.ready.has(worker) && before.pid === now.pid && before.hostId === now.hostId;
+  }
+
   #join(message: Join): void {
     const { worker, facts } = message;
     if (this.#seated.includes(worker)) {
+      const before = this.#members.get(worker);
+      if (before && this.#isSameIntroduction(worker, before.facts, facts)) {
+        before.seenAt = this.#now;
+        return;
+      }
       // It restarted, or lost its state: what it held of this epoch is gone.
       this.#lose(worker, `worker ${worker} joined again`);
     }

@@ -200,6 +200,30 @@ describe('mesh', () => {
     expect(types('a').at(-1)).toBe('release');
   });
 
+  it('mesh - a worker that introduces itself twice while it loads keeps its seat and is not assigned twice', () => {
+    const { mesh, lost, serving, types } = makeMesh();
+    for (const worker of ['a', 'b']) mesh.receive(worker, join(worker), 0);
+    mesh.tick(1);
+    mesh.receive('b', join('b'), 2);
+    mesh.tick(3);
+    expect(lost).toEqual([]);
+    expect(types('b').filter((type) => type === 'assign')).toHaveLength(1);
+    for (const worker of ['a', 'b']) mesh.receive(worker, ready(worker, 1), 4);
+    for (const worker of ['a', 'b']) mesh.receive(worker, { type: 'connected', worker, epoch: 1 } as never, 5);
+    expect(serving.map(({ epoch }) => epoch)).toEqual([1]);
+  });
+
+  it('mesh - another process under the name of a worker that loads, and one that was ready, end the epoch', () => {
+    for (const restarted of [true, false]) {
+      const { mesh, lost } = makeMesh();
+      for (const worker of ['a', 'b']) mesh.receive(worker, join(worker), 0);
+      mesh.tick(1);
+      if (!restarted) mesh.receive('b', ready('b', 1), 2);
+      mesh.receive('b', join('b', { facts: facts({ pid: restarted ? 999 : facts().pid }) }), 3);
+      expect(lost.map(({ loss }) => loss.message)).toEqual([expect.stringContaining('b joined again')]);
+    }
+  });
+
   it('mesh - a thawed worker is asked to join again and takes its seat under a new epoch', () => {
     const { mesh, types, sent } = servingMesh();
     mesh.workerGone('b', 'gone', 10);
