@@ -241,8 +241,8 @@ export class Broker {
   }
 
   /**
-   * Whoever has lost the connection to the server, or waits for an answer of it, asks for this: a server that runs but does not even greet (stopped, or stuck) is killed, and started again
-   * on its port with its users. One that is merely slow to others has greeted within a few milliseconds.
+   * Whoever has lost the connection to the server, or waits for an answer of it, asks for this: a server that runs but does not even greet (stopped, or stuck)
+   * is killed, and started again on its port with its users. One that is merely slow to others has greeted within a few milliseconds.
    */
   replaceIfFrozen(): Promise<void> {
     this.#replacing ??= this.#replaceIfFrozen().finally(() => (this.#replacing = null));

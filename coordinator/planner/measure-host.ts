@@ -81,4 +81,5 @@ export const serviceCost = (messageSeconds: number): ServiceCost => ({
   sequenceSeconds: 8 * messageSeconds,
 });
 
-const median = (values: number[]): number => values.sort((a, b) => a - b)[values.length >> 1] ?? 0;
+/** The middle one (sorts `values`); 0 of none. */
+export const median = (values: number[]): number => values.sort((a, b) => a - b)[values.length >> 1] ?? 0;

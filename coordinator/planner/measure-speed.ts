@@ -19,6 +19,7 @@ import { quantType, rowBytes } from '../../kernels/model-file/quant-types.ts';
 import { sliceOf } from '../../kernels/model-file/slice.ts';
 import { buildProgram, cutModel, unitsOfModel, type KvType } from '../../kernels/programs/index.ts';
 import type { ActivationType, Program, TensorType } from '../../kernels/programs/program.ts';
+import { median } from './measure-host.ts';
 import type { KernelSpeed, LinkSpeed } from './speed-model.ts';
 
 export interface MeasureOptions {
@@ -375,8 +376,6 @@ async function typicalStep(ranks: readonly MeasuredRank[], tokens: number): Prom
   }
   return { computeUs: median(computeUs), fixedUs: median(fixedUs) };
 }
-
-const median = (values: number[]): number => values.sort((a, b) => a - b)[values.length >> 1] ?? Number.NaN;
 
 /** One token of each of `tokens` sequences at position 0. */
 function decodeStep(step: number, tokens: number): StepInput {
