@@ -47,6 +47,8 @@ export interface ExecutorOptions {
   ranksPerStage?: number[];
   /** How reductions and hidden states travel, the same on all ranks of the mesh; absent: as they are. */
   wire?: WireType;
+  /** Bytes of room in front of the payload of each frame that leaves, in the same memory, for a header; absent: 0. */
+  frameGap?: number;
 }
 
 /** Largest number of blocks that fits, before anything is allocated. */

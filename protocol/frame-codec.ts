@@ -75,8 +75,17 @@ const byCode = <Name extends string>(codes: Record<Name, number>): (Name | undef
 const kindOf = byCode(kindCodes);
 const dtypeOf = byCode(dtypeCodes);
 
-/** Header and payload in one buffer; copies the payload once. To save that copy, lay the payload out behind a gap of `frameHeaderBytes` and use `sealFrame`. */
-export function encodeFrame(header: FrameHeader, payload: Uint8Array): Buffer {
+/**
+ * Header and payload in one buffer.
+ * @param gap  bytes in front of the payload, in the same memory, that may be written over; with `frameHeaderBytes` or more the payload stays where it is and
+ *   must not change any more, else it is copied
+ */
+export function encodeFrame(header: FrameHeader, payload: Uint8Array, gap = 0): Buffer {
+  if (gap >= frameHeaderBytes) {
+    const whole = Buffer.from(payload.buffer, payload.byteOffset - frameHeaderBytes, frameHeaderBytes + payload.length);
+    sealFrame(whole, header);
+    return whole;
+  }
   const frame = Buffer.allocUnsafe(frameHeaderBytes + payload.length);
   frame.set(payload, frameHeaderBytes);
   sealFrame(frame, header);

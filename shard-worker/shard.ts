@@ -7,6 +7,7 @@ import { parseModelFacts, type ModelFacts } from '../kernels/model-file/model-fa
 import { buildProgram } from '../kernels/programs/index.ts';
 import type { Program } from '../kernels/programs/program.ts';
 import { ShardmeshError } from '../protocol/errors.ts';
+import { frameHeaderBytes } from '../protocol/frame-codec.ts';
 import type { Assign } from '../protocol/messages.ts';
 import type { SliceOrigin, SliceSource } from './weights/slice-source.ts';
 
@@ -141,5 +142,6 @@ function executorOptions(
     stepTokensMax: assign.stepTokensMax,
     sequencesMax: assign.sequencesMax,
     quietSteps: own.quietSteps && !sendsResults(assign),
+    frameGap: frameHeaderBytes,
   };
 }

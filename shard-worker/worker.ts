@@ -6,6 +6,7 @@ import type { ExecutorCallbacks, NativeAddon, NativeTcp, PeerAddress, StepDone }
 import { addressText, listenHost } from '../protocol/addresses.ts';
 import type { Credentials } from '../protocol/credentials.ts';
 import { ShardmeshError, toShardmeshError } from '../protocol/errors.ts';
+import { frameHeaderBytes } from '../protocol/frame-codec.ts';
 import type { GrpcListener } from '../protocol/grpc/index.ts';
 import type { PlacementId, WorkerId } from '../protocol/ids.ts';
 import { meshTimers, protocolVersionMax, protocolVersionMin } from '../protocol/limits.ts';
@@ -384,7 +385,7 @@ export class ShardWorker {
   #callbacks(): ExecutorCallbacks {
     return {
       onStep: (done) => this.#stepDoneBy(done),
-      onFrame: (destination, frame) => void this.#links.send(destination, frame),
+      onFrame: (destination, frame) => void this.#links.send(destination, frame, frameHeaderBytes),
       onStepFailed: (step, code, message, peer) => {
         if (code === 'aborted' && this.#state !== 'connected') return;
         this.#failed(code, step, message, peer);

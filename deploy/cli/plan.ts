@@ -136,13 +136,13 @@ async function measureMachine(
       value: `${assumed.bytesPerSecondOfCore / 1e9} GB/s (the native addon is not built: npm run build)`,
       source: 'assumed',
     });
-  const link = await linkSpeed(values, reduction, basis);
+  const wakeSeconds = await measureWake();
+  const link = await linkSpeed(values, reduction, wakeSeconds, basis);
   basis.push({
     what: 'sampling and hand-over, a step',
     value: microseconds(kernels?.stepSeconds ?? assumed.stepSeconds),
     source: kernels ? 'measured' : 'assumed',
   });
-  const wakeSeconds = await measureWake();
   const messageSeconds = await measureMessage();
   basis.push({ what: 'until a sleeping worker runs', value: microseconds(wakeSeconds), source: 'measured' });
   basis.push({ what: 'CPU of a message, for coordinator and broker', value: microseconds(messageSeconds), source: 'measured' });
@@ -171,7 +171,12 @@ function wasBusy({ cores, kernels }: MachineSpeed): boolean {
   return cores > 1 && speed(cores) < speed(1);
 }
 
-async function linkSpeed(values: OptionValues, reduction: LinkSpeed | null, basis: Basis[]): Promise<LinkSpeed> {
+async function linkSpeed(
+  values: OptionValues,
+  reduction: LinkSpeed | null,
+  wakeSeconds: number,
+  basis: Basis[],
+): Promise<LinkSpeed> {
   const say = (name: string, link: LinkSpeed, source: Basis['source']): LinkSpeed => {
     basis.push({
       what: `one exchange over ${name}`,
@@ -180,9 +185,10 @@ async function linkSpeed(values: OptionValues, reduction: LinkSpeed | null, basi
     });
     return link;
   };
-  // Both ends send at once, each through an event loop that has to be scheduled in beside threads that compute: as long as a round trip on an idle machine.
+  // Both ends send at once, each through its event loop: the CPU of a round trip, which was measured inside one process. Between processes the event loop
+  // sleeps until the compute thread has a frame for it, then until the peer's frame is there, and the compute thread until the event loop brings that.
   const exchangeOf = ({ roundTripUs, bytesPerSecond }: LinkMeasurement): LinkSpeed => ({
-    seconds: roundTripUs / 1e6,
+    seconds: roundTripUs / 1e6 + 3 * wakeSeconds,
     bytesPerSecond,
   });
   if (values.link === 'grpc') return say('gRPC, loopback', exchangeOf(await measureGrpc()), 'measured');

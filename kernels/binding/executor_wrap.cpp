@@ -19,7 +19,8 @@ struct OutgoingFrame {
   PeerAddress destination;
   FrameKey key;
   int rows;
-  std::unique_ptr<std::vector<uint8_t>> payload;
+  size_t gap;                                   // bytes in front of the payload
+  std::unique_ptr<std::vector<uint8_t>> bytes;
 };
 using Event = std::variant<StepDone, StepFailure, OutgoingFrame>;
 
@@ -127,8 +128,10 @@ void emit(Napi::Env env, State* state, Event& event) {
     object.Set("subtree", frame.key.subtree);
     object.Set("source", address_object(env, state->self));
     object.Set("rows", frame.rows);
-    std::vector<uint8_t>* payload = frame.payload.release();
-    object.Set("payload", Napi::Buffer<uint8_t>::New(env, payload->data(), payload->size(), [](Napi::Env, uint8_t*, std::vector<uint8_t>* owned) { delete owned; }, payload));
+    std::vector<uint8_t>* bytes = frame.bytes.release();
+    const size_t gap = frame.gap, length = bytes->size() - gap;
+    Napi::Buffer<uint8_t> whole = Napi::Buffer<uint8_t>::New(env, bytes->data(), bytes->size(), [](Napi::Env, uint8_t*, std::vector<uint8_t>* owned) { delete owned; }, bytes);
+    object.Set("payload", Napi::Uint8Array::New(env, length, whole.ArrayBuffer(), whole.ByteOffset() + gap));
     state->on_frame.Call({address_object(env, frame.destination), object});
   }
 }
@@ -195,6 +198,8 @@ class ExecutorWrap : public Napi::ObjectWrap<ExecutorWrap> {
     config.sequences_max = static_cast<int>(integer_of(options.Get("sequencesMax"), "options.sequencesMax", 1, 65536));
     const Napi::Value quiet = options.Get("quietSteps");
     if (!quiet.IsUndefined()) config.quiet_steps = boolean_of(quiet, "options.quietSteps");
+    const Napi::Value gap = options.Get("frameGap");
+    const size_t frame_gap = gap.IsUndefined() ? 0 : static_cast<size_t>(integer_of(gap, "options.frameGap", 0, 4096));
     const Napi::Value ranks = options.Get("ranksPerStage");
     if (!ranks.IsUndefined()) config.ranks_per_stage = integers_of(ranks, "options.ranksPerStage", 1, kRanksMax);
     const Napi::Value wire = options.Get("wire");
@@ -212,7 +217,7 @@ class ExecutorWrap : public Napi::ObjectWrap<ExecutorWrap> {
       throw std::runtime_error("the addon could not make a thread-safe function");
     }
     try {
-      state_->executor = Executor::make(std::move(config), events_of(state_->events));
+      state_->executor = Executor::make(std::move(config), events_of(state_->events, frame_gap));
     } catch (...) {
       napi_release_threadsafe_function(state_->events, napi_tsfn_abort);
       throw;
@@ -220,7 +225,7 @@ class ExecutorWrap : public Napi::ObjectWrap<ExecutorWrap> {
     napi_add_env_cleanup_hook(env, &ExecutorWrap::on_teardown, state_.get());
   }
 
-  static ExecutorEvents events_of(napi_threadsafe_function events) {
+  static ExecutorEvents events_of(napi_threadsafe_function events, size_t frame_gap) {
     // Never blocks: the queue is unbounded. When the environment is closing the call fails and the event is dropped here.
     const auto post = [events](Event&& event) {
       auto* owned = new Event(std::move(event));
@@ -229,9 +234,13 @@ class ExecutorWrap : public Napi::ObjectWrap<ExecutorWrap> {
     ExecutorEvents result;
     result.done = [post](StepDone&& done) { post(Event(std::move(done))); };
     result.failed = [post](StepFailure&& failure) { post(Event(std::move(failure))); };
-    result.frame = [post](PeerAddress destination, const FrameKey& key, int rows, const void* data, size_t bytes) {
+    result.frame = [post, frame_gap](PeerAddress destination, const FrameKey& key, int rows, const void* data, size_t bytes) {
       const uint8_t* from = static_cast<const uint8_t*>(data);
-      post(Event(OutgoingFrame{destination, key, rows, std::make_unique<std::vector<uint8_t>>(from, from + bytes)}));
+      auto owned = std::make_unique<std::vector<uint8_t>>();
+      owned->reserve(frame_gap + bytes);
+      owned->resize(frame_gap);
+      owned->insert(owned->end(), from, from + bytes);
+      post(Event(OutgoingFrame{destination, key, rows, frame_gap, std::move(owned)}));
     };
     return result;
   }

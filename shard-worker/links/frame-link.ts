@@ -42,10 +42,11 @@ export interface FrameLink {
    */
   ready(timeoutMs: number): Promise<void>;
   /**
-   * Sends once, in order for each destination, and forgets. The payload is copied before this returns.
+   * Sends once, in order for each destination, and forgets. The payload is copied before this returns, unless there is a gap.
+   * @param gap  as `encodeFrame` takes it: such a payload belongs to the link from now on
    * @returns false when the frame was not taken (counted in `unsentFrames`)
    */
-  send(destination: WorkerId, header: FrameHeader, payload: Uint8Array): boolean;
+  send(destination: WorkerId, header: FrameHeader, payload: Uint8Array, gap?: number): boolean;
   /**
    * Round trips of `bytes` to a worker that need not be a peer, one after the other.
    * @returns microseconds of each round

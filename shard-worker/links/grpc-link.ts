@@ -154,9 +154,9 @@ export class GrpcLink implements FrameLink {
     }
   }
 
-  send(destination: WorkerId, header: FrameHeader, payload: Uint8Array): boolean {
+  send(destination: WorkerId, header: FrameHeader, payload: Uint8Array, gap = 0): boolean {
     const pair = this.#pairs.get(destination);
-    if (!pair?.queue.push(encodeFrame(header, payload))) {
+    if (!pair?.queue.push(encodeFrame(header, payload, gap))) {
       this.#counters.unsentFrames++;
       return false;
     }

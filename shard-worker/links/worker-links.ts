@@ -170,8 +170,12 @@ export class WorkerLinks {
     this.#epoch = null;
   }
 
-  /** For `ExecutorCallbacks.onFrame`. @returns false when the frame was not taken; whoever waits for it meets its deadline */
-  send(destination: PeerAddress, frame: NativeFrame): boolean {
+  /**
+   * For `ExecutorCallbacks.onFrame`.
+   * @param gap  bytes in front of the payload, as `FrameLink.send` takes them
+   * @returns false when the frame was not taken; whoever waits for it meets its deadline
+   */
+  send(destination: PeerAddress, frame: NativeFrame, gap = 0): boolean {
     const epoch = this.#epoch;
     const peer = epoch?.peers.find(({ address }) => address.stage === destination.stage && address.rank === destination.rank);
     if (!epoch || !peer) {
@@ -181,7 +185,7 @@ export class WorkerLinks {
     const { kind, step, operation, subtree, rows, payload } = frame;
     const { placement, self } = epoch;
     const header = { mesh: this.#mesh, placement, epoch: epoch.epoch, step, operation, subtree, kind, source: self, rows };
-    return peer.link.send(peer.worker, { ...header, dtype: dtypeOf(kind, epoch.wire) }, payload);
+    return peer.link.send(peer.worker, { ...header, dtype: dtypeOf(kind, epoch.wire) }, payload, gap);
   }
 
   /**

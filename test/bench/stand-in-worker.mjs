@@ -23,7 +23,8 @@ const stats = {
   staleFrames: 0,
   corruptFrames: 0,
 };
-const timings = { totalUs: 1, collectiveUs: 0, receiveUs: 0, sampleUs: 0, idleUs: 0 };
+// What a step is said to take: the coordinator plans ahead by it.
+const timings = { totalUs: Math.max(1, Number(stepMs) * 1_000), collectiveUs: 0, receiveUs: 0, sampleUs: 0, idleUs: 0 };
 let state = 'idle';
 let epoch = 0;
 let plans = null;

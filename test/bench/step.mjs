@@ -33,6 +33,8 @@ class Engine {
   #settle = null;
   #step = 0;
   #left = 0;
+  /** Of traced steps of rank 0: microseconds by name of the action. */
+  #actions = [];
   /** Slots whose context is in the KV cache. */
   filled = 0;
 
@@ -64,7 +66,7 @@ class Engine {
           sequencesMax: sequences,
         },
         {
-          onStep: () => engine.#done(),
+          onStep: (done) => engine.#done(rank, done),
           onFrame: () => undefined,
           onStepFailed: (step, code, message) => engine.#settle?.reject(new Error(`step ${step}: ${code}: ${message}`)),
         },
@@ -96,8 +98,19 @@ class Engine {
     return engine;
   }
 
-  #done() {
+  #done(rank, { spans }) {
+    if (rank === 0 && spans) this.#actions.push(microsecondsByAction(spans));
     if (--this.#left === 0) this.#settle.resolve();
+  }
+
+  /** Median microseconds of each action of rank 0 in the steps of `work`; waits for the other ranks are within the action that waits, and apart as `wait`. */
+  async profile(work) {
+    for (const executor of this.#executors) executor.trace(true);
+    this.#actions = [];
+    await work();
+    for (const executor of this.#executors) executor.trace(false);
+    const names = new Set(this.#actions.flatMap((actions) => [...actions.keys()]));
+    return new Map([...names].map((name) => [name, median(this.#actions.map((actions) => actions.get(name) ?? 0))]));
   }
 
   /** Queues steps; resolves when all ranks have done them. `rows`: slot, first position and token ids (-1: sampled by the step before) of each sequence. */
@@ -132,6 +145,17 @@ class Engine {
     return Promise.all(this.#executors.map((executor) => executor.dispose()));
   }
 }
+
+function microsecondsByAction({ names, values }) {
+  const sums = new Map();
+  for (let i = 0; i < values.length; i += 3) {
+    const name = names[values[i]];
+    sums.set(name, (sums.get(name) ?? 0) + values[i + 2] - values[i + 1]);
+  }
+  return sums;
+}
+
+const median = (values) => [...values].sort((a, b) => a - b)[values.length >> 1];
 
 const prompt = (seed, count) => Array.from({ length: count }, (_, i) => 300 + ((seed * 7919 + i * 104729) % 20000));
 
@@ -193,9 +217,11 @@ export async function benchSteps(argv) {
   };
   const rivals = [];
   let json = false;
+  let profile = false;
   for (let i = 0; i < argv.length; i++) {
     const key = argv[i].replace(/^--/, '');
     if (key === 'json') json = true;
+    else if (key === 'profile') profile = true;
     else if (key === 'rival') rivals.push(argv[++i]);
     else if (key in options || key === 'model') options[key] = argv[++i];
     else throw new Error(`unknown option ${argv[i]}`);
@@ -241,6 +267,11 @@ export async function benchSteps(argv) {
       }
     }
   }
+  const profiles = [];
+  if (profile)
+    for (const { name, engine } of engines)
+      for (const count of sequences)
+        profiles.push({ name, count, actions: await engine.profile(() => decode(engine, count, context, steps)) });
   await Promise.all(engines.map(({ engine }) => engine.close()));
   const rows = [...figures].flatMap(([work, programs]) =>
     [...programs].map(([program, values]) => ({
@@ -252,10 +283,22 @@ export async function benchSteps(argv) {
     })),
   );
   if (json) {
-    console.log(JSON.stringify({ cpu: loadAddon().cpuFeatures().model, model, context, steps, rows }, null, 2));
+    const asObjects = profiles.map((one) => ({ ...one, actions: Object.fromEntries(one.actions) }));
+    console.log(
+      JSON.stringify({ cpu: loadAddon().cpuFeatures().model, model, context, steps, rows, profiles: asObjects }, null, 2),
+    );
     return;
   }
   console.log(`${loadAddon().cpuFeatures().model}; tokens/s, best of ${rounds} rounds (worst)`);
   for (const { work, program, best, worst } of rows)
     console.log(`${work.padEnd(12)} ${program.padEnd(44)} ${best.toFixed(1).padStart(8)} (${worst.toFixed(1)})`);
+  for (const { name } of engines) {
+    const own = profiles.filter((one) => one.name === name);
+    if (own.length === 0) continue;
+    console.log(
+      `\n${name}, µs a step by action (rank 0, medians)`.padEnd(34) + `; sequences: ${own.map(({ count }) => count).join(', ')}`,
+    );
+    for (const action of own[0].actions.keys())
+      console.log(`${action.padEnd(20)}${own.map(({ actions }) => (actions.get(action) ?? 0).toFixed(0).padStart(8)).join('')}`);
+  }
 }

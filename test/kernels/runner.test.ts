@@ -120,6 +120,11 @@ describe('step runner, the same bits', () => {
       expect(await scoreOn({ ...types, cut, host }, prompt, { chunk: 41 })).toEqual(await scoreOn(types, prompt));
   });
 
+  test('step runner - frames leave with room for a header in front of them, which may be written', async () => {
+    const whole = await scoreOn({}, prompt);
+    expect(await scoreOn({ cut: threeRankTwoStageCut, host: true, frameGap: 80 }, prompt, { chunk: 7 })).toEqual(whole);
+  });
+
   test.each([
     ['bf16', 0.05],
     ['q8', 0.1],

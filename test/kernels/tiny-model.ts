@@ -437,6 +437,8 @@ export interface TinyMeshOptions extends TinyTypes {
   /** Every pair of workers talks through the host driver instead of shared memory. */
   host?: boolean;
   wire?: WireType;
+  /** Room in front of each frame that leaves; it is written full. */
+  frameGap?: number;
 }
 
 /** Rows of one sequence in a step. `tokens: null`: one row, the token that step `after` sampled. */
@@ -508,6 +510,7 @@ export class TinyMesh {
             stepTokensMax: options.stepTokensMax ?? 256,
             sequencesMax: 16,
             ...(options.wire ? { wire: options.wire } : {}),
+            frameGap: options.frameGap ?? 0,
           },
           {
             onStep: (done) => {
@@ -516,6 +519,9 @@ export class TinyMesh {
             },
             onFrame: (destination, frame) => {
               onFrame(frame);
+              const { buffer, byteOffset } = frame.payload;
+              const gap = options.frameGap ?? 0;
+              new Uint8Array(buffer, byteOffset - gap, gap).fill(0xff);
               const to = members.find((m) => m.stage === destination.stage && m.rank === destination.rank);
               to?.executor.deliver(frame);
             },

@@ -94,6 +94,20 @@ describe('frame codec', () => {
     expect(inPlace).toEqual(whole);
   });
 
+  test('frame codec - seals a payload where it lies when there is room in front of it, and copies it when there is not', () => {
+    const whole = encodeFrame(header, payload);
+    const room = Buffer.alloc(100, 0xff);
+    const behind = room.subarray(90, 98);
+    behind.set(payload);
+    const sealed = encodeFrame(header, behind, 80);
+    expect(sealed).toEqual(whole);
+    expect([sealed.buffer, sealed.byteOffset]).toEqual([room.buffer, room.byteOffset + 10]);
+    expect([room[9], room[98]]).toEqual([0xff, 0xff]);
+    const copied = encodeFrame(header, behind, 79);
+    expect(copied).toEqual(whole);
+    expect(copied.buffer === room.buffer && copied.byteOffset === room.byteOffset + 10).toBe(false);
+  });
+
   test('frame codec - brings every frame back', () => {
     const kinds: FrameKind[] = ['reduce', 'rows', 'logits', 'hidden', 'tokens', 'probe', 'echo'];
     const elementBytes: Record<FrameDtype, number> = { f32: 4, bf16: 2, q8: 34, i32: 4, bytes: 1 };
