@@ -24,6 +24,8 @@ struct Avx2 {
     __m256 v[2];  // rows 0..7, 8..15
   };
   static constexpr bool kStreams = true;
+  static constexpr int kWholeParts = kTilePartsMax;
+  static constexpr int kPairParts = 4;
   static constexpr int kPanelStrips = 1;  // 2 halves x 6 tokens: twelve accumulators, the rest of the 16 registers holds weights and activations
 
   template <class W>
@@ -106,7 +108,7 @@ struct Avx2 {
   // 8 bits: even and odd bytes as 16-bit words times the token's words in the same order (WideGroup), 32-bit sums from the start. int16 activations cost
   // nothing more here.
   template <class W, int M, int>
-  SHARDMESH_AVX2 void accumulate(const uint8_t* record, const uint8_t*, const WideGroup* in, F* acc) {
+  SHARDMESH_AVX2 void accumulate_strip(const uint8_t* record, const uint8_t*, const WideGroup* in, F* acc) {
     __m256i dot[M][2];
     SHARDMESH_UNROLL
     for (int j = 0; j < 8; j++) {
@@ -153,7 +155,7 @@ struct Avx2 {
   }
 
   template <class W, int M, int P>
-  SHARDMESH_AVX2 void accumulate(const uint8_t* record, const uint8_t* head, const TokenGroup* in, F* acc) {
+  SHARDMESH_AVX2 void accumulate_strip(const uint8_t* record, const uint8_t* head, const TokenGroup* in, F* acc) {
     constexpr int N = M * P, kRuns = run_count<W>(), kRun = 8 / kRuns;
     // int16 activations under half scales: the sum of both halves would not fit 32 bits, each has its own.
     constexpr int kDots = W::half_scales && P == 2 ? 2 : 1;
@@ -223,6 +225,13 @@ struct Avx2 {
         for (int t = 0; t < M; t++) acc[t].v[h] = _mm256_fmadd_ps(m, _mm256_set1_ps(in[t * P].ms), acc[t].v[h]);
       }
     }
+  }
+
+  // Strips one after the other: 16 registers hold the products of one.
+  template <class W, int M, int P, int S, class Group>
+  SHARDMESH_AVX2 void accumulate(const uint8_t* const* records, const uint8_t* const* heads, const Group* in, F (*acc)[M]) {
+    SHARDMESH_UNROLL
+    for (int s = 0; s < S; s++) accumulate_strip<W, M, P>(records[s], heads[s], in, acc[s]);
   }
 
   template <TensorType type>
@@ -338,7 +347,7 @@ template <int P>
 void quantize_parts(const Activations& in, Part part) {
   WideGroup* wide = reinterpret_cast<WideGroup*>(in.data + wide_offset(in.type, in.tokens, in.columns / 32));
   const TokenGroup* first = reinterpret_cast<const TokenGroup*>(in.data);
-  quantize_each<P>(in, part, [=](const float* x, TokenGroup* out) { Avx2::quantize_group<P>(x, out, wide + (out - first) / P); });
+  quantize_each<Avx2, P>(in, part, [=](const float* x, TokenGroup* out) { Avx2::quantize_group<P>(x, out, wide + (out - first) / P); });
 }
 
 }  // namespace

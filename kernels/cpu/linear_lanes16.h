@@ -12,6 +12,8 @@ struct Lanes16 {
   using I = L::I;
   static constexpr bool kStreams = L::wide_registers;
   static constexpr int kPanelStrips = L::wide_registers ? 2 : 1;  // 2 strips x 6 tokens: twelve independent chains
+  static constexpr int kWholeParts = L::wide_registers ? 8 : kTilePartsMax;  // for fewer walks through the weights; one strip of 8 is as fast as two of 6
+  static constexpr int kPairParts = L::wide_registers ? kTilePartsMax : 0;
 
   template <class>
   using Input = TokenGroup;
@@ -78,61 +80,83 @@ struct Lanes16 {
     return L::add_int(L::shift_left(parts[0], 8), parts[1]);
   }
 
-  template <class W, int M, int P>
-  SHARDMESH_LANES void accumulate(const uint8_t* record, const uint8_t* head, const TokenGroup* in, F* acc) {
+  // Strips together: every broadcast activation meets all of them at once. One after the other, the compiler keeps the broadcasts of a whole group for the next
+  // strip, in memory, and the products wait for loads.
+  template <class W, int M, int P, int S>
+  SHARDMESH_LANES void accumulate(const uint8_t* const* records, const uint8_t* const* heads, const TokenGroup* in, F (*acc)[M]) {
     constexpr int N = M * P;
-    I dot[N];
-    I second_dot[M];  // int16 activations under half scales: the sum of both halves would not fit 32 bits
+    I dot[S][N];
+    [[maybe_unused]] I second_dot[S][M];  // int16 activations under half scales: the sum of both halves would not fit 32 bits
     if constexpr (W::half_scales) {
-      I first, second;
-      half_scales<W>(record, &first, &second);
-      I c[2][N];
       SHARDMESH_UNROLL
       for (int half = 0; half < 2; half++) {
+        I c[S][N];
         SHARDMESH_UNROLL
-        for (int t = 0; t < N; t++) c[half][t] = L::set_int(-32 * in[t].halves[half]);
-        SHARDMESH_UNROLL
-        for (int j = 4 * half; j < 4 * half + 4; j++) {
-          const I w = weights<W>(record, j);
+        for (int t = 0; t < N; t++)
           SHARDMESH_UNROLL
-          for (int t = 0; t < N; t++) c[half][t] = L::dot4(c[half][t], w, L::broadcast4(in[t].q + 4 * j));
+          for (int s = 0; s < S; s++) c[s][t] = L::set_int(-32 * in[t].halves[half]);
+        SHARDMESH_UNROLL
+        for (int j = 4 * half; j < 4 * half + 4; j++) add_products<W, N, S>(records, j, in, c);
+        SHARDMESH_UNROLL
+        for (int s = 0; s < S; s++) {
+          I scales[2];
+          half_scales<W>(records[s], &scales[0], &scales[1]);
+          SHARDMESH_UNROLL
+          for (int t = 0; t < M; t++) {
+            const I scaled = L::mul_int(join_parts<P>(&c[s][t * P]), scales[half]);
+            if (half == 0) dot[s][t] = scaled;
+            else if (P == 1) dot[s][t] = L::add_int(dot[s][t], scaled);
+            else second_dot[s][t] = scaled;
+          }
         }
-      }
-      SHARDMESH_UNROLL
-      for (int t = 0; t < M; t++) {
-        const I a = L::mul_int(join_parts<P>(&c[0][t * P]), first), b = L::mul_int(join_parts<P>(&c[1][t * P]), second);
-        dot[t] = P == 1 ? L::add_int(a, b) : a;
-        second_dot[t] = b;
       }
     } else {
       SHARDMESH_UNROLL
-      for (int t = 0; t < N; t++) {
-        if constexpr (W::zero_shift >= 0)
-          dot[t] = L::sub_int(L::set_int(0), L::shift_left(L::broadcast4(&in[t].sum), W::zero_shift));
-        else
-          dot[t] = L::set_int(0);
-      }
-      SHARDMESH_UNROLL
-      for (int i = 0; i < 8; i++) {
-        const int j = W::panel || W::bits == 8 ? i : i / 2 + 4 * (i % 2);  // both nibbles of a register, one after the other
-        const I w = weights<W>(record, j);
+      for (int t = 0; t < N; t++)
         SHARDMESH_UNROLL
-        for (int t = 0; t < N; t++) dot[t] = L::dot4(dot[t], w, L::broadcast4(in[t].q + 4 * j));
+        for (int s = 0; s < S; s++) {
+          if constexpr (W::zero_shift >= 0)
+            dot[s][t] = L::sub_int(L::set_int(0), L::shift_left(L::broadcast4(&in[t].sum), W::zero_shift));
+          else
+            dot[s][t] = L::set_int(0);
+        }
+      SHARDMESH_UNROLL
+      for (int i = 0; i < 8; i++) add_products<W, N, S>(records, W::panel || W::bits == 8 ? i : i / 2 + 4 * (i % 2), in, dot);  // both nibbles of a register, one after the other
+      if constexpr (P == 2) {
+        SHARDMESH_UNROLL
+        for (int s = 0; s < S; s++)
+          SHARDMESH_UNROLL
+          for (int t = 0; t < M; t++) dot[s][t] = join_parts<P>(&dot[s][t * P]);
       }
-      SHARDMESH_UNROLL
-      for (int t = 0; t < M; t++) dot[t] = join_parts<P>(&dot[t * P]);
     }
-    const F s = scale<W>(record, head);
     SHARDMESH_UNROLL
-    for (int t = 0; t < M; t++) {
-      const F by = L::mul(s, L::set(in[t * P].sa));
-      acc[t] = L::fma(L::to_float(dot[t]), by, acc[t]);
-      if constexpr (W::half_scales && P == 2) acc[t] = L::fma(L::to_float(second_dot[t]), by, acc[t]);
-    }
-    if constexpr (W::minimum) {
-      const F m = minimum<W>(record, head);
+    for (int s = 0; s < S; s++) {
+      const F scales = scale<W>(records[s], heads[s]);
       SHARDMESH_UNROLL
-      for (int t = 0; t < M; t++) acc[t] = L::fma(m, L::set(in[t * P].ms), acc[t]);
+      for (int t = 0; t < M; t++) {
+        const F by = L::mul(scales, L::set(in[t * P].sa));
+        acc[s][t] = L::fma(L::to_float(dot[s][t]), by, acc[s][t]);
+        if constexpr (W::half_scales && P == 2) acc[s][t] = L::fma(L::to_float(second_dot[s][t]), by, acc[s][t]);
+      }
+      if constexpr (W::minimum) {
+        const F m = minimum<W>(records[s], heads[s]);
+        SHARDMESH_UNROLL
+        for (int t = 0; t < M; t++) acc[s][t] = L::fma(m, L::set(in[t * P].ms), acc[s][t]);
+      }
+    }
+  }
+
+  // Columns 4j .. 4j + 3 of N activation groups and S strips.
+  template <class W, int N, int S>
+  SHARDMESH_LANES void add_products(const uint8_t* const* records, int j, const TokenGroup* in, I (*sums)[N]) {
+    I w[S];
+    SHARDMESH_UNROLL
+    for (int s = 0; s < S; s++) w[s] = weights<W>(records[s], j);
+    SHARDMESH_UNROLL
+    for (int t = 0; t < N; t++) {
+      const I x = L::broadcast4(in[t].q + 4 * j);
+      SHARDMESH_UNROLL
+      for (int s = 0; s < S; s++) sums[s][t] = L::dot4(sums[s][t], w[s], x);
     }
   }
 

@@ -3,12 +3,14 @@
 //   F                                          16 fp32 lanes, one row each
 //   zero() load(p) store(p, f) add(a, b)
 //   Input<W>                                   what an activation group is to W: P TokenGroups or a WideGroup; W is Direct<type> or Panel<type>
-//   accumulate<W, M, P>(record, head, in, acc) one group of 32 columns and M tokens into acc[M]
+//   accumulate<W, M, P, S>(records, heads, in, acc) one group of 32 columns of S strips and M tokens into acc[S][M]
 //   accumulate_float<type, M>(w, x, stride, count, acc)
 //   kExpands<W>                                whether many tokens are multiplied with Panel<type>
 //   expand<type>(record, head, panel)          one record as Panel<type> has it
 //   kPanelStrips                               strips multiplied at once when they are expanded
 //   kStreams                                   whether several strips may be read at once (linear_tuning.h)
+//   kWholeParts                                up to so many parts are one tile
+//   kPairParts                                 most parts of a tile that two strips are multiplied with at once: what registers hold
 // and the macro SHARDMESH_UNROLL before a loop: registers need it, plain C++ lanes must not (their code would grow out of hand).
 //
 // Order inside one (row, token, segment): groups ascending into one accumulator. Tiles, strips and parts never change it.
@@ -103,6 +105,8 @@ __attribute__((noinline)) void finish_segments(typename Isa::F* segments, const 
 template <class Isa, class W, int P, int M, int S>
 __attribute__((noinline)) void multiply_tile(const Strip* strips, const InputOf<Isa, W>* in, const LinearArguments& a, int64_t row, int64_t token, int prefetch_bytes) {
   typename Isa::F segments[kSegmentsMax * S * M];
+  // The software prefetch goes on in the strips of the next run: S strips further on.
+  const size_t strip_bytes = S == 1 ? 0 : static_cast<size_t>(strips[S - 1].records - strips[0].records), records_bytes = static_cast<size_t>(a.segment_ends[a.segment_count - 1]) * W::record_bytes;
   int group = 0;
   for (int segment = 0; segment < a.segment_count; segment++) {
     typename Isa::F acc[S][M];
@@ -111,17 +115,22 @@ __attribute__((noinline)) void multiply_tile(const Strip* strips, const InputOf<
       SHARDMESH_UNROLL
       for (int t = 0; t < M; t++) acc[s][t] = Isa::zero();
     for (const int end = a.segment_ends[segment]; group < end; group++, in += M * kGroupsPerToken<Isa, W, P>) {
+      const uint8_t* records[S];
+      const uint8_t* heads[S];
       SHARDMESH_UNROLL
       for (int s = 0; s < S; s++) {
-        const uint8_t* record = strips[s].records + static_cast<size_t>(group) * W::record_bytes;
-        const uint8_t* head = nullptr;
-        if constexpr (W::k_format) head = strips[s].heads + static_cast<size_t>((strips[s].phase + group) >> 3) * W::head_bytes;
+        records[s] = strips[s].records + static_cast<size_t>(group) * W::record_bytes;
+        heads[s] = nullptr;
+        if constexpr (W::k_format) heads[s] = strips[s].heads + static_cast<size_t>((strips[s].phase + group) >> 3) * W::head_bytes;
         if constexpr (!W::panel) {
-          if (prefetch_bytes)
-            for (size_t z = 0; z < W::record_bytes; z += 64) __builtin_prefetch(record + prefetch_bytes + z, 0, 3);
+          if (prefetch_bytes) {
+            const uint8_t* ahead = records[s] + prefetch_bytes;
+            if (S > 1 && ahead >= strips[s].records + records_bytes) ahead += strip_bytes;
+            for (size_t z = 0; z < W::record_bytes; z += 64) __builtin_prefetch(ahead + z, 0, 3);
+          }
         }
-        Isa::template accumulate<W, M, P>(record, head, in, acc[s]);
       }
+      Isa::template accumulate<W, M, P, S>(records, heads, in, acc);
     }
     SHARDMESH_UNROLL
     for (int s = 0; s < S; s++)
@@ -143,6 +152,14 @@ void multiply_strips(const Strip* strips, const InputOf<Isa, W>* in, const Linea
       case 4: return multiply_tile<Isa, W, P, 4, S>(strips, in, a, row, tile.first, prefetch_bytes);
       case 5: return multiply_tile<Isa, W, P, 5, S>(strips, in, a, row, tile.first, prefetch_bytes);
       case 6: return multiply_tile<Isa, W, P, 6, S>(strips, in, a, row, tile.first, prefetch_bytes);
+    }
+  }
+  if constexpr (S == 1 && Isa::kWholeParts > kTilePartsMax) {
+    if constexpr (P == 1) {
+      if (tile.count == 7) return multiply_tile<Isa, W, P, 7, S>(strips, in, a, row, tile.first, prefetch_bytes);
+      return multiply_tile<Isa, W, P, 8, S>(strips, in, a, row, tile.first, prefetch_bytes);
+    } else {
+      return multiply_tile<Isa, W, P, 4, S>(strips, in, a, row, tile.first, prefetch_bytes);
     }
   }
 }
@@ -186,7 +203,7 @@ void expand_strip(const PackedMatrix& matrix, int64_t index, uint8_t* panel) {
   }
 }
 
-// One tile of 1 to 4 parts on processors that want several streams of memory: strips from `from` on, as many as fill whole runs. Returns the first not done.
+// One tile on processors that want several streams of memory: strips from `from` on, as many as fill whole runs. Returns the first not done.
 template <class Isa, class W, int P>
 int64_t multiply_streams(const LinearArguments& a, int64_t from, int64_t to, const InputOf<Isa, W>* in) {
   const LinearTuning& tuning = linear_tuning();
@@ -199,15 +216,10 @@ int64_t multiply_streams(const LinearArguments& a, int64_t from, int64_t to, con
       for (int i = 0; i < 4; i++) strips[i] = strip_at<W::type>(matrix, s + i);
       multiply_tile<Isa, W, P, 1, 4>(strips, in, a, s * kStripRows, 0, tuning.prefetch_bytes);
     }
-  } else if (tokens * P >= 2 && tokens * P <= 4 && tuning.strips_few == 2) {
+  } else if (tokens * P >= 2 && tokens * P <= Isa::kPairParts && tuning.strips_few == 2) {
     for (; s + 2 <= to; s += 2) {
       const Strip strips[2] = {strip_at<W::type>(matrix, s), strip_at<W::type>(matrix, s + 1)};
-      if (tokens == 1) multiply_tile<Isa, W, P, 1, 2>(strips, in, a, s * kStripRows, 0, tuning.prefetch_bytes);
-      if (tokens == 2) multiply_tile<Isa, W, P, 2, 2>(strips, in, a, s * kStripRows, 0, tuning.prefetch_bytes);
-      if constexpr (P == 1) {
-        if (tokens == 3) multiply_tile<Isa, W, P, 3, 2>(strips, in, a, s * kStripRows, 0, tuning.prefetch_bytes);
-        if (tokens == 4) multiply_tile<Isa, W, P, 4, 2>(strips, in, a, s * kStripRows, 0, tuning.prefetch_bytes);
-      }
+      multiply_strips<Isa, W, P, 2>(strips, in, a, s * kStripRows, {0, tokens}, tuning.prefetch_bytes);
     }
   }
   return s;
@@ -219,13 +231,13 @@ void multiply_quantized(const LinearArguments& a, int64_t from, int64_t to) {
   using W = Direct<type>;
   const LinearTuning& tuning = linear_tuning();
   const PackedMatrix& matrix = *a.weight;
-  const int tokens = a.in.tokens, tiles = tile_count<P>(tokens);
+  const int tokens = a.in.tokens, tiles = tile_count<P, Isa::kWholeParts>(tokens);
   const int64_t groups = matrix.columns / 32;
   const InputOf<Isa, W>* in = input_of<Isa, W>(a.in);
   const auto tile_input = [&](Tile tile) { return in + tile_offset(tile, groups) * kGroupsPerToken<Isa, W, P>; };
 
   if (tiles == 1) {
-    const Tile tile = tile_at<P>(tokens, 0);
+    const Tile tile = tile_at<P, Isa::kWholeParts>(tokens, 0);
     int64_t s = from;
     if constexpr (Isa::kStreams) s = multiply_streams<Isa, W, P>(a, from, to, in);
     for (; s < to; s++) {
@@ -251,15 +263,24 @@ void multiply_quantized(const LinearArguments& a, int64_t from, int64_t to) {
           strips[i] = {panel, nullptr, 0};
         }
         for (int i = first; i < last; i++) {
-          const Tile tile = tile_at<P>(tokens, i);
+          const Tile tile = tile_at<P, Isa::kWholeParts>(tokens, i);
           multiply_panel<Isa, Panel<type>, P, kStrips>(strips, tile_input(tile), a, s * kStripRows, tile);
+        }
+      }
+    }
+    if constexpr (Isa::kPairParts == kTilePartsMax) {
+      for (; s + 2 <= to; s += 2) {
+        const Strip strips[2] = {strip_at<type>(matrix, s), strip_at<type>(matrix, s + 1)};
+        for (int i = first; i < last; i++) {
+          const Tile tile = tile_at<P, Isa::kWholeParts>(tokens, i);
+          multiply_strips<Isa, W, P, 2>(strips, tile_input(tile), a, s * kStripRows, tile, i == first ? tuning.prefetch_bytes : 0);
         }
       }
     }
     for (; s < to; s++) {
       const Strip strip = strip_at<type>(matrix, s);
       for (int i = first; i < last; i++) {
-        const Tile tile = tile_at<P>(tokens, i);
+        const Tile tile = tile_at<P, Isa::kWholeParts>(tokens, i);
         multiply_strips<Isa, W, P, 1>(&strip, tile_input(tile), a, s * kStripRows, tile, i == first ? tuning.prefetch_bytes : 0);
       }
     }
@@ -285,12 +306,12 @@ void multiply_float_tile(const uint8_t* strip, const LinearArguments& a, int64_t
 template <class Isa, TensorType type>
 void multiply_float(const LinearArguments& a, int64_t from, int64_t to) {
   const size_t strip_bytes = strip_shape(type, a.weight->columns, 0).strip_bytes;
-  const int tiles = tile_count<1>(a.in.tokens);
+  const int tiles = tile_count<1, kTilePartsMax>(a.in.tokens);
   for (int64_t s = from; s < to; s++) {
     const uint8_t* strip = a.weight->data + static_cast<size_t>(s) * strip_bytes;
     const int64_t row = s * kStripRows;
     for (int i = 0; i < tiles; i++) {
-      const Tile tile = tile_at<1>(a.in.tokens, i);
+      const Tile tile = tile_at<1, kTilePartsMax>(a.in.tokens, i);
       switch (tile.count) {
         case 1: multiply_float_tile<Isa, type, 1>(strip, a, row, tile.first); break;
         case 2: multiply_float_tile<Isa, type, 2>(strip, a, row, tile.first); break;
@@ -330,14 +351,14 @@ void multiply(const LinearArguments& a, Part part) {
 }
 
 // This part's share of the T x G groups: `quantize_group(x, out)` for each, which writes P TokenGroups.
-template <int P, class QuantizeGroup>
+template <class Isa, int P, class QuantizeGroup>
 void quantize_each(const Activations& in, Part part, QuantizeGroup quantize_group) {
   const int64_t groups = in.columns / 32, count = in.tokens * groups;
   const int64_t from = count * part.index / part.count, to = count * (part.index + 1) / part.count;
   TokenGroup* out = reinterpret_cast<TokenGroup*>(in.data);
   for (int64_t i = from; i < to;) {
     const int64_t token = i / groups;
-    const Tile tile = tile_of_token<P>(in.tokens, static_cast<int>(token));
+    const Tile tile = tile_of_token<P, Isa::kWholeParts>(in.tokens, static_cast<int>(token));
     const int64_t row_end = (token + 1) * groups < to ? (token + 1) * groups : to;
     TokenGroup* column = out + (tile_offset(tile, groups) + (token - tile.first)) * P;
     for (int64_t g = i - token * groups; i < row_end; i++, g++) quantize_group(in.x + token * in.x_stride + g * 32, column + g * tile.count * P);

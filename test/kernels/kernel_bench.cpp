@@ -122,7 +122,8 @@ double read_ceiling(int threads, size_t bytes) {
 constexpr int kChains = 12, kTurns = 200000;
 __attribute__((target("avx512f,avx512vnni"))) double int8_operations_avx512() {
   __m512i sums[kChains], a = _mm512_set1_epi32(0x01020304), b = _mm512_set1_epi32(0x04030201);
-  for (__m512i& s : sums) s = _mm512_setzero_si512();
+#pragma GCC unroll 12
+  for (int c = 0; c < kChains; c++) sums[c] = _mm512_setzero_si512();  // unrolled, or the sums live on the stack
   for (int i = 0; i < kTurns; i++) {
 #pragma GCC unroll 12
     for (int c = 0; c < kChains; c++) {
@@ -135,7 +136,8 @@ __attribute__((target("avx512f,avx512vnni"))) double int8_operations_avx512() {
 __attribute__((target("avx2"))) double int8_operations_avx2() {
   __m256i sums[kChains / 4], a = _mm256_set1_epi32(0x01020304);
   const __m256i b = _mm256_set1_epi32(0x04030201), ones = _mm256_set1_epi16(1);
-  for (__m256i& s : sums) s = _mm256_setzero_si256();
+#pragma GCC unroll 3
+  for (int c = 0; c < kChains / 4; c++) sums[c] = _mm256_setzero_si256();
   for (int i = 0; i < kTurns; i++) {
 #pragma GCC unroll 3
     for (int c = 0; c < kChains / 4; c++) {
@@ -153,7 +155,8 @@ __attribute__((target("avx2"))) double int8_operations_avx2() {
 }
 double int8_operations_portable() {
   __m128i sums[kChains], a = _mm_set1_epi32(0x00020001), b = _mm_set1_epi32(0x00040003);
-  for (__m128i& s : sums) s = _mm_setzero_si128();
+#pragma GCC unroll 12
+  for (int c = 0; c < kChains; c++) sums[c] = _mm_setzero_si128();
   for (int i = 0; i < kTurns; i++) {
 #pragma GCC unroll 12
     for (int c = 0; c < kChains; c++) {
