@@ -9,6 +9,7 @@
 #include <thread>
 #include <variant>
 
+#include "device.h"
 #include "sampler.h"
 #include "shard.h"
 #include "step_run.h"
@@ -50,13 +51,15 @@ class ShardExecutor final : public Executor {
       for (int i = 0; i < shard_.config().threads; i++) samplers_.emplace_back(p.vocabulary_size);
     // The pinned cores are copied: the team's helpers read them as they start.
     team_ = std::make_unique<ThreadTeam>(shard_.config().threads, shard_.config().cores, shard_.config().spin);
+    device_ = make_device(shard_, *team_);
+    shard_.load_into(*device_);
     leader_ = std::thread([this] { lead(); });
   }
 
   ~ShardExecutor() override { stop(); }
 
-  const char* isa() const override { return shard_.kernels().name; }
-  size_t bytes() const override { return shard_.bytes(); }
+  const char* isa() const override { return device_->name(); }
+  size_t bytes() const override { return device_->bytes(); }
   WeightReport load_weight(int index, const uint8_t* data, size_t length) override { return shard_.load_weight(index, data, length); }
 
   uint64_t tables_checksum() const override {
@@ -78,7 +81,7 @@ class ShardExecutor final : public Executor {
     if (!links_) links_ = new_links();
     links_->connect(peers);
     connected_ = true;
-    shard_.clear_kv();
+    device_->clear_kv();
     std::fill(open_.begin(), open_.end(), false);
     std::fill(slots_.begin(), slots_.end(), SlotState());
     std::fill(board_.latest.begin(), board_.latest.end(), TokenBoard::Entry());
@@ -344,7 +347,7 @@ class ShardExecutor final : public Executor {
     }
   }
 
-  RunContext context() { return {shard_, *team_, links_.get(), board_, slots_, samplers_, aborted_, trace_.load(std::memory_order_relaxed)}; }
+  RunContext context() { return {shard_, *device_, *team_, links_.get(), board_, slots_, samplers_, aborted_, trace_.load(std::memory_order_relaxed)}; }
 
   void execute(std::vector<SlotOpen>& slots) {
     if (slots_.empty()) return;
@@ -412,6 +415,7 @@ class ShardExecutor final : public Executor {
   Shard shard_;
   const ExecutorEvents events_;
   std::unique_ptr<ThreadTeam> team_;
+  std::unique_ptr<Device> device_;
 
   // Control thread only.
   std::vector<bool> open_;

@@ -1,18 +1,15 @@
 #include "shard.h"
 
 #include <algorithm>
-#include <cstring>
 #include <stdexcept>
 
 #include "../reference/blocks.h"
+#include "device.h"
 
 namespace shardmesh {
 namespace {
 
-constexpr size_t kLine = 64;
 constexpr uint64_t kFnvOffset = 14695981039346656037ull;
-
-size_t align(size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 
 std::string number(int64_t value) { return std::to_string(value); }
 
@@ -27,9 +24,8 @@ Shard::Shard(ExecutorConfig config) : config_(std::move(config)) {
   choose_kernels();
   plan_actions();
   plan_exchanges();
-  plan_memory();
+  plan_buffers();
   plan_rope();
-  if (weights_.empty()) finish_loading();
 }
 
 void Shard::check_config() const {
@@ -56,7 +52,8 @@ void Shard::choose_kernels() {
   expect(config_.isa.empty(), "executor kind '" + config_.kind + "' has no isa; '" + config_.isa + "' was asked for");
   if (config_.kind == "reference") kernels_ = reference_kernel_set();
   else if (config_.kind == "reference-f32") kernels_ = reference_f32_kernel_set();
-  else throw std::runtime_error("executor kind '" + config_.kind + "' is not 'cpu', 'reference' or 'reference-f32'");
+  else if (config_.kind == "cuda") kernels_ = find_kernel_set("auto", &why);
+  else throw std::runtime_error("executor kind '" + config_.kind + "' is not 'cpu', 'cuda', 'reference' or 'reference-f32'");
 }
 
 bool Shard::is_quantized(int weight) const { return !is_float(program().weights[static_cast<size_t>(weight)].type); }
@@ -138,95 +135,57 @@ void Shard::plan_exchanges() {
       for (const Range& range : o.vocabulary) row_bytes = std::max(row_bytes, static_cast<size_t>(range.size()) * 4);
     }
     piece_rows_.push_back(static_cast<int>(std::max<size_t>(1, kExchangePieceBytes / row_bytes)));
+    std::vector<Subtree> own;
+    if (!subtrees.empty())
+      for (const Subtree& s : subtrees[static_cast<size_t>(p.rank)]) own.push_back({s.first - static_cast<int>(o.cut.ranks[static_cast<size_t>(p.rank)].from), s.count});
+    own_subtrees_.push_back(std::move(own));
     subtrees_.push_back(std::move(subtrees));
   }
 }
 
-void Shard::plan_memory() {
+void Shard::plan_buffers() {
   const Program& p = program();
   const size_t T = static_cast<size_t>(config_.step_tokens_max);
-
-  output_rows_ = static_cast<int>(std::clamp<size_t>(kOutputBytes / (static_cast<size_t>(p.vocabulary_size) * 4), 8, kOutputRowsMax));
-
-  // Weights: one arena in program order.
   weights_.resize(p.weights.size());
-  std::vector<size_t> offsets;
-  size_t at = 0;
-  for (size_t i = 0; i < p.weights.size(); i++) {
-    offsets.push_back(at);
-    if (p.weights[i].use == WeightUse::Vector) continue;
-    PackedMatrix& m = weights_[i].matrix;
-    const MatrixSource source = source_of(static_cast<int>(i), nullptr);
-    m.type = source.type;
-    m.rows = source.rows;
-    m.columns = source.columns;
-    m.bytes = kernels_->packed_bytes(source);
-    at += align(m.bytes);
-  }
-  weight_memory_ = Memory(at, "the weights of this shard");
-  for (size_t i = 0; i < p.weights.size(); i++) weights_[i].matrix.data = weight_memory_.data() + offsets[i];
-
-  // KV pool.
+  output_rows_ = static_cast<int>(std::clamp<size_t>(kOutputBytes / (static_cast<size_t>(p.vocabulary_size) * 4), 8, kOutputRowsMax));
   kv_layout_ = config_.kind == "reference-f32" ? make_kv_layout(KeyType::F32, ValueType::F32, p.kv.heads, p.kv.head_size, config_.block_tokens)
                                                 : make_kv_layout(p.kv.key, p.kv.value, p.kv.heads, p.kv.head_size, config_.block_tokens);
-  kv_memory_ = Memory(static_cast<size_t>(p.kv.layers) * static_cast<size_t>(config_.kv_blocks) * kv_layout_.block_bytes, "the KV cache (kvBlocks)");
-
-  // Buffers, with the quantised form of those that a quantised product reads, and the sums of partial products.
-  struct Room { size_t values, quantized; };
-  std::vector<Room> rooms;
-  size_t bytes = 0;
-  buffers_.resize(p.buffers.size());
   for (size_t i = 0; i < p.buffers.size(); i++) {
-    Buffer& b = buffers_[i];
+    Buffer b;
     b.width = p.buffers[i].width;
-    b.stride = static_cast<int64_t>(align(static_cast<size_t>(b.width) * 4) / 4);
-    const size_t rows = p.buffers[i].per_output ? static_cast<size_t>(output_rows_) : T;
-    rooms.push_back({bytes, 0});
-    bytes += align(rows * static_cast<size_t>(b.stride) * 4);
-    const bool read_quantized = std::any_of(actions_.begin(), actions_.end(), [&](const Action& a) { return a.kind == ActionKind::Quantize && a.buffer == static_cast<int>(i); });
-    if (!read_quantized) continue;
-    rooms.back().quantized = bytes + 1;  // + 1: zero means none
-    bytes += align(kernels_->activation_bytes(p.activations, static_cast<int>(rows), b.width));
+    b.stride = static_cast<int64_t>(align_to_line(static_cast<size_t>(b.width) * 4) / 4);
+    b.per_output = p.buffers[i].per_output;
+    b.rows = b.per_output ? output_rows_ : config_.step_tokens_max;
+    b.quantized = std::any_of(actions_.begin(), actions_.end(), [&](const Action& a) { return a.kind == ActionKind::Quantize && a.buffer == static_cast<int>(i); });
+    buffers_.push_back(b);
   }
-  // Also where hidden states are laid close together for a frame.
-  size_t partial_bytes = std::min(T * static_cast<size_t>(p.hidden_size) * 4, std::max(kExchangePieceBytes, static_cast<size_t>(p.hidden_size) * 4));
-  size_t received_bytes = 0;
+  // Hidden states need room for a piece.
+  staging_bytes_ = std::min(T * static_cast<size_t>(p.hidden_size) * 4, std::max(kExchangePieceBytes, static_cast<size_t>(p.hidden_size) * 4));
   for (size_t i = 0; i < p.operations.size(); i++) {
     const Operation& o = p.operations[i];
     const auto piece = [&](size_t row_bytes) { return std::min<size_t>(static_cast<size_t>(piece_rows(static_cast<int>(i))), T) * row_bytes; };
+    const auto host = [&](int b) { buffers_[static_cast<size_t>(b)].host = true; };
     if (o.kind == OperationKind::AllReduce) {
       const size_t row_bytes = subtrees(static_cast<int>(i))[static_cast<size_t>(p.rank)].size() * static_cast<size_t>(buffer(o.out).width) * 4;
-      partial_bytes = std::max(partial_bytes, T * row_bytes);
+      staging_bytes_ = std::max(staging_bytes_, T * row_bytes);
       exchange_bytes_ = std::max(exchange_bytes_, piece(row_bytes));
       size_t sums = 0;
       for (const auto& of_rank : subtrees(static_cast<int>(i))) sums += of_rank.size();
-      if (config_.wire != WireType::F32) received_bytes = std::max(received_bytes, piece(sums * static_cast<size_t>(buffer(o.out).width) * 4));
+      if (config_.wire != WireType::F32) received_bytes_ = std::max(received_bytes_, piece(sums * static_cast<size_t>(buffer(o.out).width) * 4));
     } else if (o.kind == OperationKind::GatherRows) {
       exchange_bytes_ = std::max(exchange_bytes_, piece(static_cast<size_t>(buffer(o.out).width) * 4));
+      host(o.out);
     } else if (o.kind == OperationKind::GatherLogits) {
       const size_t rows = static_cast<size_t>(std::min(piece_rows(static_cast<int>(i)), output_rows_));
       exchange_bytes_ = std::max(exchange_bytes_, rows * static_cast<size_t>(o.vocabulary[static_cast<size_t>(p.rank)].size()) * 4);
+      host(o.in);
+      host(o.out);
+    } else if (o.kind == OperationKind::ReceiveHidden) {
+      host(o.out);
+    } else if (o.kind == OperationKind::SendHidden || o.kind == OperationKind::Sample) {
+      host(o.in);
     }
   }
-  const size_t partial_at = bytes;
-  bytes += align(partial_bytes);
-  const size_t received_at = bytes;
-  bytes += align(received_bytes);
-  buffer_memory_ = Memory(bytes + kLine, "the buffers of a step (stepTokensMax)");
-  for (size_t i = 0; i < buffers_.size(); i++) {
-    buffers_[i].data = reinterpret_cast<float*>(buffer_memory_.data() + rooms[i].values);
-    if (rooms[i].quantized) buffers_[i].quantized = buffer_memory_.data() + rooms[i].quantized - 1;
-  }
-  partial_ = reinterpret_cast<float*>(buffer_memory_.data() + partial_at);
-  if (received_bytes > 0) received_ = reinterpret_cast<float*>(buffer_memory_.data() + received_at);
-
-  // Scratch of the attention, for each thread.
-  for (const Operation& o : p.operations)
-    if (o.kind == OperationKind::Attention)
-      scratch_stride_ = std::max(scratch_stride_, align(kernels_->attention_scratch_bytes(o.heads, o.head_size, config_.step_tokens_max)));
-  scratch_bytes_ = scratch_stride_ * static_cast<size_t>(config_.threads) + kLine;
-  scratch_storage_ = std::make_unique<uint8_t[]>(scratch_bytes_);
-  scratch_.reset(reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(scratch_storage_.get()) + kLine - 1) / kLine * kLine));
 }
 
 void Shard::plan_rope() {
@@ -244,6 +203,11 @@ void Shard::plan_rope() {
     }
     table_of_[i] = static_cast<int>(t);
   }
+}
+
+void Shard::load_into(Device& device) {
+  device_ = &device;
+  if (weights_.empty()) finish_loading();
 }
 
 WeightReport Shard::load_weight(int index, const uint8_t* data, size_t length) {
@@ -275,8 +239,7 @@ WeightReport Shard::load_weight(int index, const uint8_t* data, size_t length) {
     expect(kernels_->all_finite(weight.vector.data(), source.columns), "weight " + number(index) + " '" + slice.tensor + "' holds a value that is not finite");
     report.bytes = weight.vector.size() * 4;
   } else {
-    kernels_->pack(source, &weight.matrix, Part{0, 1});
-    report = {weight.matrix.repack_error, weight.matrix.bytes};
+    report = device_->load_matrix(index, source);
   }
   std::lock_guard lock(loading_);
   weight.loaded = true;
@@ -291,6 +254,7 @@ void Shard::finish_loading() {
     if (table_factors_[t] >= 0) parameters.factors = weights_[static_cast<size_t>(table_factors_[t])].vector;
     tables_.push_back(std::make_unique<RopeTables>(parameters, program().context_tokens_max));
   }
+  device_->finish_loading();
 }
 
 const std::string* Shard::missing_weight() const {

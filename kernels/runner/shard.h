@@ -1,4 +1,5 @@
-// What does not change from step to step: the program with its weights, its buffers, its KV pool, and the plan of actions made from its operations.
+// What does not change from step to step: the program, its vectors and rope tables, the shape of its buffers and of its KV pool, and the plan of actions made
+// from its operations. The memory itself, and the matrices, belong to a Device.
 #pragma once
 #include <memory>
 #include <mutex>
@@ -8,23 +9,28 @@
 #include "../include/executor.h"
 #include "../include/kernel_set.h"
 #include "../include/program.h"
-#include "memory.h"
 #include "rope_table.h"
 
 namespace shardmesh {
 
-// A loaded weight: a packed matrix, or a vector of fp32.
+class Device;
+
+constexpr size_t kLineBytes = 64;
+constexpr size_t align_to_line(size_t bytes) { return (bytes + kLineBytes - 1) / kLineBytes * kLineBytes; }
+
+// The part of a weight that every device finds here: values of a vector.
 struct Weight {
-  PackedMatrix matrix{};
   std::vector<float> vector;
   bool loaded = false, loading = false;
 };
 
-// [rows, width] fp32 with a stride, and room for its quantised form where a product needs it.
+// [rows, width] fp32 with a stride.
 struct Buffer {
-  float* data = nullptr;
   int64_t width = 0, stride = 0;
-  uint8_t* quantized = nullptr;
+  int rows = 0;             // most of a step
+  bool per_output = false;  // output rows of a pass of the tail, not the step's tokens
+  bool quantized = false;   // a quantised product reads it
+  bool host = false;        // rows of it are read or written by the host
 };
 
 // What the runner does, in order. Most actions are one operation; products that read the same buffer run as one piece of work, and a buffer is quantised once
@@ -53,10 +59,14 @@ class Shard {
 
   const ExecutorConfig& config() const { return config_; }
   const Program& program() const { return config_.program; }
+  // What the host computes with; a CpuDevice computes everything with it.
   const KernelSet& kernels() const { return *kernels_; }
-  size_t bytes() const { return weight_memory_.size() + kv_memory_.size() + buffer_memory_.size() + scratch_bytes_; }
 
+  // Matrices go to `device`, which outlives the shard's last load_weight(), and which hears of the end of loading. Call first, once.
+  void load_into(Device& device);
   WeightReport load_weight(int index, const uint8_t* data, size_t length);
+  // Slice `index` with its bytes at `data`, which may be null.
+  MatrixSource source_of(int index, const uint8_t* data) const;
   // Null when everything is loaded, else the name of a tensor that is missing.
   const std::string* missing_weight() const;
   uint64_t tables_checksum() const;
@@ -68,25 +78,24 @@ class Shard {
   int output_rows() const { return output_rows_; }
 
   const Buffer& buffer(int index) const { return buffers_[static_cast<size_t>(index)]; }
-  const PackedMatrix& matrix(int weight) const { return weights_[static_cast<size_t>(weight)].matrix; }
   // Null for -1.
   const float* vector(int weight) const { return weight < 0 ? nullptr : weights_[static_cast<size_t>(weight)].vector.data(); }
   bool is_quantized(int weight) const;
   RopeTable rope_table(int operation) const { return tables_[static_cast<size_t>(table_of_[static_cast<size_t>(operation)])]->view(); }
 
   const KvLayout& kv_layout() const { return kv_layout_; }
-  uint8_t* kv_layer(int layer) const { return kv_memory_.data() + static_cast<size_t>(layer) * static_cast<size_t>(config_.kv_blocks) * kv_layout_.block_bytes; }
-  void clear_kv() { kv_memory_.clear(); }
-  uint8_t* attention_scratch(int part) const { return scratch_.get() + static_cast<size_t>(part) * scratch_stride_; }
 
-  // Subtree sums of this rank between a partial product and its reduction: [subtree][token][width], when they are not written into the exchange.
-  float* partial() const { return partial_; }
-  // The sums of all ranks for one piece, taken back from the wire; null when they travel as they are.
-  float* received() const { return received_; }
+  // Room for the subtree sums of this rank between a partial product and its reduction, [subtree][token][width], when they are not written into the exchange;
+  // also where hidden states are laid close together for a frame.
+  size_t staging_bytes() const { return staging_bytes_; }
+  // Room for the sums of all ranks for one piece, taken back from the wire; 0 when they travel as they are.
+  size_t received_bytes() const { return received_bytes_; }
   // Rows of one exchange piece of operation `index` (all_reduce, gather_rows, gather_logits): the same on all ranks.
   int piece_rows(int index) const { return piece_rows_[static_cast<size_t>(index)]; }
   // Maximal subtrees of each rank in the cut of operation `index` (linear_partial, all_reduce), `first` counted over all units.
   const std::vector<std::vector<Subtree>>& subtrees(int index) const { return subtrees_[static_cast<size_t>(index)]; }
+  // Those of this rank, `first` counted over its own units.
+  const std::vector<Subtree>& own_subtrees(int index) const { return own_subtrees_[static_cast<size_t>(index)]; }
   size_t exchange_bytes() const { return exchange_bytes_; }
 
  private:
@@ -94,9 +103,8 @@ class Shard {
   void choose_kernels();
   void plan_actions();
   void plan_exchanges();
-  void plan_memory();
+  void plan_buffers();
   void plan_rope();
-  MatrixSource source_of(int index, const uint8_t* data) const;
   void finish_loading();
 
   ExecutorConfig config_;
@@ -106,17 +114,12 @@ class Shard {
   int output_rows_ = 0;
   std::vector<Buffer> buffers_;
   std::vector<Weight> weights_;
-  Memory weight_memory_, kv_memory_, buffer_memory_;
+  Device* device_ = nullptr;
   KvLayout kv_layout_{};
-  std::unique_ptr<uint8_t[]> scratch_storage_;
-  struct Unowned { void operator()(uint8_t*) const {} };
-  std::unique_ptr<uint8_t, Unowned> scratch_;
-  size_t scratch_stride_ = 0, scratch_bytes_ = 0;
-  float* partial_ = nullptr;
-  float* received_ = nullptr;
-  size_t exchange_bytes_ = 64;
+  size_t staging_bytes_ = 0, received_bytes_ = 0, exchange_bytes_ = 64;
   std::vector<int> piece_rows_;                             // per operation
   std::vector<std::vector<std::vector<Subtree>>> subtrees_;  // per operation, per rank
+  std::vector<std::vector<Subtree>> own_subtrees_;           // per operation
   std::vector<int> table_of_;  // per operation: index into tables_, -1
   std::vector<RopeParameters> table_parameters_;
   std::vector<int> table_factors_;  // weight index of the factors, -1

@@ -5,11 +5,12 @@
 #include <algorithm>
 #include <cstring>
 
+#include "sampler_math.h"
+
 namespace shardmesh {
 namespace {
 
 constexpr int64_t kFirstTryNs = 100'000;     // spin of a first try, when spinning is allowed
-constexpr double kShareCost = 30'000;        // below this many operations a second thread costs more than it brings
 
 const char* action_name(ActionKind kind) {
   switch (kind) {
@@ -47,13 +48,15 @@ int64_t monotonic_now_ns() {
 }
 
 StepRun::StepRun(const RunContext& context, const StepInput& input)
-    : context_(context), shard_(context.shard), program_(context.shard.program()), kernels_(context.shard.kernels()), wire_(context.shard.config().wire), input_(input), token_ids_(input.token_ids) {
+    : context_(context), shard_(context.shard), device_(context.device), program_(context.shard.program()), kernels_(context.shard.kernels()), wire_(context.shard.config().wire), input_(input), token_ids_(input.token_ids) {
   const int tokens = static_cast<int>(input.positions.size()), sequences = static_cast<int>(input.slots.size());
   first_row_.assign(static_cast<size_t>(sequences) + 1, tokens);
   for (int t = tokens; t-- > 0;) first_row_[static_cast<size_t>(input.row_sequence[static_cast<size_t>(t)])] = t;
   rows_ = {tokens, input.positions.data(), input.row_sequence.data(), sequences, first_row_.data(), input.block_table_offsets.data(), input.block_tables.data()};
   failure_.step = input.step;
   tail_rows_ = std::min<int>(shard_.output_rows(), static_cast<int>(input.outputs.size()));
+  device_.begin_step(rows_);
+  device_.begin_tail(tail_rows_);
 }
 
 StepRun::Status StepRun::advance(bool block) {
@@ -78,10 +81,12 @@ StepRun::Status StepRun::advance(bool block) {
       const int done = tail_from_ + tail_rows_, left = static_cast<int>(input_.outputs.size()) - done;
       tail_from_ = done;
       tail_rows_ = std::min(shard_.output_rows(), left);
+      logits_here_ = false;
+      device_.begin_tail(tail_rows_);
       if (tail_rows_ > 0) action_ = shard_.tail_begin();
     }
   }
-  return Status::Done;
+  return done_unless(!device_.wait());
 }
 
 StepDone StepRun::take_result() {
@@ -93,19 +98,19 @@ StepRun::Status StepRun::run_action(const Action& action) {
   const Operation& o = action.operation < 0 ? none : program_.operations[static_cast<size_t>(action.operation)];
   switch (action.kind) {
     case ActionKind::ResolveTokens: return resolve_tokens();
-    case ActionKind::Embed: embed(o); return Status::Done;
+    case ActionKind::Embed: device_.embed(o, token_ids_.data()); return Status::Done;
     case ActionKind::GatherRows: return gather_rows(action.operation);
     case ActionKind::ReceiveHidden: return receive_hidden(action.operation);
     case ActionKind::SendHidden: return send_hidden(action.operation);
-    case ActionKind::RmsNorm: norm(o); return Status::Done;
-    case ActionKind::Quantize: return quantize(action.operation, action.buffer);
-    case ActionKind::Linear: linear(action); return Status::Done;
+    case ActionKind::RmsNorm: device_.norm(o); return Status::Done;
+    case ActionKind::Quantize: return done_unless(!device_.quantize(static_cast<int>(action_), action.buffer));
+    case ActionKind::Linear: device_.products(action.products); return Status::Done;
     case ActionKind::LinearPartial: linear_partial(action.operation); return Status::Done;
     case ActionKind::AllReduce: return all_reduce(action.operation);
-    case ActionKind::Rope: rope(action.operation); return Status::Done;
-    case ActionKind::StoreKv: return store_kv(action.operation);
-    case ActionKind::Attention: attention(o); return Status::Done;
-    case ActionKind::GatedActivation: gated_activation(o); return Status::Done;
+    case ActionKind::Rope: device_.rope(action.operation); return Status::Done;
+    case ActionKind::StoreKv: return done_unless(!device_.store_kv(static_cast<int>(action_), o));
+    case ActionKind::Attention: device_.attention(o); return Status::Done;
+    case ActionKind::GatedActivation: device_.gated_activation(o); return Status::Done;
     case ActionKind::SelectRows: return select_rows(o);
     case ActionKind::GatherLogits: return gather_logits(action.operation);
     case ActionKind::Sample: return sample(o);
@@ -120,6 +125,20 @@ StepRun::Status StepRun::fail(FailureCode code, std::string message) {
   failure_.code = code;
   failure_.message = std::move(message);
   return Status::Failed;
+}
+
+StepRun::Status StepRun::fail_by_device() {
+  const DeviceProblem& problem = device_.problem();
+  if (problem.action < 0) return fail(FailureCode::Internal, where(-1) + ": " + problem.fault);
+  const Action& action = shard_.actions()[static_cast<size_t>(problem.action)];
+  const std::string row = problem.row < 0 ? "" : " of row " + std::to_string(problem.row);
+  switch (action.kind) {
+    case ActionKind::Quantize:
+      return fail(FailureCode::NonFinite, where(action.operation) + ": its input '" + program_.buffers[static_cast<size_t>(action.buffer)].name + "' is not finite");
+    case ActionKind::StoreKv: return fail(FailureCode::NonFinite, where(action.operation) + ": k or v is not finite");
+    case ActionKind::SelectRows: return fail(FailureCode::NonFinite, where(-1) + ": the hidden state" + row + " is not finite");
+    default: return fail(FailureCode::NonFinite, where(action.operation) + ": the hidden state" + row + " is not finite");
+  }
 }
 
 std::string StepRun::where(int index) const {
@@ -180,14 +199,6 @@ StepRun::Status StepRun::exchange(FrameKind kind, int index, int piece, int rows
   *payloads = payloads_;
   return Status::Done;
 }
-
-template <typename Work>
-void StepRun::share(double cost, const Work& work) {
-  if (cost < kShareCost) work(Part{0, 1});
-  else context_.team.run(work);
-}
-
-int StepRun::rows_of(int buffer) const { return program_.buffers[static_cast<size_t>(buffer)].per_output ? tail_rows_ : rows_.tokens; }
 
 int StepRun::ranks_of(int stage) const {
   const std::vector<int>& ranks = shard_.config().ranks_per_stage;
@@ -258,17 +269,6 @@ StepRun::Status StepRun::resolve_tokens() {
 
 // ---------------------------------------------------------------- embedding and hidden states
 
-void StepRun::embed(const Operation& o) {
-  const Range own = o.vocabulary[static_cast<size_t>(program_.rank)];
-  const PackedMatrix& matrix = shard_.matrix(o.weight);
-  share(static_cast<double>(rows_.tokens) * static_cast<double>(matrix.columns), [&](Part part) {
-    for (int t = part.index; t < rows_.tokens; t += part.count) {
-      const int64_t token = token_ids_[static_cast<size_t>(t)];
-      if (token >= own.from && token < own.to) kernels_.read_row(matrix, token - own.from, row(o.out, t));
-    }
-  });
-}
-
 StepRun::Status StepRun::gather_rows(int index) {
   const Operation& o = program_.operations[static_cast<size_t>(index)];
   const int piece_rows = shard_.piece_rows(index);
@@ -278,8 +278,19 @@ StepRun::Status StepRun::gather_rows(int index) {
     while (token_ids_[static_cast<size_t>(t)] >= o.vocabulary[static_cast<size_t>(r)].to) r++;
     return r;
   };
+  // Hands the device the longest runs of rows that the own rank has, or has not.
+  const auto each_run = [&](int from, int to, bool own, const auto& use) {
+    for (int t = from, first = from; t < to; t++) {
+      if ((owner(t) == program_.rank) != own) first = t + 1;
+      else if (t + 1 == to || (owner(t + 1) == program_.rank) != own) use(first, t + 1 - first);
+    }
+  };
   for (; piece_ * piece_rows < rows_.tokens; piece_++) {
     const int from = piece_ * piece_rows, to = std::min(rows_.tokens, from + piece_rows);
+    if (device_.queues() && peer_ < 0) {
+      each_run(from, to, true, [&](int first, int count) { device_.fetch_rows(o.out, first, count); });
+      if (!device_.wait()) return fail_by_device();
+    }
     std::array<int, kRanksMax> counts{};
     for (int t = from; t < to; t++) counts[static_cast<size_t>(owner(t))]++;
     const auto bytes_of = [&](int r) { return std::max<size_t>(4, static_cast<size_t>(counts[static_cast<size_t>(r)]) * row_bytes); };
@@ -300,6 +311,7 @@ StepRun::Status StepRun::gather_rows(int index) {
       std::memcpy(row(o.out, t), payloads[static_cast<size_t>(r)], row_bytes);
       payloads[static_cast<size_t>(r)] += row_bytes;
     }
+    if (device_.queues()) each_run(from, to, false, [&](int first, int count) { device_.push_rows(o.out, first, count); });
   }
   piece_ = 0;
   return Status::Done;
@@ -315,7 +327,7 @@ StepRun::Status StepRun::receive_hidden(int index) {
   const int piece_rows = hidden_piece_rows();
   TensorLink* link = context_.links ? context_.links->from(source) : nullptr;
   if (!link) return fail(FailureCode::Internal, where(index) + ": no link from stage " + std::to_string(source.stage) + " rank " + std::to_string(source.rank));
-  uint8_t* staging = reinterpret_cast<uint8_t*>(shard_.partial());
+  uint8_t* staging = reinterpret_cast<uint8_t*>(device_.staging());
   for (; piece_ * piece_rows < rows_.tokens; piece_++) {
     const int from = piece_ * piece_rows, count = std::min(piece_rows, rows_.tokens - from);
     const size_t bytes = static_cast<size_t>(count) * row_bytes;
@@ -330,6 +342,7 @@ StepRun::Status StepRun::receive_hidden(int index) {
       return fail(FailureCode::Internal, where(index) + ": a hidden frame of " + std::to_string(got) + " bytes, expected " + std::to_string(bytes));
     }
     for (int t = 0; t < count; t++) from_wire(wire_, staging + static_cast<size_t>(t) * row_bytes, program_.hidden_size, row(o.out, from + t));
+    device_.push_rows(o.out, from, count);
   }
   piece_ = 0;
   return Status::Done;
@@ -340,10 +353,11 @@ StepRun::Status StepRun::send_hidden(int index) {
   const size_t row_bytes = wire_bytes(wire_, program_.hidden_size);
   const int piece_rows = hidden_piece_rows();
   const int pieces = (rows_.tokens + piece_rows - 1) / piece_rows, own_ranks = program_.ranks, next_ranks = ranks_of(program_.stage + 1);
-  for (int t = 0; piece_ == 0 && peer_ < 0 && t < rows_.tokens; t++)
-    if (!kernels_.all_finite(row(o.in, t), program_.hidden_size))
-      return fail(FailureCode::NonFinite, where(index) + ": the hidden state of row " + std::to_string(t) + " is not finite");
-  uint8_t* staging = reinterpret_cast<uint8_t*>(shard_.partial());
+  if (piece_ == 0 && peer_ < 0) {
+    device_.fetch_rows(o.in, 0, rows_.tokens);
+    if (!device_.check_rows(static_cast<int>(action_), o.in) || !device_.wait()) return fail_by_device();
+  }
+  uint8_t* staging = reinterpret_cast<uint8_t*>(device_.staging());
   if (peer_ < 0) peer_ = program_.rank;
   for (; piece_ < pieces; piece_++) {
     const int from = piece_ * piece_rows, count = std::min(piece_rows, rows_.tokens - from);
@@ -364,101 +378,45 @@ StepRun::Status StepRun::send_hidden(int index) {
   return Status::Done;
 }
 
-// ---------------------------------------------------------------- compute
-
-void StepRun::norm(const Operation& o) {
-  const Buffer& in = shard_.buffer(o.in);
-  const Buffer& out = shard_.buffer(o.out);
-  const int rows = rows_of(o.in);
-  share(rows == 1 ? 0 : 2.0 * rows * static_cast<double>(in.width), [&](Part part) {
-    kernels_.rms_norm(in.data, in.stride, shard_.vector(o.weight), o.epsilon, in.width, rows, out.data, out.stride, part);
-  });
-}
-
-void StepRun::check_finite(int buffer, Part part, std::atomic<bool>* bad) const {
-  const int rows = rows_of(buffer);
-  for (int t = part.index; t < rows; t += part.count)
-    if (!kernels_.all_finite(row(buffer, t), shard_.buffer(buffer).width)) bad->store(true, std::memory_order_relaxed);
-}
-
-StepRun::Status StepRun::quantize(int index, int buffer) {
-  const Buffer& b = shard_.buffer(buffer);
-  const Activations in{b.data, b.stride, rows_of(buffer), b.width, b.quantized, program_.activations};
-  std::atomic<bool> bad{false};
-  share(4.0 * in.tokens * static_cast<double>(b.width), [&](Part part) {
-    check_finite(buffer, part, &bad);
-    kernels_.quantize_activations(in, part);
-  });
-  if (bad) return fail(FailureCode::NonFinite, where(index) + ": its input '" + program_.buffers[static_cast<size_t>(buffer)].name + "' is not finite");
-  return Status::Done;
-}
-
-void StepRun::linear(const Action& action) {
-  double cost = 0;
-  for (const int index : action.products) {
-    const PackedMatrix& m = shard_.matrix(program_.operations[static_cast<size_t>(index)].weight);
-    cost += static_cast<double>(m.rows) * static_cast<double>(m.columns);
-  }
-  share(cost, [&](Part part) {
-    for (const int index : action.products) {
-      const Operation& o = program_.operations[static_cast<size_t>(index)];
-      const Buffer& in = shard_.buffer(o.in);
-      const Buffer& out = shard_.buffer(o.out);
-      const Subtree whole{0, static_cast<int>(o.segments.size())};
-      const LinearArguments arguments{&shard_.matrix(o.weight), {in.data, in.stride, rows_of(o.in), in.width, in.quantized, program_.activations}, whole.count, o.segments.data(), 1, &whole,
-                                      shard_.vector(o.bias), out.data, out.stride, 0};
-      kernels_.linear(arguments, part);
-    }
-  });
-}
+// ---------------------------------------------------------------- reductions
 
 // The sums go straight into the exchange when one piece holds them all and they travel as they are, else into a buffer of their own.
 void StepRun::linear_partial(int index) {
   const Operation& o = program_.operations[static_cast<size_t>(index)];
-  const Buffer& in = shard_.buffer(o.in);
-  Subtree subtrees[kSegmentsMax];
-  size_t count = 0;
-  for (const Subtree& s : shard_.subtrees(index)[static_cast<size_t>(program_.rank)])
-    subtrees[count++] = {s.first - static_cast<int>(o.cut.ranks[static_cast<size_t>(program_.rank)].from), s.count};
-  partial_ = shard_.partial();
   if (program_.ranks > 1 && wire_ == WireType::F32 && rows_.tokens <= shard_.piece_rows(index + 1)) {
     const FrameKey key{FrameKind::Reduce, input_.step, static_cast<uint16_t>(index + 1), 0};
-    own_block_ = context_.links->exchange()->begin(key, count * static_cast<size_t>(rows_.tokens) * static_cast<size_t>(o.width) * 4);
-    if (own_block_) {
-      partial_ = reinterpret_cast<float*>(own_block_);
-      begun_ = true;
-    }
+    own_block_ = context_.links->exchange()->begin(key, shard_.own_subtrees(index).size() * static_cast<size_t>(rows_.tokens) * static_cast<size_t>(o.width) * 4);
+    begun_ = own_block_ != nullptr;
   }
-  partial_subtree_stride_ = rows_.tokens * o.width;
-  const LinearArguments arguments{&shard_.matrix(o.weight), {in.data, in.stride, rows_.tokens, in.width, in.quantized, program_.activations}, static_cast<int>(o.segments.size()),
-                                  o.segments.data(), static_cast<int>(count), subtrees, nullptr, partial_, o.width, partial_subtree_stride_};
-  share(static_cast<double>(o.width) * static_cast<double>(in.width), [&](Part part) { kernels_.linear(arguments, part); });
+  device_.partial_product(index, begun_ ? own_block_ : nullptr);
 }
 
 StepRun::Status StepRun::all_reduce(int index) {
   const Operation& o = program_.operations[static_cast<size_t>(index)];
   const int64_t width = shard_.buffer(o.out).width;
+  std::array<const float*, kRanksMax> sums{};  // null: the own ones, as they were computed
   if (program_.ranks == 1) {
-    Payloads payloads{};
-    payloads[0] = reinterpret_cast<const uint8_t*>(partial_);
-    finish_reduction(index, 0, rows_.tokens, payloads);
+    device_.reduce(index, 0, rows_.tokens, sums.data());
     return Status::Done;
   }
+  if (piece_ == 0 && peer_ < 0 && !device_.wait()) return fail_by_device();
   const int piece_rows = shard_.piece_rows(index);
-  const size_t own_subtrees = shard_.subtrees(index)[static_cast<size_t>(program_.rank)].size();
+  const size_t own_subtrees = shard_.own_subtrees(index).size();
   for (; piece_ * piece_rows < rows_.tokens; piece_++) {
     const int from = piece_ * piece_rows, count = std::min(piece_rows, rows_.tokens - from);
     const size_t row_bytes = wire_bytes(wire_, width), piece_bytes = static_cast<size_t>(count) * row_bytes;
     const auto bytes_of = [&](int r) { return shard_.subtrees(index)[static_cast<size_t>(r)].size() * piece_bytes; };
     const auto fill = [&](uint8_t* block) {
       for (size_t s = 0; s < own_subtrees; s++)
-        for (int t = 0; t < count; t++, block += row_bytes) to_wire(wire_, partial_ + static_cast<int64_t>(s) * partial_subtree_stride_ + (from + t) * width, width, block);
+        for (int t = 0; t < count; t++, block += row_bytes) to_wire(wire_, device_.partial() + (static_cast<int64_t>(s) * rows_.tokens + from + t) * width, width, block);
     };
     Payloads payloads;
     const Status status = exchange(FrameKind::Reduce, index, piece_, count, fill, bytes_of, &payloads);
     if (status != Status::Done) return status;
     if (wire_ != WireType::F32) take_from_wire(index, count, &payloads);
-    finish_reduction(index, from, count, payloads);
+    for (int r = 0; r < program_.ranks; r++)
+      sums[static_cast<size_t>(r)] = r == program_.rank && wire_ == WireType::F32 ? nullptr : reinterpret_cast<const float*>(payloads[static_cast<size_t>(r)]);
+    device_.reduce(index, from, count, sums.data());
   }
   piece_ = 0;
   return Status::Done;
@@ -468,7 +426,7 @@ StepRun::Status StepRun::all_reduce(int index) {
 void StepRun::take_from_wire(int index, int rows, Payloads* payloads) {
   const int64_t width = shard_.buffer(program_.operations[static_cast<size_t>(index)].out).width;
   const size_t row_bytes = wire_bytes(wire_, width);
-  float* out = shard_.received();
+  float* out = device_.received();
   for (int r = 0; r < program_.ranks; r++) {
     const uint8_t* in = (*payloads)[static_cast<size_t>(r)];
     (*payloads)[static_cast<size_t>(r)] = reinterpret_cast<const uint8_t*>(out);
@@ -477,82 +435,11 @@ void StepRun::take_from_wire(int index, int rows, Payloads* payloads) {
   }
 }
 
-// Finishes the tree for rows [first_row, first_row + rows); payloads[r] holds the subtrees of rank r, [subtree][rows][width].
-void StepRun::finish_reduction(int index, int first_row, int rows, const Payloads& payloads) {
-  const Operation& o = program_.operations[static_cast<size_t>(index)];
-  const Buffer& residual = shard_.buffer(o.out);
-  int lo[kSegmentsMax], hi[kSegmentsMax], count = 0;
-  const float* nodes[kSegmentsMax];
-  int64_t strides[kSegmentsMax];
-  for (int r = 0; r < program_.ranks; r++) {
-    const float* values = reinterpret_cast<const float*>(payloads[static_cast<size_t>(r)]);
-    for (const Subtree& s : shard_.subtrees(index)[static_cast<size_t>(r)]) {
-      lo[count] = s.first;
-      hi[count] = s.first + s.count;
-      nodes[count] = values;
-      strides[count] = residual.width;
-      values += rows * residual.width;
-      count++;
-    }
-  }
-  share(static_cast<double>(rows) * static_cast<double>(residual.width) * (count + 1), [&](Part part) {
-    kernels_.finish_tree(o.cut.units, count, lo, hi, nodes, strides, shard_.vector(o.bias), residual.data + first_row * residual.stride, residual.stride, residual.width,
-                         rows, part);
-  });
-}
-
-void StepRun::rope(int index) {
-  const Operation& o = program_.operations[static_cast<size_t>(index)];
-  const Buffer& b = shard_.buffer(o.out);
-  const RopeTable table = shard_.rope_table(index);
-  share(rows_.tokens == 1 ? 0 : 4.0 * rows_.tokens * static_cast<double>(b.width),
-        [&](Part part) { kernels_.rope(b.data, b.stride, o.heads, o.head_size, table, rows_, part); });
-}
-
-StepRun::Status StepRun::store_kv(int index) {
-  const Operation& o = program_.operations[static_cast<size_t>(index)];
-  const Buffer& k = shard_.buffer(o.in);
-  const Buffer& v = shard_.buffer(o.in2);
-  std::atomic<bool> bad{false};
-  share(8.0 * rows_.tokens * static_cast<double>(k.width), [&](Part part) {
-    check_finite(o.in, part, &bad);
-    check_finite(o.in2, part, &bad);
-    kernels_.store_kv(k.data, k.stride, v.data, v.stride, shard_.kv_layout(), shard_.kv_layer(o.layer), rows_, part);
-  });
-  if (bad) return fail(FailureCode::NonFinite, where(index) + ": k or v is not finite");
-  return Status::Done;
-}
-
-void StepRun::attention(const Operation& o) {
-  const Buffer& q = shard_.buffer(o.in);
-  const Buffer& out = shard_.buffer(o.out);
-  double keys = 0;
-  for (int t = 0; t < rows_.tokens; t++) keys += rows_.positions[t] + 1;
-  share(keys * static_cast<double>(q.width), [&](Part part) {
-    const AttentionArguments arguments{q.data, q.stride, out.data, out.stride, o.heads, o.kv_head.data(), static_cast<float>(o.scale), o.window, &shard_.kv_layout(),
-                                       shard_.kv_layer(o.layer), &rows_, shard_.attention_scratch(part.index)};
-    kernels_.attention(arguments, part);
-  });
-}
-
-void StepRun::gated_activation(const Operation& o) {
-  const Buffer& gate = shard_.buffer(o.in);
-  const Buffer& up = shard_.buffer(o.in2);
-  const Buffer& out = shard_.buffer(o.out);
-  const int rows = rows_of(o.in);
-  share(16.0 * rows * static_cast<double>(gate.width), [&](Part part) {
-    kernels_.gated_activation(gate.data, gate.stride, up.data, up.stride, gate.width, rows, o.activation, out.data, out.stride, part);
-  });
-}
-
 // ---------------------------------------------------------------- output
 
 StepRun::Status StepRun::select_rows(const Operation& o) {
-  const int64_t width = shard_.buffer(o.in).width;
-  for (int t = 0; tail_from_ == 0 && t < rows_.tokens; t++)
-    if (!kernels_.all_finite(row(o.in, t), width)) return fail(FailureCode::NonFinite, where(-1) + ": the hidden state of row " + std::to_string(t) + " is not finite");
-  for (int r = 0; r < tail_rows_; r++)
-    std::memcpy(row(o.out, r), row(o.in, input_.outputs[static_cast<size_t>(tail_from_ + r)].row), static_cast<size_t>(width) * 4);
+  if (tail_from_ == 0 && !device_.check_rows(static_cast<int>(action_), o.in)) return fail_by_device();
+  device_.select_rows(o, &input_.outputs[static_cast<size_t>(tail_from_)]);
   return Status::Done;
 }
 
@@ -570,11 +457,15 @@ void join_candidate(const uint8_t* source, Candidate* best) {
 StepRun::Status StepRun::gather_logits(int index) {
   const Operation& o = program_.operations[static_cast<size_t>(index)];
   const auto own_of = [&](int r) { return o.vocabulary[static_cast<size_t>(r)]; };
+  if (piece_ == 0 && peer_ < 0) {
+    const Status status = look_at_logits(o.in, own_of(program_.rank));
+    if (status != Status::Done) return status;
+  }
   if (program_.ranks == 1) {
-    for (int t = 0; t < tail_rows_; t++) std::memcpy(row(o.out, t), row(o.in, t), static_cast<size_t>(shard_.buffer(o.in).width) * 4);
+    for (int r = 0; r < tail_rows_; r++)
+      if (!by_candidates(r)) std::memcpy(row(o.out, r), row(o.in, r), static_cast<size_t>(shard_.buffer(o.in).width) * 4);
     return Status::Done;
   }
-  if (piece_ == 0 && peer_ < 0) find_candidates(o);
   const int piece_rows = shard_.piece_rows(index);
   const auto row_bytes_of = [&](int rank, int r) { return by_candidates(r) ? sizeof(Candidate) : static_cast<size_t>(own_of(rank).size()) * 4; };
   for (; piece_ * piece_rows < tail_rows_; piece_++) {
@@ -616,20 +507,47 @@ StepRun::Status StepRun::gather_logits(int index) {
   return Status::Done;
 }
 
-// Whether the best candidate of each rank tells the token of row r of this pass, so that its logits stay where they are.
+// Whether the best candidate of each rank tells the token of row r of this pass, so that its logits stay where they are. With one rank that is worth a look for
+// only where they would have to leave a device.
 bool StepRun::by_candidates(int r) const {
   const OutputRow& output = output_of(r);
-  return program_.ranks > 1 && output.score < 0 && output.banned.empty() && context_.slots[static_cast<size_t>(output.slot)].by_candidates();
+  const bool worth = program_.ranks > 1 || device_.finds_candidates();
+  return worth && output.score < 0 && output.banned.empty() && context_.slots[static_cast<size_t>(output.slot)].by_candidates();
 }
 
-// Of the own part of the vocabulary.
-void StepRun::find_candidates(const Operation& o) {
-  const int64_t began = monotonic_now_ns();
-  const Range own = o.vocabulary[static_cast<size_t>(program_.rank)];
+// What the host needs of this pass's logits, which are those of tokens `own`: the best candidate where that is enough, else all.
+StepRun::Status StepRun::look_at_logits(int buffer, Range own) {
+  logits_here_ = true;
   candidates_.assign(static_cast<size_t>(tail_rows_), {-1, 0});
-  share(tail_rows_ == 1 ? 0 : static_cast<double>(tail_rows_) * static_cast<double>(own.size()), [&](Part part) {
+  if (!device_.queues()) {
+    if (program_.ranks > 1) find_candidates(buffer, own);
+    return Status::Done;
+  }
+  candidate_rows_.assign(static_cast<size_t>(tail_rows_), {});
+  bool some = false;
+  for (int r = 0; r < tail_rows_; r++) {
+    if (!device_.finds_candidates() || !by_candidates(r)) {
+      device_.fetch_rows(buffer, r, 1);
+      continue;
+    }
+    some = true;
+    const OutputRow& output = output_of(r);
+    const SamplingParameters& p = context_.slots[static_cast<size_t>(output.slot)].parameters();
+    if (p.temperature >= kTemperatureMin) candidate_rows_[static_cast<size_t>(r)] = {p.temperature, noise_key(p.seed, p.choice, sampled_position(output))};
+  }
+  if (some) device_.find_candidates(buffer, static_cast<int32_t>(own.from), candidate_rows_);
+  if (!device_.wait()) return fail_by_device();
+  if (!device_.finds_candidates()) find_candidates(buffer, own);
+  for (int r = 0; some && r < tail_rows_; r++)
+    if (by_candidates(r)) candidates_[static_cast<size_t>(r)] = device_.candidate(r);
+  return Status::Done;
+}
+
+void StepRun::find_candidates(int buffer, Range own) {
+  const int64_t began = monotonic_now_ns();
+  share(context_.team, tail_rows_ == 1 ? 0 : static_cast<double>(tail_rows_) * static_cast<double>(own.size()), [&](Part part) {
     for (int r = part.index; r < tail_rows_; r += part.count) {
-      const float* logits = row(o.in, r);
+      const float* logits = row(buffer, r);
       if (!by_candidates(r) || !kernels_.all_finite(logits, own.size())) continue;
       const OutputRow& output = output_of(r);
       candidates_[static_cast<size_t>(r)] = context_.samplers[static_cast<size_t>(part.index)].candidate(
@@ -647,6 +565,10 @@ bool StepRun::is_draft(size_t index) const {
 }
 
 StepRun::Status StepRun::sample(const Operation& o) {
+  if (!logits_here_) {  // one rank: nothing was gathered
+    const Status status = look_at_logits(o.in, {0, program_.vocabulary_size});
+    if (status != Status::Done) return status;
+  }
   const int64_t began = monotonic_now_ns();
   std::vector<SampledToken> results(static_cast<size_t>(tail_rows_));
   std::vector<RowState> states(static_cast<size_t>(tail_rows_), RowState::Done);
@@ -676,7 +598,7 @@ StepRun::Status StepRun::sample(const Operation& o) {
     chosen_[index] = result.token;
   };
   // A thread takes a row with the drafts behind it: whether and how those are sampled hangs on the rows before them.
-  share(tail_rows_ == 1 ? 0 : static_cast<double>(tail_rows_) * static_cast<double>(program_.vocabulary_size), [&](Part part) {
+  share(context_.team, tail_rows_ == 1 ? 0 : static_cast<double>(tail_rows_) * static_cast<double>(program_.vocabulary_size), [&](Part part) {
     int turn = -1;
     for (int r = 0; r < tail_rows_; r++) {
       if (r == 0 || !is_draft(static_cast<size_t>(tail_from_ + r))) turn++;

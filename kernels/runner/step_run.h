@@ -9,6 +9,7 @@
 
 #include "../include/executor.h"
 #include "../include/links.h"
+#include "device.h"
 #include "sampler.h"
 #include "shard.h"
 #include "thread_team.h"
@@ -26,7 +27,8 @@ struct TokenBoard {
 
 // What the steps of one epoch share.
 struct RunContext {
-  Shard& shard;
+  const Shard& shard;
+  Device& device;
   ThreadTeam& team;
   Links* links;                         // null: one worker alone
   TokenBoard& tokens;
@@ -56,25 +58,17 @@ class StepRun {
 
   Status run_action(const Action& action);
   Status resolve_tokens();
-  void embed(const Operation& o);
   Status gather_rows(int index);
   Status receive_hidden(int index);
   Status send_hidden(int index);
-  void norm(const Operation& o);
-  Status quantize(int index, int buffer);
-  void linear(const Action& action);
   void linear_partial(int index);
   Status all_reduce(int index);
   void take_from_wire(int index, int rows, Payloads* payloads);
-  void finish_reduction(int index, int first_row, int rows, const Payloads& payloads);
-  void rope(int index);
-  Status store_kv(int index);
-  void attention(const Operation& o);
-  void gated_activation(const Operation& o);
   Status select_rows(const Operation& o);
   Status gather_logits(int index);
+  Status look_at_logits(int buffer, Range own);
   bool by_candidates(int r) const;
-  void find_candidates(const Operation& o);
+  void find_candidates(int buffer, Range own);
   Status sample(const Operation& o);
   bool is_draft(size_t index) const;
   Status send_tokens();
@@ -88,30 +82,26 @@ class StepRun {
   template <typename Wait>
   Status attempt(const Wait& wait, PeerAddress peer, const char* what, int index, double* spent_us);
 
-  // Runs work on the team, or on this thread alone when it is too small to share (about `cost` floating-point operations).
-  template <typename Work>
-  void share(double cost, const Work& work);
-
-  // Quantising would turn a NaN into a zero, so what is quantised is looked at first. Sets *bad.
-  void check_finite(int buffer, Part part, std::atomic<bool>* bad) const;
-
   // Of a traced step: [began_ns, now) was spent on `name`.
   void span(const char* name, int64_t began_ns) { spans_.push_back({name, began_ns, monotonic_now_ns()}); }
 
   Status fail(FailureCode code, std::string message);
+  // What the device says of itself or of the values in front of an action.
+  Status fail_by_device();
+  Status done_unless(bool wrong) { return wrong ? fail_by_device() : Status::Done; }
   std::string where(int index) const;
-  int rows_of(int buffer) const;
   const OutputRow& output_of(int r) const { return input_.outputs[static_cast<size_t>(tail_from_ + r)]; }
   // Absolute position of the token that is sampled.
   uint32_t sampled_position(const OutputRow& output) const { return static_cast<uint32_t>(input_.positions[static_cast<size_t>(output.row)]) + 1; }
-  float* row(int buffer, int r) const { return shard_.buffer(buffer).data + r * shard_.buffer(buffer).stride; }
+  float* row(int buffer, int r) const { return device_.row(buffer, r); }
   PeerAddress self() const { return {program_.stage, program_.rank}; }
   int ranks_of(int stage) const;
   int hidden_piece_rows() const;
   void apply_sampled(uint32_t step, int slot, int32_t token);
 
   const RunContext& context_;
-  Shard& shard_;
+  const Shard& shard_;
+  Device& device_;
   const Program& program_;
   const KernelSet& kernels_;
   const WireType wire_;
@@ -130,8 +120,8 @@ class StepRun {
   Payloads payloads_{};
   bool waiting_ = false, block_ = false;
   int64_t wait_began_ns_ = 0;
-  float* partial_ = nullptr;              // where the last partial product lies
-  int64_t partial_subtree_stride_ = 0;
+  bool logits_here_ = false;              // look_at_logits() was called for this pass
+  std::vector<CandidateRow> candidate_rows_;
   std::vector<Candidate> candidates_;     // by output row of the pass: the best known, of rows that need no more; token -1: logits are not finite
   std::vector<int32_t> chosen_;           // by output row: the token sampled there, else -1
   std::vector<int32_t> sampled_;          // pairs slot, token of this step

@@ -52,4 +52,12 @@ class ThreadTeam {
   std::vector<std::thread> helpers_;
 };
 
+// Runs work on the team, or on this thread alone when it is too small to share (about `cost` floating-point operations).
+template <typename Work>
+void share(ThreadTeam& team, double cost, const Work& work) {
+  constexpr double kShareCost = 30'000;  // below this a second thread costs more than it brings
+  if (cost < kShareCost) work(Part{0, 1});
+  else team.run(work);
+}
+
 }  // namespace shardmesh

@@ -1,0 +1,221 @@
+#include "cpu_device.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace shardmesh {
+
+CpuDevice::CpuDevice(const Shard& shard, ThreadTeam& team) : Device(shard), kernels_(shard.kernels()), team_(team) {
+  const Program& p = shard.program();
+  const ExecutorConfig& c = shard.config();
+
+  // Weights: one arena in program order.
+  matrices_.resize(p.weights.size());
+  std::vector<size_t> offsets;
+  size_t at = 0;
+  for (size_t i = 0; i < p.weights.size(); i++) {
+    offsets.push_back(at);
+    if (p.weights[i].use == WeightUse::Vector) continue;
+    PackedMatrix& m = matrices_[i];
+    const MatrixSource source = shard.source_of(static_cast<int>(i), nullptr);
+    m.type = source.type;
+    m.rows = source.rows;
+    m.columns = source.columns;
+    m.bytes = kernels_.packed_bytes(source);
+    at += align_to_line(m.bytes);
+  }
+  weight_memory_ = Memory(at, "the weights of this shard");
+  for (size_t i = 0; i < p.weights.size(); i++) matrices_[i].data = weight_memory_.data() + offsets[i];
+
+  kv_memory_ = Memory(static_cast<size_t>(p.kv.layers) * static_cast<size_t>(c.kv_blocks) * shard.kv_layout().block_bytes, "the KV cache (kvBlocks)");
+
+  // Buffers, with the quantised form of those that a quantised product reads, and what the host lays down between operations.
+  struct Room { size_t values, quantized; };
+  std::vector<Room> rooms;
+  size_t bytes = 0;
+  for (size_t i = 0; i < p.buffers.size(); i++) {
+    const Buffer& b = shard.buffer(static_cast<int>(i));
+    rooms.push_back({bytes, 0});
+    bytes += align_to_line(static_cast<size_t>(b.rows) * static_cast<size_t>(b.stride) * 4);
+    if (!b.quantized) continue;
+    rooms.back().quantized = bytes;
+    bytes += align_to_line(kernels_.activation_bytes(p.activations, b.rows, b.width));
+  }
+  const size_t staging_at = bytes;
+  bytes += align_to_line(shard.staging_bytes());
+  const size_t received_at = bytes;
+  bytes += align_to_line(shard.received_bytes());
+  buffer_memory_ = Memory(bytes + kLineBytes, "the buffers of a step (stepTokensMax)");
+  for (size_t i = 0; i < rooms.size(); i++) {
+    const Buffer& b = shard.buffer(static_cast<int>(i));
+    host_.push_back({reinterpret_cast<float*>(buffer_memory_.data() + rooms[i].values), b.stride});
+    quantized_.push_back(b.quantized ? buffer_memory_.data() + rooms[i].quantized : nullptr);
+  }
+  staging_ = reinterpret_cast<float*>(buffer_memory_.data() + staging_at);
+  if (shard.received_bytes() > 0) received_ = reinterpret_cast<float*>(buffer_memory_.data() + received_at);
+
+  // Scratch of the attention, for each thread.
+  for (const Operation& o : p.operations)
+    if (o.kind == OperationKind::Attention) scratch_stride_ = std::max(scratch_stride_, align_to_line(kernels_.attention_scratch_bytes(o.heads, o.head_size, c.step_tokens_max)));
+  scratch_bytes_ = scratch_stride_ * static_cast<size_t>(c.threads) + kLineBytes;
+  scratch_storage_ = std::make_unique<uint8_t[]>(scratch_bytes_);
+  scratch_ = reinterpret_cast<uint8_t*>(align_to_line(reinterpret_cast<uintptr_t>(scratch_storage_.get())));
+}
+
+WeightReport CpuDevice::load_matrix(int weight, const MatrixSource& source) {
+  PackedMatrix& matrix = matrices_[static_cast<size_t>(weight)];
+  kernels_.pack(source, &matrix, Part{0, 1});
+  return {matrix.repack_error, matrix.bytes};
+}
+
+uint8_t* CpuDevice::kv_layer(int layer) const {
+  return kv_memory_.data() + static_cast<size_t>(layer) * static_cast<size_t>(shard_.config().kv_blocks) * shard_.kv_layout().block_bytes;
+}
+
+Activations CpuDevice::activations(int buffer) const {
+  const Buffer& b = shard_.buffer(buffer);
+  return {row(buffer, 0), b.stride, rows_of(buffer), b.width, quantized_[static_cast<size_t>(buffer)], shard_.program().activations};
+}
+
+void CpuDevice::embed(const Operation& o, const int32_t* tokens) {
+  const Range own = o.vocabulary[static_cast<size_t>(shard_.program().rank)];
+  const PackedMatrix& matrix = matrices_[static_cast<size_t>(o.weight)];
+  share(team_, static_cast<double>(rows_->tokens) * static_cast<double>(matrix.columns), [&](Part part) {
+    for (int t = part.index; t < rows_->tokens; t += part.count)
+      if (tokens[t] >= own.from && tokens[t] < own.to) kernels_.read_row(matrix, tokens[t] - own.from, row(o.out, t));
+  });
+}
+
+void CpuDevice::norm(const Operation& o) {
+  const Buffer& in = shard_.buffer(o.in);
+  const Buffer& out = shard_.buffer(o.out);
+  const int rows = rows_of(o.in);
+  share(team_, rows == 1 ? 0 : 2.0 * rows * static_cast<double>(in.width), [&](Part part) {
+    kernels_.rms_norm(row(o.in, 0), in.stride, shard_.vector(o.weight), o.epsilon, in.width, rows, row(o.out, 0), out.stride, part);
+  });
+}
+
+void CpuDevice::look_at(int buffer, Part part, std::atomic<bool>* bad) const {
+  const int rows = rows_of(buffer);
+  for (int t = part.index; t < rows; t += part.count)
+    if (!kernels_.all_finite(row(buffer, t), shard_.buffer(buffer).width)) bad->store(true, std::memory_order_relaxed);
+}
+
+bool CpuDevice::finite(int action, const std::atomic<bool>& bad) {
+  if (bad) problem_ = {action, -1, ""};
+  return !bad;
+}
+
+bool CpuDevice::quantize(int action, int buffer) {
+  const Activations in = activations(buffer);
+  std::atomic<bool> bad{false};
+  share(team_, 4.0 * in.tokens * static_cast<double>(in.columns), [&](Part part) {
+    look_at(buffer, part, &bad);
+    kernels_.quantize_activations(in, part);
+  });
+  return finite(action, bad);
+}
+
+void CpuDevice::products(const std::vector<int>& operations) {
+  double cost = 0;
+  for (const int index : operations) {
+    const PackedMatrix& m = matrices_[static_cast<size_t>(shard_.program().operations[static_cast<size_t>(index)].weight)];
+    cost += static_cast<double>(m.rows) * static_cast<double>(m.columns);
+  }
+  share(team_, cost, [&](Part part) {
+    for (const int index : operations) {
+      const Operation& o = shard_.program().operations[static_cast<size_t>(index)];
+      const Subtree whole{0, static_cast<int>(o.segments.size())};
+      const LinearArguments arguments{&matrices_[static_cast<size_t>(o.weight)], activations(o.in), whole.count, o.segments.data(), 1, &whole, shard_.vector(o.bias),
+                                      row(o.out, 0), shard_.buffer(o.out).stride, 0};
+      kernels_.linear(arguments, part);
+    }
+  });
+}
+
+void CpuDevice::partial_product(int index, uint8_t* block) {
+  const Operation& o = shard_.program().operations[static_cast<size_t>(index)];
+  const std::vector<Subtree>& subtrees = shard_.own_subtrees(index);
+  partial_ = block ? reinterpret_cast<float*>(block) : staging_;
+  const Activations in = activations(o.in);
+  const LinearArguments arguments{&matrices_[static_cast<size_t>(o.weight)], in, static_cast<int>(o.segments.size()), o.segments.data(), static_cast<int>(subtrees.size()),
+                                  subtrees.data(), nullptr, partial_, o.width, in.tokens * o.width};
+  share(team_, static_cast<double>(o.width) * static_cast<double>(in.columns), [&](Part part) { kernels_.linear(arguments, part); });
+}
+
+void CpuDevice::reduce(int index, int first_row, int rows, const float* const* sums) {
+  const Operation& o = shard_.program().operations[static_cast<size_t>(index)];
+  const Buffer& residual = shard_.buffer(o.out);
+  int lo[kSegmentsMax], hi[kSegmentsMax], count = 0;
+  const float* nodes[kSegmentsMax];
+  int64_t strides[kSegmentsMax];
+  for (int r = 0; r < shard_.program().ranks; r++) {
+    const float* values = sums[r] ? sums[r] : partial_ + first_row * residual.width;
+    const int64_t apart = (sums[r] ? rows : rows_->tokens) * residual.width;
+    for (const Subtree& s : shard_.subtrees(index)[static_cast<size_t>(r)]) {
+      lo[count] = s.first;
+      hi[count] = s.first + s.count;
+      nodes[count] = values;
+      strides[count] = residual.width;
+      values += apart;
+      count++;
+    }
+  }
+  share(team_, static_cast<double>(rows) * static_cast<double>(residual.width) * (count + 1), [&](Part part) {
+    kernels_.finish_tree(o.cut.units, count, lo, hi, nodes, strides, shard_.vector(o.bias), row(o.out, first_row), residual.stride, residual.width, rows, part);
+  });
+}
+
+void CpuDevice::rope(int index) {
+  const Operation& o = shard_.program().operations[static_cast<size_t>(index)];
+  const Buffer& b = shard_.buffer(o.out);
+  const RopeTable table = shard_.rope_table(index);
+  share(team_, rows_->tokens == 1 ? 0 : 4.0 * rows_->tokens * static_cast<double>(b.width),
+        [&](Part part) { kernels_.rope(row(o.out, 0), b.stride, o.heads, o.head_size, table, *rows_, part); });
+}
+
+bool CpuDevice::store_kv(int action, const Operation& o) {
+  const Buffer& k = shard_.buffer(o.in);
+  const Buffer& v = shard_.buffer(o.in2);
+  std::atomic<bool> bad{false};
+  share(team_, 8.0 * rows_->tokens * static_cast<double>(k.width), [&](Part part) {
+    look_at(o.in, part, &bad);
+    look_at(o.in2, part, &bad);
+    kernels_.store_kv(row(o.in, 0), k.stride, row(o.in2, 0), v.stride, shard_.kv_layout(), kv_layer(o.layer), *rows_, part);
+  });
+  return finite(action, bad);
+}
+
+void CpuDevice::attention(const Operation& o) {
+  const Buffer& q = shard_.buffer(o.in);
+  double keys = 0;
+  for (int t = 0; t < rows_->tokens; t++) keys += rows_->positions[t] + 1;
+  share(team_, keys * static_cast<double>(q.width), [&](Part part) {
+    const AttentionArguments arguments{row(o.in, 0), q.stride, row(o.out, 0), shard_.buffer(o.out).stride, o.heads, o.kv_head.data(), static_cast<float>(o.scale), o.window,
+                                       &shard_.kv_layout(), kv_layer(o.layer), rows_, scratch_ + static_cast<size_t>(part.index) * scratch_stride_};
+    kernels_.attention(arguments, part);
+  });
+}
+
+void CpuDevice::gated_activation(const Operation& o) {
+  const Buffer& gate = shard_.buffer(o.in);
+  const int rows = rows_of(o.in);
+  share(team_, 16.0 * rows * static_cast<double>(gate.width), [&](Part part) {
+    kernels_.gated_activation(row(o.in, 0), gate.stride, row(o.in2, 0), shard_.buffer(o.in2).stride, gate.width, rows, o.activation, row(o.out, 0), shard_.buffer(o.out).stride, part);
+  });
+}
+
+bool CpuDevice::check_rows(int action, int buffer) {
+  for (int t = 0; t < rows_of(buffer); t++) {
+    if (kernels_.all_finite(row(buffer, t), shard_.buffer(buffer).width)) continue;
+    problem_ = {action, t, ""};
+    return false;
+  }
+  return true;
+}
+
+void CpuDevice::select_rows(const Operation& o, const OutputRow* outputs) {
+  for (int r = 0; r < tail_rows_; r++) std::memcpy(row(o.out, r), row(o.in, outputs[r].row), static_cast<size_t>(shard_.buffer(o.in).width) * 4);
+}
+
+}  // namespace shardmesh

@@ -1,0 +1,120 @@
+// The border between a step and its arithmetic. StepRun walks the actions of a shard; a Device holds the shard's memory (weights, KV pool, buffers) and runs
+// operations over it. What is not arithmetic stays in StepRun: the order of actions, exchanges, wire types, deadlines, drafts, sampling, tracing.
+//
+// A device computes before it returns (CpuDevice), or queues work and returns (CudaDevice, `queues()`). What a queueing device has found or computed for the host
+// is there after wait(); until then the host writes nothing that it has handed over. After a fault everything does nothing, and wait() says so.
+//
+// load_matrix() is called from several loading threads at once, everything else by the compute thread, or by the control thread while that one is idle.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../include/executor.h"
+#include "../include/kernel_set.h"
+#include "../include/program.h"
+#include "sampler.h"
+#include "sampler_loops.h"
+#include "shard.h"
+
+namespace shardmesh {
+
+class ThreadTeam;
+
+// What was found wrong: values in front of `action` that are not finite, first in `row` of its input, or, with no action, a fault of the device itself.
+struct DeviceProblem {
+  int action = -1;
+  int row = -1;
+  std::string fault;
+};
+
+// How a row's best candidate is looked for. temperature 0: by its logit alone.
+struct CandidateRow {
+  float temperature;
+  NoiseKey key;
+};
+
+class Device {
+ public:
+  virtual ~Device() = default;
+
+  // What Executor::isa() says.
+  virtual const char* name() const = 0;
+  virtual size_t bytes() const = 0;
+
+  // --- weights and K/V
+  virtual WeightReport load_matrix(int weight, const MatrixSource& source) = 0;
+  // Every weight is here: vectors and rope tables of the shard do not change any more. Once.
+  virtual void finish_loading() = 0;
+  virtual void clear_kv() = 0;
+
+  // --- the host's view of rows
+  bool queues() const { return queues_; }
+  // Where the host reads and writes rows of a buffer. Only of buffers with Buffer::host.
+  float* row(int buffer, int r) const { return host_[static_cast<size_t>(buffer)].data + r * host_[static_cast<size_t>(buffer)].stride; }
+  // Rows that the host wants to read after wait(), and rows that it has written.
+  virtual void fetch_rows(int buffer, int first, int count) = 0;
+  virtual void push_rows(int buffer, int first, int count) = 0;
+  // Host memory of Shard::staging_bytes(): hidden states on their way, and own subtree sums that did not go into an exchange.
+  float* staging() const { return staging_; }
+  // Host memory of Shard::received_bytes(): the sums of all ranks, taken back from the wire.
+  float* received() const { return received_; }
+  // Own subtree sums of the last partial product as the host sees them, [subtree][token][width].
+  const float* partial() const { return partial_; }
+
+  // --- a step. `rows` stays where it is to the end of the step.
+  virtual void begin_step(const StepRows& rows) = 0;
+  // Output rows of the pass of the tail that begins.
+  void begin_tail(int rows) { tail_rows_ = rows; }
+  // False when anything was wrong since the step began.
+  virtual bool wait() = 0;
+  const DeviceProblem& problem() const { return problem_; }
+
+  // Of own tokens only; the other rows stay as they are.
+  virtual void embed(const Operation& o, const int32_t* tokens) = 0;
+  virtual void norm(const Operation& o) = 0;
+  // The next three look at what they read: false when it is not finite. A queueing device finds out by the next wait().
+  virtual bool quantize(int action, int buffer) = 0;
+  virtual bool store_kv(int action, const Operation& o) = 0;
+  virtual bool check_rows(int action, int buffer) = 0;
+  // Products of one action: indexes of its operations.
+  virtual void products(const std::vector<int>& operations) = 0;
+  // Own subtree sums of operation `index`, into `block` of an exchange, or when null to where partial() says.
+  virtual void partial_product(int index, uint8_t* block) = 0;
+  // Finishes the tree of all_reduce `index` for `rows` rows from first_row on. sums[r]: of rank r, [subtree][rows][width], in host memory; null for the own ones
+  // where they are what partial_product() left.
+  virtual void reduce(int index, int first_row, int rows, const float* const* sums) = 0;
+  virtual void rope(int index) = 0;
+  virtual void attention(const Operation& o) = 0;
+  virtual void gated_activation(const Operation& o) = 0;
+  // The rows of `outputs`, as many as the pass has.
+  virtual void select_rows(const Operation& o, const OutputRow* outputs) = 0;
+
+  // Whether the device looks for the best candidates of a pass itself. They are there after wait(); token -1: the row's logits are not finite.
+  bool finds_candidates() const { return finds_candidates_; }
+  virtual void find_candidates(int buffer, int32_t first_token, const std::vector<CandidateRow>& rows) = 0;
+  virtual Candidate candidate(int r) const = 0;
+
+ protected:
+  explicit Device(const Shard& shard) : shard_(shard) {}
+  int rows_of(int buffer) const { return shard_.buffer(buffer).per_output ? tail_rows_ : rows_->tokens; }
+
+  struct HostRows {
+    float* data = nullptr;
+    int64_t stride = 0;
+  };
+
+  const Shard& shard_;
+  bool queues_ = false, finds_candidates_ = false;
+  std::vector<HostRows> host_;  // by buffer
+  float *staging_ = nullptr, *received_ = nullptr, *partial_ = nullptr;
+  const StepRows* rows_ = nullptr;
+  int tail_rows_ = 0;
+  DeviceProblem problem_;
+};
+
+// The device of the shard's executor kind. `team` computes where a processor does. Throws std::runtime_error when it cannot be had, or cannot run the program.
+std::unique_ptr<Device> make_device(const Shard& shard, ThreadTeam& team);
+
+}  // namespace shardmesh
