@@ -6,44 +6,61 @@
 
 namespace shardmesh::cuda {
 
-struct AttentionPlan {
+constexpr int kSpanTokens = 256, kPairsMax = 16;
+
+// Runs of query heads that share a KV head; kv_head: of each query head, equal ones adjacent.
+inline std::vector<HeadRun> head_runs(int heads, const int32_t* kv_head) {
   std::vector<HeadRun> runs;
-  std::vector<AttentionWork> work;
-  std::vector<int32_t> first_slot;  // [T + 1]
+  for (int h = 0; h < heads; h++) {
+    const bool joins = !runs.empty() && runs.back().kv_head == kv_head[h] && runs.back().count < kPairsMax;
+    if (joins) runs.back().count++;
+    else runs.push_back({h, 1, kv_head[h]});
+  }
+  return runs;
+}
+
+// What decides how a context is split. Any values give the same bits.
+struct SplitLimits {
+  int rows_max;   // a sequence with at most so many rows in this step has its context split into spans, so that one long context fills the card; with more
+                  // rows than that, the rows themselves fill it, and each piece folds its spans
+  int slots_max;  // partial results that there is room for: sequences beyond it are not split
 };
 
-// A sequence with at most `split_rows_max` rows in this step has its context split into spans, so that one long context fills the card; with more rows than
-// that, the rows themselves fill it, and each piece folds its spans. Any value gives the same bits. kv_head: of each query head, equal ones adjacent.
-inline AttentionPlan plan_attention(const StepRows& rows, int heads, const int32_t* kv_head, int window, int split_rows_max) {
-  constexpr int kSpan = 256, kPairsMax = 16;
-  AttentionPlan plan;
-  for (int h = 0; h < heads; h++) {
-    const bool joins = !plan.runs.empty() && plan.runs.back().kv_head == kv_head[h] && plan.runs.back().count < kPairsMax;
-    if (joins) plan.runs.back().count++;
-    else plan.runs.push_back({h, 1, kv_head[h]});
-  }
-  const auto first_span = [&](int row) { return window > 0 && rows.positions[row] >= window ? (rows.positions[row] - window + 1) / kSpan : 0; };
-  const auto last_span = [&](int row) { return rows.positions[row] / kSpan; };
+// A plan keeps its memory from step to step: with room for most_work() and T + 1 slots it allocates nothing.
+struct AttentionPlan {
+  std::vector<AttentionWork> work;
+  std::vector<int32_t> first_slot;  // [T + 1]
+
+  static size_t most_work(size_t tokens, size_t slots, size_t runs) { return (tokens + slots) * runs; }
+};
+
+inline void plan_attention(const StepRows& rows, const std::vector<HeadRun>& runs, int window, const SplitLimits& limits, AttentionPlan* plan) {
+  plan->work.clear();
+  plan->first_slot.clear();
+  const auto first_span = [&](int row) { return window > 0 && rows.positions[row] >= window ? (rows.positions[row] - window + 1) / kSpanTokens : 0; };
+  const auto last_span = [&](int row) { return rows.positions[row] / kSpanTokens; };
   int slots = 0;
   for (int s = 0; s < rows.sequences; s++) {
     const int begin = rows.first_row[s], end = rows.first_row[s + 1];
-    const bool split = end - begin <= split_rows_max && end > begin && last_span(end - 1) > first_span(begin);
+    bool split = end - begin <= limits.rows_max && end > begin && last_span(end - 1) > first_span(begin);
+    int needed = 0;
+    for (int row = begin; split && row < end; row++) needed += last_span(row) - first_span(row) + 1;
+    if (slots + needed > limits.slots_max) split = false;
     for (int row = begin; row < end; row++) {
-      plan.first_slot.push_back(slots);
+      plan->first_slot.push_back(slots);
       if (split) slots += last_span(row) - first_span(row) + 1;
     }
-    for (int r = 0; r < static_cast<int>(plan.runs.size()); r++) {
-      const int rows_max = kPairsMax / plan.runs[static_cast<size_t>(r)].count;
+    for (int r = 0; r < static_cast<int>(runs.size()); r++) {
+      const int rows_max = kPairsMax / runs[static_cast<size_t>(r)].count;
       for (int row = begin; row < end; row += rows_max) {
         const int count = end - row < rows_max ? end - row : rows_max;
-        if (!split) plan.work.push_back({row, count, r, -1});
+        if (!split) plan->work.push_back({row, count, r, -1});
         else
-          for (int span = first_span(row); span <= last_span(row + count - 1); span++) plan.work.push_back({row, count, r, span});
+          for (int span = first_span(row); span <= last_span(row + count - 1); span++) plan->work.push_back({row, count, r, span});
       }
     }
   }
-  plan.first_slot.push_back(slots);
-  return plan;
+  plan->first_slot.push_back(slots);
 }
 
 }  // namespace shardmesh::cuda

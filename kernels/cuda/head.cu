@@ -4,6 +4,7 @@
 // logits [rows, count] fp32, of tokens first_token and up. The arithmetic of noise and logarithm is kernels/runner/sampler_math.h.
 // top-k, top-p, min-p and penalties are not here: such rows go through the host's sampler.
 #include "device.cuh"
+#include "finite.cuh"
 #include "operations.h"
 
 namespace shardmesh::cuda {
@@ -63,13 +64,16 @@ __global__ void __launch_bounds__(kThreads) head_candidates_kernel(const float* 
   const float* x = logits + blockIdx.x * stride;
   Candidate own{kNegativeInfinity, 0x7fffffff};
   float largest = kNegativeInfinity;
+  bool finite = true;
   for (int64_t i = thread; i < count; i += kThreads) {
     const uint32_t token = static_cast<uint32_t>(first_token + i);
     float value = x[i];
+    finite = finite && is_finite(value);
     largest = larger(largest, value);
     if (row.temperature != 0.0f) value = __fadd_rn(__fdiv_rn(value, row.temperature), gumbel_noise(mix32(mix32(token * 0x9e3779b1u + row.noise_low) + row.noise_high)));
     own = better(own, {value, static_cast<int32_t>(token)});
   }
+  if (!finite) own = {__int_as_float(0x7f800000), -1};  // before all others, also before those of other threads
   candidates[thread] = own;
   maxima[thread] = largest;
   for (int distance = kThreads / 2; distance; distance /= 2) {

@@ -24,10 +24,26 @@ void pack(const MatrixSource& source, PackedMatrix* out, Part part);
 // Bytes of the quantised activations of T tokens.
 size_t activation_bytes(int tokens, int64_t columns);
 
+// ---------------------------------------------------------------- rows
+
+// Where a kernel says that row r of what it read is not finite: *least becomes the smaller of itself and mark + r. Null: nobody looks. Quantising turns a NaN into
+// a zero, so that it must be noticed there.
+struct FiniteCheck {
+  uint32_t* least = nullptr;
+  uint32_t mark = 0;
+};
+// x [rows, width].
+Problem check_rows(const float* x, int64_t x_stride, int rows, int64_t width, const FiniteCheck& check, Stream stream);
+// out[t] = row tokens[t] - first_token of a packed matrix, as exact fp32; rows of other tokens stay as they are.
+Problem embed(TensorType type, int64_t rows, int64_t columns, int phase, const uint8_t* weight, const int32_t* tokens, int token_count, int32_t first_token, float* out,
+              int64_t out_stride, Stream stream);
+// out[r] = x[from[r]], [rows, width].
+Problem select_rows(const float* x, int64_t x_stride, const int32_t* from, int rows, int64_t width, float* out, int64_t out_stride, Stream stream);
+
 // ---------------------------------------------------------------- products
 
 // q, sa, ms and sums of x [T, K], x_stride apart. K: multiple of 32.
-Problem quantize(const float* x, int64_t x_stride, int tokens, int64_t columns, ActivationGroup* out, Stream stream);
+Problem quantize(const float* x, int64_t x_stride, int tokens, int64_t columns, ActivationGroup* out, Stream stream, const FiniteCheck& check = {});
 
 struct Product {
   TensorType type;
@@ -72,9 +88,9 @@ struct DeviceRows {
 };
 
 // Rotates q [T, q_heads * D] in place, and writes rotated k and v [T, layout.heads * D] into the cache. k itself is left as it was.
-// K int8 or f16. D: multiple of 32, at most 256. table.cosine and sine: device memory.
+// K int8 or f16. D: multiple of 32, at most 256. table.cosine and sine: device memory. `check` looks at rotated k and at v.
 Problem rope_store_kv(float* q, int64_t q_stride, int q_heads, const float* k, int64_t k_stride, const float* v, int64_t v_stride, const RopeTable& table, const KvLayout& layout,
-                      uint8_t* cache, const DeviceRows& rows, Stream stream);
+                      uint8_t* cache, const DeviceRows& rows, Stream stream, const FiniteCheck& check = {});
 
 // One piece of attention: the query heads of `run` for rows [row, row + rows) of one sequence; rows * heads of the run is at most 16.
 // span >= 0: only that span of 256 positions, the partial result goes to the rows' slots. span < 0: all spans, the result goes to `out`.
@@ -117,7 +133,8 @@ struct HeadRow {
   float temperature;      // 0: greedy
   uint32_t noise_low, noise_high;  // noise_key() of the row's seed, choice and position
 };
-// The best candidate of each row among the tokens [first_token, first_token + count), ties to the lower id, and the largest logit.
+// The best candidate of each row among the tokens [first_token, first_token + count), ties to the lower id, and the largest logit. Token -1: a logit of the row is
+// not finite.
 Problem head_candidates(const float* logits, int64_t stride, int rows, int64_t count, int32_t first_token, const HeadRow* settings, Candidate* best, float* maximum, Stream stream);
 // sums[row, s] = sum of exp(logit - maximum[row]) over slice s of 1,024 tokens, as SamplerLoops::sum_exp makes it.
 Problem head_sums(const float* logits, int64_t stride, int rows, int64_t count, const float* maximum, float* sums, int64_t sums_stride, Stream stream);

@@ -4,6 +4,7 @@
 // A warp is one head of one token. Values pass through shared memory, since a pair's halves lie D / 2 apart or side by side.
 // Limits: D a multiple of 32, at most 256.
 #include "device.cuh"
+#include "finite.cuh"
 #include "kv_place.cuh"
 #include "operations.h"
 
@@ -33,7 +34,8 @@ __device__ __forceinline__ float row_magnitude(const float* row, int head_size, 
 }
 
 __global__ void __launch_bounds__(kWarps * 32) rope_store_kv_kernel(float* q, int64_t q_stride, int q_heads, const float* k, int64_t k_stride, const float* v, int64_t v_stride,
-                                                                    const RopeTable table, const KvLayout layout, uint8_t* cache, const DeviceRows rows) {
+                                                                    const RopeTable table, const KvLayout layout, uint8_t* cache, const DeviceRows rows,
+                                                                    const FiniteCheck check) {
   const int lane = static_cast<int>(threadIdx.x % 32), D = layout.head_size, token = static_cast<int>(blockIdx.y);
   const int item = static_cast<int>(blockIdx.x * kWarps + threadIdx.x / 32);  // heads of q, then of k, then of v
   if (item >= q_heads + 2 * layout.heads) return;
@@ -49,6 +51,7 @@ __global__ void __launch_bounds__(kWarps * 32) rope_store_kv_kernel(float* q, in
     return;
   }
 
+  for (int d = lane; d < D; d += 32) note_unless_finite(row[d], check, token);
   const int32_t* block_table = rows.block_tables + rows.block_offsets[rows.row_sequence[token]];
   uint8_t* subblock = cache + subblock_offset(layout, block_table, position, head);
   const int column = position % 16;
@@ -72,14 +75,14 @@ __global__ void __launch_bounds__(kWarps * 32) rope_store_kv_kernel(float* q, in
 }  // namespace
 
 Problem rope_store_kv(float* q, int64_t q_stride, int q_heads, const float* k, int64_t k_stride, const float* v, int64_t v_stride, const RopeTable& table, const KvLayout& layout,
-                      uint8_t* cache, const DeviceRows& rows, Stream stream) {
+                      uint8_t* cache, const DeviceRows& rows, Stream stream, const FiniteCheck& check) {
   if (layout.head_size % 32 != 0 || layout.head_size < 32 || layout.head_size > kHeadSizeMax) return "rope_store_kv: the head size must be a multiple of 32, at most 256";
   if (layout.key == KeyType::F32) return "rope_store_kv: keys are int8 or f16";
   if (layout.value != ValueType::Int8) return "rope_store_kv: values must be int8";
   if (table.dimensions % 2 != 0 || table.dimensions > layout.head_size) return "rope_store_kv: an even number of dimensions of a head can be rotated";
   if (rows.tokens < 1 || rows.tokens > 65535) return "rope_store_kv: tokens must be in 1..65535";
   const dim3 grid(static_cast<unsigned>((q_heads + 2 * layout.heads + kWarps - 1) / kWarps), static_cast<unsigned>(rows.tokens));
-  return launch(rope_store_kv_kernel, grid, kWarps * 32, kWarps * kHeadSizeMax * 4, stream, q, q_stride, q_heads, k, k_stride, v, v_stride, table, layout, cache, rows);
+  return launch(rope_store_kv_kernel, grid, kWarps * 32, kWarps * kHeadSizeMax * 4, stream, q, q_stride, q_heads, k, k_stride, v, v_stride, table, layout, cache, rows, check);
 }
 
 }  // namespace shardmesh::cuda

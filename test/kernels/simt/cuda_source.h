@@ -195,6 +195,7 @@ inline float __int_as_float(int a) { return simt::bits_as<float>(a); }
 // Threads of a run never overlap, so every access is atomic, and fences order nothing that is not in order already.
 inline uint32_t atomicAdd(uint32_t* p, uint32_t v) { const uint32_t old = *p; *p = old + v; return old; }
 inline int atomicAdd(int* p, int v) { const int old = *p; *p = old + v; return old; }
+inline uint32_t atomicMin(uint32_t* p, uint32_t v) { const uint32_t old = *p; *p = v < old ? v : old; return old; }
 inline uint32_t atomicMax(uint32_t* p, uint32_t v) { const uint32_t old = *p; *p = old < v ? v : old; return old; }
 inline uint32_t atomicOr(uint32_t* p, uint32_t v) { const uint32_t old = *p; *p = old | v; return old; }
 inline uint32_t atomicExch(uint32_t* p, uint32_t v) { const uint32_t old = *p; *p = v; return old; }
@@ -370,11 +371,16 @@ void load_matrix(uint32_t (&registers)[count], const void* shared_row, SIMT_SITE
   simt::meet_warp(transposed ? "ldmatrix.trans" : "ldmatrix", 0xffffffffu, site, &slot, simt::load_matrices<count, transposed>);
 }
 
-// Queues a kernel; here: runs it. Null, or what went wrong (valid until the next launch).
+// Queues a kernel; with no stream: runs it. Null, or what went wrong (valid until the next launch).
 template <typename... Parameters, typename... Given>
-const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void*, Given... given) {
+const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream, Given... given) {
+  const auto run = [=] { return simt::run_grid(grid, block, shared_bytes, [=] { kernel(given...); }); };
+  if (stream) {
+    static_cast<simt::WorkQueue*>(stream)->work.push_back(run);
+    return nullptr;
+  }
   static std::string problem;
-  problem = simt::run_grid(grid, block, shared_bytes, [=] { kernel(given...); });
+  problem = run();
   return problem.empty() ? nullptr : problem.c_str();
 }
 

@@ -277,8 +277,8 @@ std::string check_rope_store() {
   return "";
 }
 
-// split_rows_max and blocks as in plan_attention and attention; neither may change a bit.
-std::string compare_attention(const Shape& shape, Values values, int split_rows_max, int blocks) {
+// limits and blocks as in plan_attention and attention; neither may change a bit.
+std::string compare_attention(const Shape& shape, Values values, const cuda::SplitLimits& limits, int blocks) {
   Random random(static_cast<uint64_t>(shape.head_size * 7 + shape.window));
   Random same = random;
   const Scene whole(shape, true, random), scene(shape, false, same);  // one seed: the same block tables
@@ -296,11 +296,16 @@ std::string compare_attention(const Shape& shape, Values values, int split_rows_
   const float scale = 0.11f;
   reference().attention({q.data(), q_stride, expected.data(), out_stride, heads, kv_head.data(), scale, shape.window, &scene.layout, pool.data(), &scene.rows, nullptr}, {0, 1});
 
-  const cuda::AttentionPlan plan = cuda::plan_attention(scene.rows, heads, kv_head.data(), shape.window, split_rows_max);
+  const std::vector<cuda::HeadRun> head_runs = cuda::head_runs(heads, kv_head.data());
+  cuda::AttentionPlan plan;
+  cuda::plan_attention(scene.rows, head_runs, shape.window, limits, &plan);
+  if (plan.work.size() > cuda::AttentionPlan::most_work(static_cast<size_t>(scene.rows.tokens), static_cast<size_t>(plan.first_slot.back()), head_runs.size()))
+    return "the plan has more work than most_work() says; ";
+  if (plan.first_slot.back() > limits.slots_max) return "the plan has more slots than there is room for; ";
   const DeviceScene device(scene);
   const Guarded<float> dq("q", q), out("out", expected.size()), partials("partials", static_cast<size_t>(plan.first_slot.back()) * static_cast<size_t>(heads * (D + 2)));
   const Guarded<uint8_t> cache("cache", pool);
-  const Guarded<cuda::HeadRun> runs("runs", plan.runs);
+  const Guarded<cuda::HeadRun> runs("runs", head_runs);
   const Guarded<cuda::AttentionWork> work("work", plan.work);
   const Guarded<int32_t> work_count("work_count", std::vector<int32_t>{static_cast<int32_t>(plan.work.size())}), first_slot("first_slot", plan.first_slot);
   const cuda::AttentionStep step{dq.data(),      q_stride,    out.data(),  out_stride,        heads,           scale,            shape.window, scene.layout,
@@ -311,7 +316,7 @@ std::string compare_attention(const Shape& shape, Values values, int split_rows_
   return what.empty() ? simt::difference(pool, cache) : what;
 }
 
-std::string check_attention(int split_rows_max) {
+std::string check_attention(const cuda::SplitLimits& limits) {
   const std::vector<int> three = {0, 0, 0}, uneven = {0, 0, 1, 1, 1}, seven = {0, 0, 0, 0, 0, 0, 0}, two = {0, 1}, twenty(20, 0);
   const Shape shapes[] = {{KeyType::Int8, 64, 16, 0, three, {{100, 1}, {1, 1}, {257, 1}, {600, 2}}},
                           {KeyType::Int8, 64, 32, 0, three, {{90, 37}, {64, 64}}},
@@ -324,9 +329,108 @@ std::string check_attention(int split_rows_max) {
   for (const Shape& shape : shapes)
     for (const Values values : {Values::Random, shape.head_size == 64 ? Values::Extreme : Values::Tiny}) {
       simt::set_schedule(simt::kSchedules[static_cast<size_t>(blocks) % simt::kScheduleCount]);
-      const std::string what = compare_attention(shape, values, split_rows_max, blocks++);
+      const std::string what = compare_attention(shape, values, limits, blocks++);
       if (!what.empty()) return what + "head size " + std::to_string(shape.head_size) + ", window " + std::to_string(shape.window) + ", " + shardmesh::name_of(values) + " values";
     }
+  return "";
+}
+
+// ---------------------------------------------------------------- rows
+
+std::string compare_embed(TensorType type, int64_t columns, int64_t skip, Values values) {
+  constexpr int64_t kRows = 37;
+  constexpr int32_t kFirst = 1000;
+  Random random(static_cast<uint64_t>(columns + skip) * 13 + static_cast<uint64_t>(type));
+  const Source source(type, kRows, columns, skip, values, random);
+  const Packed packed(reference(), source.view, 1);
+  const std::vector<int32_t> tokens = {1000, 999, 1036, 1016, 1037, 1015, 0, 1036};  // some of another rank
+  const int64_t stride = columns + 5;
+  std::vector<float> expected = simt::poisoned<float>(static_cast<size_t>(stride) * tokens.size());
+  for (size_t t = 0; t < tokens.size(); t++)
+    if (tokens[t] >= kFirst && tokens[t] < kFirst + kRows) reference().read_row(packed.matrix, tokens[t] - kFirst, &expected[t * static_cast<size_t>(stride)]);
+  PackedMatrix matrix{type, kRows, columns, cuda::packed_bytes(source.view), nullptr, 0, 0};
+  const Guarded<uint8_t> weight("weight", matrix.bytes);
+  matrix.data = weight.data();
+  cuda::pack(source.view, &matrix, {0, 1});
+  const Guarded<int32_t> ids("tokens", tokens);
+  const Guarded<float> out("out", expected.size());
+  if (const char* problem = cuda::embed(type, kRows, columns, matrix.layout, weight.data(), ids.data(), static_cast<int>(tokens.size()), kFirst, out.data(), stride, nullptr)) return failed(problem);
+  return simt::difference(expected, out);
+}
+
+std::string check_embed() {
+  for (const TensorType type : kTypes) {
+    if (cuda::packed_bytes({type, 1, 32, 0, 0, nullptr}) == 0) continue;
+    for (const Values values : kValues)
+      for (const auto& [columns, skip] : {std::pair<int64_t, int64_t>{288, 0}, {160, 224}}) {
+        const std::string what = compare_embed(type, columns, skip, values);
+        if (!what.empty()) return what + shardmesh::name_of(type) + ", " + shardmesh::name_of(values) + " values, ";
+      }
+  }
+  return cuda::embed(TensorType::F16, 16, 32, 0, nullptr, nullptr, 1, 0, nullptr, 32, nullptr) ? "" : "float weights are taken; ";
+}
+
+std::string check_select_rows() {
+  constexpr int kWidth = 300, kRows = 9;
+  Random random(5);
+  const std::vector<float> x = make_activations(kRows * (kWidth + 4), Values::Random, random);
+  const std::vector<int32_t> from = {8, 0, 3, 3};
+  std::vector<float> expected = simt::poisoned<float>(from.size() * (kWidth + 1));
+  for (size_t r = 0; r < from.size(); r++) std::memcpy(&expected[r * (kWidth + 1)], &x[static_cast<size_t>(from[r]) * (kWidth + 4)], kWidth * 4);
+  const Guarded<float> in("x", x), out("out", expected.size());
+  const Guarded<int32_t> rows("from", from);
+  if (const char* problem = cuda::select_rows(in.data(), kWidth + 4, rows.data(), static_cast<int>(from.size()), kWidth, out.data(), kWidth + 1, nullptr)) return failed(problem);
+  return simt::difference(expected, out);
+}
+
+// Who looks at its input names the first bad row, whatever looked before found, and leaves no mark where all is finite.
+std::string check_finite_checks() {
+  constexpr int kWidth = 320, kRows = 20;
+  constexpr uint32_t kMark = 7 << 16, kNothing = 0xffffffffu;
+  for (const float bad : {0.0f, NAN, INFINITY, -INFINITY})
+    for (const int at : {0, kWidth - 1}) {
+      Random random(6);
+      std::vector<float> x = make_activations(kRows * kWidth, Values::Random, random);
+      for (const int row : {17, 6, 11})
+        if (bad != 0.0f) x[static_cast<size_t>(row * kWidth + at)] = bad;
+      const uint32_t expected = bad == 0.0f ? kNothing : kMark + 6;
+      const Guarded<float> in("x", x);
+      const Guarded<uint8_t> groups("groups", cuda::activation_bytes(kRows, kWidth));
+      for (const bool quantize : {false, true}) {
+        const Guarded<uint32_t> least("least", std::vector<uint32_t>{kNothing}), before("before", std::vector<uint32_t>{kMark - 1});
+        for (uint32_t* found : {least.data(), before.data()}) {
+          const char* problem = quantize ? cuda::quantize(in.data(), kWidth, kRows, kWidth, reinterpret_cast<cuda::ActivationGroup*>(groups.data()), nullptr, {found, kMark})
+                                         : cuda::check_rows(in.data(), kWidth, kRows, kWidth, {found, kMark}, nullptr);
+          if (problem) return failed(problem);
+        }
+        if (const std::string problem = simt::finish(); !problem.empty()) return problem;
+        if (least.data()[0] != expected) return "the mark is " + std::to_string(least.data()[0]) + ", expected " + std::to_string(expected) + "; ";
+        if (before.data()[0] != kMark - 1) return "an earlier mark is overwritten; ";
+      }
+    }
+  return "";
+}
+
+// As above for k, which is looked at when it is rotated, and for v.
+std::string check_finite_keys_and_values() {
+  const Shape shape{KeyType::Int8, 64, 16, 0, {0, 0}, {{20, 4}}};
+  for (const bool in_v : {false, true}) {
+    Random random(8);
+    const Scene scene(shape, false, random);
+    const DeviceScene device(scene);
+    std::vector<float> q(4 * 128, 1.0f), k(4 * 64, 2.0f), v(4 * 64, 3.0f);
+    if (in_v) v[2 * 64 + 5] = INFINITY;
+    else k[2 * 64 + 4] = k[2 * 64 + 5] = 3.0e38f;  // finite; the sum that their rotation makes of them is not
+    const std::vector<float> ones(20 * 32, 1.0f);
+    const Guarded<float> dq("q", q), dk("k", k), dv("v", v), cosine("cosine", ones), sine("sine", ones);
+    const Guarded<uint8_t> cache("cache", scene.fresh_pool(random));
+    const Guarded<uint32_t> least("least", std::vector<uint32_t>{0xffffffffu});
+    if (const char* problem = cuda::rope_store_kv(dq.data(), 128, 2, dk.data(), 64, dv.data(), 64, {64, 0, cosine.data(), sine.data()}, scene.layout, cache.data(), device.rows(), nullptr,
+                                                  {least.data(), 3 << 16}))
+      return failed(problem);
+    if (const std::string problem = simt::finish(); !problem.empty()) return problem;
+    if (least.data()[0] != (3 << 16) + 2) return std::string(in_v ? "v" : "k") + ": the mark is " + std::to_string(least.data()[0]) + "; ";
+  }
   return "";
 }
 
@@ -360,6 +464,13 @@ std::string check_candidates() {
     if (best.data()[r].token != expected.token || best.data()[r].value != expected.value || maximum.data()[r] != largest)
       return "row " + std::to_string(r) + " picks token " + std::to_string(best.data()[r].token) + ", expected " + std::to_string(expected.token) + "; ";
   }
+  // A value that is not finite, wherever it stands, leaves its row without a token, and no other row.
+  for (const float bad : {NAN, INFINITY, -INFINITY}) {
+    x.data()[kStride + 700] = bad;
+    if (const char* problem = cuda::head_candidates(x.data(), kStride, kRows, kCount, kFirst, rows.data(), best.data(), maximum.data(), nullptr)) return failed(problem);
+    if (const std::string problem = simt::finish(); !problem.empty()) return problem;
+    if (best.data()[1].token != -1 || best.data()[0].token < kFirst || best.data()[2].token < kFirst) return "a row that is not finite has a token, or another row has none; ";
+  }
   return "";
 }
 
@@ -387,13 +498,18 @@ int main() {
   simt::test_case("cuda gated_activation - has the reference's bits at the ends of exp too, fp32 and quantised", [] { return in_every_order(check_gated_activation); });
   simt::test_case("cuda finish_tree - has the reference's bits for any cut of 1 to 16 units", [] { return in_every_order(check_finish_tree); });
   simt::test_case("cuda rope_store_kv - writes the reference's bytes and no others, both styles, int8 and f16 keys", [] { return in_every_order(check_rope_store); });
-  simt::test_case("cuda attention - has the reference's bits where pieces fold their spans", [] { return check_attention(0); });
-  simt::test_case("cuda attention - has the reference's bits where a context is split into spans", [] { return check_attention(1000); });
-  simt::test_case("cuda attention - has the reference's bits where decode is split and prefill is not", [] { return check_attention(1); });
+  simt::test_case("cuda attention - has the reference's bits where pieces fold their spans", [] { return check_attention({0, 1000}); });
+  simt::test_case("cuda attention - has the reference's bits where a context is split into spans", [] { return check_attention({1000, 1000}); });
+  simt::test_case("cuda attention - has the reference's bits where decode is split and prefill is not", [] { return check_attention({1, 1000}); });
+  simt::test_case("cuda attention - has the reference's bits where there is room to split some contexts only", [] { return check_attention({1000, 7}); });
   simt::test_case("cuda attention - does not depend on the order of threads and blocks", [] {
-    return in_every_order([] { return compare_attention({KeyType::Int8, 64, 16, 0, {0, 0, 1}, {{270, 3}, {30, 1}}}, Values::Random, 2, 3); });
+    return in_every_order([] { return compare_attention({KeyType::Int8, 64, 16, 0, {0, 0, 1}, {{270, 3}, {30, 1}}}, Values::Random, {2, 1000}, 3); });
   });
-  simt::test_case("cuda head - picks the candidate that the sampler's noise picks, ties to the lower id", [] { return in_every_order(check_candidates); });
+  simt::test_case("cuda embed - reads the reference's rows of every format, and leaves rows of other tokens alone", [] { return in_every_order(check_embed); });
+  simt::test_case("cuda select_rows - copies the rows it is told", [] { return in_every_order(check_select_rows); });
+  simt::test_case("cuda check_rows and quantize - name the first row that is not finite", [] { return in_every_order(check_finite_checks); });
+  simt::test_case("cuda rope_store_kv - names the row whose k, once rotated, or v is not finite", [] { return in_every_order(check_finite_keys_and_values); });
+  simt::test_case("cuda head - picks the candidate that the sampler's noise picks, ties to the lower id, none where a logit is not finite", [] { return in_every_order(check_candidates); });
   simt::test_case("cuda head - sums have the sampler's bits", [] { return in_every_order(check_sums); });
   return simt::end_of_tests();
 }
