@@ -5,7 +5,7 @@
 import type { Program } from './programs/program.ts';
 
 export type Isa = 'avx512' | 'avx2' | 'portable';
-export type ExecutorKind = 'cpu' | 'reference' | 'reference-f32';
+export type ExecutorKind = 'cpu' | 'cuda' | 'reference' | 'reference-f32';
 
 /** `bf16` rounds to nearest even; `q8` takes 34 bytes for 32 values. */
 export type WireType = 'f32' | 'bf16' | 'q8';

@@ -1,20 +1,22 @@
 /**
- * `npm run build:cuda`: builds the CUDA kernels and their test programs into build/cuda, and prints what each kernel takes of a multiprocessor. Not part of
- * `npm start` and `npm test`: it takes minutes, and most machines have no nvcc. `--all` builds every architecture from sm_80 to sm_120, and PTX for later ones.
+ * `npm run build:cuda`: builds the CUDA kernels, their device and their test programs into build/cuda, prints what each kernel takes of a multiprocessor, and builds the
+ * addon again, now with `--executor cuda`. Not part of `npm start` and `npm test`: it takes minutes, and most machines have no nvcc; both keep what it has built as long as
+ * its sources do not change. `--all` builds every architecture from sm_80 to sm_120, and PTX for later ones.
  */
 import { mkdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { availableParallelism } from 'node:os';
 import { join } from 'node:path';
 import { pathToFileURL } from 'node:url';
+import { cudaBuild, noteCudaPart } from './cuda-part.mjs';
 import { root } from './paths.mjs';
 import { line } from './progress.mjs';
 import { runCommand, SetupError } from './run-command.mjs';
+import { setUp } from './setup.mjs';
 import { contentDigest, stampMatches, writeStamp } from './stamp.mjs';
 
 const nvccFloor = [12, 8];
 const usual = '80-real;90-real';
 const all = '80;86-real;89-real;90-real;100-real;120-real'; // 80 without "-real" carries PTX as well
-export const cudaBuild = join(root, 'build', 'cuda');
 export const resourceFile = join(cudaBuild, 'resources.json');
 
 /** `release 13.0, V13.0.88` → [13, 0]; null when there is no nvcc. */
@@ -93,6 +95,7 @@ export async function buildCuda({ architectures = usual } = {}) {
   if (names?.length === kernels.length) kernels.forEach((kernel, i) => (kernel.kernel = names[i]));
   writeFileSync(resourceFile, JSON.stringify(kernels, null, 1));
   writeStamp(stamp, digest);
+  noteCudaPart();
   return kernels;
 }
 
@@ -103,6 +106,7 @@ async function main() {
     line(
       `${k.architecture.padEnd(12)}  ${String(k.registers).padStart(9)}  ${String(k.stackBytes).padStart(5)}  ${String(k.spillBytes).padStart(7)}  ${k.kernel}`,
     );
+  await setUp({ only: 'build' });
 }
 
 if (import.meta.url === pathToFileURL(process.argv[1] ?? '').href) {

@@ -7,6 +7,7 @@ import { createRequire } from 'node:module';
 import { availableParallelism } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath, pathToFileURL } from 'node:url';
+import { builtCudaPart } from './cuda-part.mjs';
 import { obtainNatsServer } from './nats-server.mjs';
 import { cacheDirectory, root } from './paths.mjs';
 import { line, mebibytes, runSteps } from './progress.mjs';
@@ -77,15 +78,18 @@ async function buildAddon(note) {
   const sources = contentDigest(root, ['kernels'], (path) =>
     /(\.(h|hpp|c|cc|cpp|inl|cu|cuh)|CMakeLists\.txt|\.cmake)$/.test(path),
   );
+  const cuda = builtCudaPart();
+  const digest = cuda ? `${sources} with its CUDA part` : sources;
   const stamp = join(root, 'build', '.stamp');
-  if (existsSync(join(root, 'build', 'shardmesh.node')) && stampMatches(stamp, sources)) return 'up to date';
+  if (existsSync(join(root, 'build', 'shardmesh.node')) && stampMatches(stamp, digest)) return 'up to date';
   const remedy = 'apt-get install cmake g++   (CMake >= 3.20 and a C++20 compiler: gcc >= 11 or clang >= 14)';
   if ((await runCommand('cmake', ['--version'])).code !== 0)
     throw new SetupError('cmake was not found; the native addon is built from source', remedy);
   const compiler = process.env.CXX ?? 'c++';
   if ((await runCommand(compiler, ['--version'])).code !== 0)
     throw new SetupError(`no C++ compiler (${compiler}) was found; the native addon is built from source`, remedy);
-  const configure = await runCommand('cmake', ['-S', 'kernels', '-B', 'build', '-DCMAKE_BUILD_TYPE=Release'], { cwd: root });
+  const options = ['-DCMAKE_BUILD_TYPE=Release', `-DSHARDMESH_CUDA=${cuda ?? ''}`];
+  const configure = await runCommand('cmake', ['-S', 'kernels', '-B', 'build', ...options], { cwd: root });
   if (configure.code !== 0) {
     rmSync(join(root, 'build', 'CMakeCache.txt'), { force: true });
     throw new SetupError(
@@ -102,8 +106,8 @@ async function buildAddon(note) {
       `the native addon could not be built:\n${build.output.trim().split('\n').slice(-20).join('\n')}`,
       `cmake --build build   in ${root}`,
     );
-  writeStamp(stamp, sources);
-  return 'built';
+  writeStamp(stamp, digest);
+  return cuda ? 'built, with its CUDA part' : 'built';
 }
 
 async function obtainModel(note) {

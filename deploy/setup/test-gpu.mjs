@@ -4,7 +4,8 @@
  */
 import { spawnSync } from 'node:child_process';
 import { join } from 'node:path';
-import { buildCuda, cudaBuild } from './build-cuda.mjs';
+import { buildCuda } from './build-cuda.mjs';
+import { cudaBuild } from './cuda-part.mjs';
 import { line } from './progress.mjs';
 import { SetupError } from './run-command.mjs';
 

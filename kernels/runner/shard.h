@@ -81,7 +81,11 @@ class Shard {
   // Null for -1.
   const float* vector(int weight) const { return weight < 0 ? nullptr : weights_[static_cast<size_t>(weight)].vector.data(); }
   bool is_quantized(int weight) const;
-  RopeTable rope_table(int operation) const { return tables_[static_cast<size_t>(table_of_[static_cast<size_t>(operation)])]->view(); }
+  // Rope operations of one number turn alike.
+  int rope_table_number(int operation) const { return table_of_[static_cast<size_t>(operation)]; }
+  int rope_tables() const { return static_cast<int>(table_parameters_.size()); }
+  RopeTable rope_table_of(int number) const { return tables_[static_cast<size_t>(number)]->view(); }
+  RopeTable rope_table(int operation) const { return rope_table_of(rope_table_number(operation)); }
 
   const KvLayout& kv_layout() const { return kv_layout_; }
 

@@ -399,10 +399,10 @@ StepRun::Status StepRun::all_reduce(int index) {
     device_.reduce(index, 0, rows_.tokens, sums.data());
     return Status::Done;
   }
-  if (piece_ == 0 && peer_ < 0 && !device_.wait()) return fail_by_device();
   const int piece_rows = shard_.piece_rows(index);
   const size_t own_subtrees = shard_.own_subtrees(index).size();
   for (; piece_ * piece_rows < rows_.tokens; piece_++) {
+    if (peer_ < 0 && !device_.wait()) return fail_by_device();  // own sums are here, and those of the piece before are not read any more
     const int from = piece_ * piece_rows, count = std::min(piece_rows, rows_.tokens - from);
     const size_t row_bytes = wire_bytes(wire_, width), piece_bytes = static_cast<size_t>(count) * row_bytes;
     const auto bytes_of = [&](int r) { return shard_.subtrees(index)[static_cast<size_t>(r)].size() * piece_bytes; };

@@ -423,22 +423,31 @@ export const greedy: SlotSampling = {
   logprobs: 3,
 };
 
-export interface TinyMeshOptions extends TinyTypes {
+/** What computes a rank. */
+export interface RankExecutor {
   /** An addon of another build; otherwise the project's own. */
   addon?: Addon;
   kind?: ExecutorKind;
   isa?: Isa | null;
-  cut?: TinyCut;
+}
+
+export interface MeshOptions extends RankExecutor {
+  /** Where ranks have different executors: that of one of them, in place of the fields above. */
+  executorOf?: (stage: number, rank: number) => RankExecutor;
   threads?: number;
   blockTokens?: number;
   kvBlocks?: number;
   stepTokensMax?: number;
-  weights?: TinyWeights;
   /** Every pair of workers talks through the host driver instead of shared memory. */
   host?: boolean;
   wire?: WireType;
   /** Room in front of each frame that leaves; it is written full. */
   frameGap?: number;
+}
+
+export interface TinyMeshOptions extends TinyTypes, MeshOptions {
+  cut?: TinyCut;
+  weights?: TinyWeights;
 }
 
 /** Rows of one sequence in a step. `tokens: null`: one row, the token that step `after` sampled. */
@@ -471,36 +480,47 @@ interface Member {
 
 type FrameBytes = Map<NativeFrame['kind'], number>;
 
-/** All ranks of the tiny model in this process. */
+/** All ranks of the tiny model, or of another one, in this process. */
 export class TinyMesh {
   readonly members: Member[];
   /** Payload that went over the host driver. */
   readonly frameBytes: Readonly<FrameBytes>;
-  readonly #cut: TinyCut;
   #step = 0;
 
-  private constructor(members: Member[], cut: TinyCut, frameBytes: FrameBytes) {
+  private constructor(members: Member[], frameBytes: FrameBytes) {
     this.members = members;
     this.frameBytes = frameBytes;
-    this.#cut = cut;
   }
 
   static async start(options: TinyMeshOptions = {}): Promise<TinyMesh> {
     const cut = options.cut ?? wholeCut;
     const weights = options.weights ?? tinyWeights();
+    const programs = cut.stages.flatMap((_, stage) =>
+      cut.heads.map((_h, rank) => tinyProgram(weights, cut, stage, rank, options)),
+    );
+    return TinyMesh.ofPrograms(programs, (slice) => sliceBlocks(weights.get(slice.tensor)!, slice), options);
+  }
+
+  /** @param programs  of all ranks of all stages. @param blocksOf  raw blocks of a slice of one of them */
+  static async ofPrograms(
+    programs: Program[],
+    blocksOf: (slice: WeightSlice) => Uint8Array,
+    options: MeshOptions = {},
+  ): Promise<TinyMesh> {
     const members: Member[] = [];
     const frameBytes: FrameBytes = new Map();
     const onFrame = ({ kind, payload }: NativeFrame): void => {
       frameBytes.set(kind, (frameBytes.get(kind) ?? 0) + payload.length);
     };
-    for (let stage = 0; stage < cut.stages.length; stage++)
-      for (let rank = 0; rank < cut.heads.length; rank++) {
-        const program = tinyProgram(weights, cut, stage, rank, options);
+    try {
+      for (const program of programs) {
+        const { stage, rank } = program;
         const pending: Member['pending'] = new Map();
-        const executor = (options.addon ?? loadAddon()).createExecutor(
+        const { addon, kind, isa } = options.executorOf?.(stage, rank) ?? options;
+        const executor = (addon ?? loadAddon()).createExecutor(
           {
-            kind: options.kind ?? 'reference',
-            isa: options.isa ?? null,
+            kind: kind ?? 'reference',
+            isa: isa ?? null,
             program,
             cores: [],
             threads: options.threads ?? 1,
@@ -531,12 +551,14 @@ export class TinyMesh {
             },
           },
         );
-        await Promise.all(
-          program.weights.map((slice, i) => executor.loadWeight(i, sliceBlocks(weights.get(slice.tensor)!, slice))),
-        );
         members.push({ stage, rank, executor, pending });
+        await Promise.all(program.weights.map((slice, i) => executor.loadWeight(i, blocksOf(slice))));
       }
-    const mesh = new TinyMesh(members, cut, frameBytes);
+    } catch (error) {
+      await Promise.all(members.map((m) => m.executor.dispose()));
+      throw error;
+    }
+    const mesh = new TinyMesh(members, frameBytes);
     mesh.connect(options.host ?? false);
     return mesh;
   }
@@ -603,7 +625,7 @@ export class TinyMesh {
           m.executor.submit(input);
         }),
     );
-    const sampler = members.findIndex((m) => m.stage === this.#cut.stages.length - 1 && m.rank === 0);
+    const sampler = members.findIndex((m) => m.stage === this.members.at(-1)!.stage && m.rank === 0);
     const done = Promise.all(results).then((all) => all[sampler]?.outputs ?? []);
     done.catch(() => undefined); // looked at by whoever awaits it
     return { step, done };

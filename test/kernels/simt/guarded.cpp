@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <mutex>
 
 namespace simt {
 namespace {
@@ -20,6 +21,7 @@ std::vector<Region>& regions() {
   static std::vector<Region> all;
   return all;
 }
+std::mutex regions_mutex;
 
 }  // namespace
 
@@ -35,10 +37,12 @@ GuardedBytes::GuardedBytes(const char* name, size_t bytes) : bytes_(bytes) {
   data_ = end_ - room;
   std::memset(map_ + kPage, kMark, pages);
   std::memset(data_, kPoison, bytes);
+  const std::lock_guard lock(regions_mutex);
   regions().push_back({name, data_, data_ + bytes});
 }
 
 GuardedBytes::~GuardedBytes() {
+  const std::lock_guard lock(regions_mutex);
   std::vector<Region>& all = regions();
   all.erase(std::find_if(all.begin(), all.end(), [&](const Region& r) { return r.begin == data_; }));
   munmap(map_, map_bytes_);

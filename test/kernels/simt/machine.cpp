@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <vector>
 
 #include "guarded.h"
@@ -99,7 +100,8 @@ void* main_stack_pointer;
 std::string problem;
 bool failed;
 sigjmp_buf after_signal;
-volatile sig_atomic_t in_fiber;
+thread_local volatile sig_atomic_t in_fiber;  // a signal comes on the thread that caused it
+std::mutex one_grid;
 uint64_t timer, random_state;
 
 uint64_t next_random() {  // SplitMix64
@@ -225,13 +227,14 @@ void on_signal(int signal, siginfo_t* info, void*) {
 
 struct SignalScope {
   struct sigaction before[3];
+  stack_t stack_before{};
   static constexpr int kSignals[3] = {SIGSEGV, SIGBUS, SIGILL};
   SignalScope() {
     static uint8_t alternate[64 * 1024];
     stack_t stack{};
     stack.ss_sp = alternate;
     stack.ss_size = sizeof alternate;
-    sigaltstack(&stack, nullptr);
+    sigaltstack(&stack, &stack_before);
     struct sigaction action{};
     action.sa_sigaction = on_signal;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK;
@@ -239,6 +242,7 @@ struct SignalScope {
   }
   ~SignalScope() {
     for (int i = 0; i < 3; i++) sigaction(kSignals[i], &before[i], nullptr);
+    sigaltstack(&stack_before, nullptr);
   }
 };
 
@@ -295,12 +299,16 @@ void run_threads(std::vector<Block*>& live, const std::function<bool(Block*)>& n
 
 }  // namespace
 
-void set_schedule(const Schedule& schedule) { schedule_of_launches = schedule; }
+void set_schedule(const Schedule& schedule) {
+  const std::lock_guard lock(one_grid);
+  schedule_of_launches = schedule;
+}
 const Counts& counts() { return totals; }
 std::string absent_machine() { return ""; }
 std::string finish() { return ""; }  // a launch ends before it returns
 
 std::string run_grid(Dim grid, Dim block, size_t shared_bytes, const std::function<void()>& body) {
+  const std::lock_guard lock(one_grid);
   const uint64_t threads = uint64_t{block.x} * block.y * block.z, count = uint64_t{grid.x} * grid.y * grid.z;
   if (threads == 0 || threads > 1024) return "a block of " + std::to_string(threads) + " threads; 1 to 1024 are possible";
   if (count == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) return "a grid of (" + std::to_string(grid.x) + ", " + std::to_string(grid.y) + ", " + std::to_string(grid.z) + ") blocks";

@@ -1,7 +1,7 @@
 // A machine that runs CUDA kernels on the CPU, thread by thread and without a GPU: what is behind cuda_source.h. For tests only.
 //
 // Every CUDA thread is a fiber. It runs until it meets others (a warp operation, a barrier), spins, or ends; then another one goes on, in the order that the
-// test asks for. All of it happens on one thread of the operating system, so a run repeats exactly.
+// test asks for. All of a launch happens on one thread of the operating system, so a run repeats exactly.
 //
 // What a run proves: indexes, the use of barriers, masks and asynchronous copies, and every bit of the arithmetic. What it cannot show: speed, coalescing,
 // bank conflicts, and races that need weakly ordered memory or two blocks in the same instant. fp32 sums inside a bf16 or f16 mma have an order of their own
@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <vector>
 #if !defined(__CUDACC__)
 #include <source_location>
 #endif
@@ -33,7 +34,13 @@ struct Schedule {
 // The schedule of the launches to come.
 void set_schedule(const Schedule& schedule);
 
-// Runs `body` once for every thread of the grid. Returns "" or what the kernel did wrong, with block, thread and source line; it ends at the first fault.
+// What a stream has been given: done in order by whoever waits for the stream; each entry returns "" or what went wrong.
+struct WorkQueue {
+  std::vector<std::function<std::string()>> work;
+};
+
+// Runs `body` once for every thread of the grid. Returns "" or what the kernel did wrong, with block, thread and source line; it ends at the first fault. Callers on
+// several threads take turns.
 std::string run_grid(Dim grid, Dim block, size_t shared_bytes, const std::function<void()>& body);
 
 // Why nothing can be run here, or "". The emulated machine is always there; test/gpu/card.cpp has the real one behind this file and guarded.h.

@@ -1,0 +1,68 @@
+// What the CUDA device needs of a card beside its kernels: memory, copies, one stream, facts. Two implementations: runtime.cpp on the CUDA runtime, which opens the
+// driver at its first call, and test/kernels/simt/runtime.cpp on the emulated machine.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <utility>
+
+#include "operations.h"
+
+namespace shardmesh::cuda {
+
+struct Card {
+  std::string name;
+  int sm;               // 80: compute capability 8.0
+  int multiprocessors;
+  size_t memory_bytes;
+};
+
+// The first card that this process may use. "" or one line: what was looked for, and which driver is needed.
+std::string find_card(Card* card);
+
+size_t free_bytes();
+
+// Memory of the card, or memory of the host that the card reads and writes directly. Both throw std::runtime_error naming `what` and the sizes.
+enum class Place { Card, Host };
+void* allocate(Place place, size_t bytes, const char* what);
+void release(Place place, void* memory);
+
+Problem open_stream(Stream* stream);
+void close_stream(Stream stream);
+// Queued. The host's side belongs to the card until the stream is waited for.
+Problem copy_to_card(void* card, const void* host, size_t bytes, Stream stream);
+Problem copy_to_host(void* host, const void* card, size_t bytes, Stream stream);
+Problem fill(void* card, uint8_t value, size_t bytes, Stream stream);
+// Waits for all that was queued, and says what went wrong in it.
+Problem synchronise(Stream stream);
+// Not queued: done when it returns. Any thread.
+Problem copy_now(void* card, const void* host, size_t bytes);
+
+class Memory {
+ public:
+  Memory() = default;
+  Memory(Place place, size_t bytes, const char* what) : place_(place), bytes_(bytes), data_(bytes ? allocate(place, bytes, what) : nullptr) {}
+  Memory(Memory&& other) noexcept { swap(other); }
+  Memory& operator=(Memory&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+  ~Memory() {
+    if (data_) release(place_, data_);
+  }
+  template <typename T>
+  T* as() const { return static_cast<T*>(data_); }
+  size_t size() const { return bytes_; }
+
+ private:
+  void swap(Memory& other) {
+    std::swap(place_, other.place_);
+    std::swap(bytes_, other.bytes_);
+    std::swap(data_, other.data_);
+  }
+  Place place_ = Place::Card;
+  size_t bytes_ = 0;
+  void* data_ = nullptr;
+};
+
+}  // namespace shardmesh::cuda
