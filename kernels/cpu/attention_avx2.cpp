@@ -7,8 +7,8 @@
 
 namespace shardmesh::avx2 {
 
-void store_kv(const float* k, int64_t k_stride, const float* v, int64_t v_stride, const KvLayout& layout, uint8_t* cache, const StepRows& rows, Part part) {
-  store_kv_parts(k, k_stride, v, v_stride, layout, cache, rows, part);
+bool store_kv(const float* k, int64_t k_stride, const float* v, int64_t v_stride, const KvLayout& layout, uint8_t* cache, const StepRows& rows, Part part) {
+  return store_kv_parts(k, k_stride, v, v_stride, layout, cache, rows, part);
 }
 
 size_t attention_scratch_bytes(int, int head_size, int) { return scratch_at(head_size, nullptr, nullptr); }

@@ -83,7 +83,7 @@ SHARDMESH_LANES void find_blocks(const AttentionArguments& a, const int32_t* blo
   }
 }
 
-// The next step's first lines: hardware prefetch does not cross from one block to the next.
+// Another step's first lines: hardware prefetch does not cross from one block to the next.
 SHARDMESH_LANES void prefetch_step(const AttentionArguments& a, const int32_t* block_table, int kv_head, int64_t start, int64_t last) {
   for (int b = 0; b < 4 && start + 16 * b <= last; b++) {
     const uint8_t* p = subblock_of(*a.layout, a.cache, block_table, start + 16 * b, kv_head);
@@ -354,7 +354,14 @@ SHARDMESH_LANES float quantize_query(const float* x, int D, Dots::Query* q, int3
 
 SHARDMESH_LANES int64_t oldest_key(int64_t position, int window) { return window > 0 && position >= window ? position - window + 1 : 0; }
 
-static __attribute__((noinline)) void attend_tile(const AttentionArguments& a, const Tile& tile, const Scratch& scratch) {
+// The first step of a tile.
+SHARDMESH_LANES void prefetch_tile(const AttentionArguments& a, const Tile& tile) {
+  const int64_t row = tile.row + tile.from / tile.heads, last = tile.row + (tile.to - 1) / tile.heads;
+  prefetch_step(a, a.rows->block_tables + a.rows->block_offsets[tile.sequence], tile.kv, oldest_key(a.rows->positions[row], a.window) / kStepKeys * kStepKeys, a.rows->positions[last]);
+}
+
+// `next`: the tile that this thread takes after this one, or null; its first keys and values are asked for in good time.
+static __attribute__((noinline)) void attend_tile(const AttentionArguments& a, const Tile& tile, const Tile* next, const Scratch& scratch) {
   const bool int8_keys = a.layout->key == KeyType::Int8, int8_values = a.layout->value == ValueType::Int8;
   const int D = a.layout->head_size, lanes = tile.to - tile.from;
   if (lanes < 1) return;
@@ -395,7 +402,8 @@ static __attribute__((noinline)) void attend_tile(const AttentionArguments& a, c
     blocks.from = static_cast<int>(low / 16);
     blocks.to = high >= kStepKeys ? 4 : static_cast<int>(high / 16) + 1;
     find_blocks(a, block_table, tile.kv, start, &blocks);
-    prefetch_step(a, block_table, tile.kv, start + kStepKeys, position[lanes - 1]);
+    if (step < last_step) prefetch_step(a, block_table, tile.kv, start + kStepKeys, position[lanes - 1]);
+    else if (next) prefetch_tile(a, *next);
 
     const int active = end - begin;
     int32_t* dots = scratch.dots + begin * kStepKeys;
@@ -473,6 +481,7 @@ SHARDMESH_LANES void attention_parts(const AttentionArguments& a, Part part) {
   Scratch scratch;
   scratch_at(a.layout->head_size, a.scratch, &scratch);
   int64_t before = 0;
+  Tile waiting{};  // attended when the one after it is known
   each_tile(a, [&](Tile tile) {
     const int64_t steps = tile_steps(a, tile), lanes = tile.to;
     // First lane whose middle lies at or behind `border`.
@@ -483,25 +492,37 @@ SHARDMESH_LANES void attention_parts(const AttentionArguments& a, Part part) {
     tile.from = part.index == 0 ? 0 : lane_at(from);
     tile.to = part.index == part.count - 1 ? static_cast<int>(lanes) : lane_at(to);
     before += lanes * steps;
-    if (tile.from < tile.to) attend_tile(a, tile, scratch);
+    if (tile.from >= tile.to) return;
+    if (waiting.from < waiting.to) attend_tile(a, waiting, &tile, scratch);
+    waiting = tile;
   });
+  if (waiting.from < waiting.to) attend_tile(a, waiting, nullptr, scratch);
 }
 
 // ---------------------------------------------------------------- writing K and V
 
-// Quantises one head of k or v into q [D] and returns its scale.
-SHARDMESH_LANES float quantize_head(const float* x, int D, int8_t* q) {
+// Quantises one head of k or v, store(d, sixteen integers from d on), and returns its scale.
+template <typename Store>
+SHARDMESH_LANES float quantize_head(const float* x, int D, Store store) {
   const float amax = largest_magnitude(x, D);
   if (!(amax >= kQuantizableMin)) {
-    std::memset(q, 0, static_cast<size_t>(D));
+    for (int d = 0; d < D; d += 16) store(d, Lanes::set_int(0));
     return 0.0f;
   }
   const Lanes::F inverse = Lanes::set(127.0f / amax);
-  for (int d = 0; d < D; d += 16) Lanes::store_int8(q + d, Lanes::to_int(Lanes::mul(Lanes::load(x + d), inverse)));
+  for (int d = 0; d < D; d += 16) store(d, Lanes::to_int(Lanes::mul(Lanes::load(x + d), inverse)));
   return amax / 127.0f;
 }
 
 constexpr int kHeadSizeMax = 1024;
+
+// Quantising makes any number of what is none.
+SHARDMESH_LANES bool finite_head(const float* x, int D) {
+  const Lanes::I exponent = Lanes::set_int(0x7f800000);
+  Lanes::I highest = Lanes::set_int(0);
+  for (int d = 0; d < D; d += 16) highest = Lanes::max_int(highest, Lanes::bit_and(Lanes::bits(Lanes::load(x + d)), exponent));
+  return Lanes::highest_int(highest) != 0x7f800000;
+}
 
 // One token and KV head: column `position % 16` of its subblock.
 SHARDMESH_LANES void store_token(const float* k, const float* v, const KvLayout& kv, uint8_t* subblock, int column) {
@@ -509,7 +530,7 @@ SHARDMESH_LANES void store_token(const float* k, const float* v, const KvLayout&
   int8_t q[kHeadSizeMax];
   float* scales = reinterpret_cast<float*>(subblock + kv.key_bytes + kv.value_bytes) + column;
   if (kv.key == KeyType::Int8) {
-    scales[0] = quantize_head(k, D, q);
+    scales[0] = quantize_head(k, D, [&](int d, Lanes::I x) { Lanes::store_int8(q + d, x); });
     uint8_t* at = subblock + 4 * column;
     for (int d = 0; d < D; d += 4, at += 64) std::memcpy(at, q + d, 4);
     scales += 16;
@@ -526,20 +547,30 @@ SHARDMESH_LANES void store_token(const float* k, const float* v, const KvLayout&
     for (int d = 0; d < D; d += 16) Lanes::store_half(at + d, Lanes::load(v + d));
     return;
   }
-  scales[0] = quantize_head(v, D, q);
-  int8_t* at = reinterpret_cast<int8_t*>(subblock + kv.key_bytes) + static_cast<int64_t>(column / 4) * D * 4 + column % 4;
-  for (int d = 0; d < D; d++) at[4 * d] = q[d];
+  int8_t* at = reinterpret_cast<int8_t*>(subblock + kv.key_bytes) + static_cast<int64_t>(column / 4) * D * 4;
+  scales[0] = quantize_head(v, D, [&](int d, Lanes::I x) { Lanes::store_int8_apart(at + 4 * d, column % 4, x); });
 }
 
 // Parts share (KV head, token) pairs, head by head, so that two threads seldom write the same cache line.
-SHARDMESH_LANES void store_kv_parts(const float* k, int64_t k_stride, const float* v, int64_t v_stride, const KvLayout& kv, uint8_t* cache, const StepRows& rows, Part part) {
+SHARDMESH_LANES bool store_kv_parts(const float* k, int64_t k_stride, const float* v, int64_t v_stride, const KvLayout& kv, uint8_t* cache, const StepRows& rows, Part part) {
   const Share share = share_of(static_cast<int64_t>(rows.tokens) * kv.heads, 1, part);
+  const auto place_of = [&](int64_t i) {
+    const int64_t t = i % rows.tokens;
+    const int32_t* block_table = rows.block_tables + rows.block_offsets[rows.row_sequence[t]];
+    return const_cast<uint8_t*>(subblock_of(kv, cache, block_table, rows.positions[t], static_cast<int>(i / rows.tokens)));
+  };
+  bool finite = true;
   for (int64_t i = share.from; i < share.to; i++) {
     const int64_t head = i / rows.tokens, t = i % rows.tokens;
-    const int32_t* block_table = rows.block_tables + rows.block_offsets[rows.row_sequence[t]];
-    uint8_t* subblock = const_cast<uint8_t*>(subblock_of(kv, cache, block_table, rows.positions[t], static_cast<int>(head)));
-    store_token(k + t * k_stride + head * kv.head_size, v + t * v_stride + head * kv.head_size, kv, subblock, rows.positions[t] % 16);
+    // A token's K is spread over all lines of its subblock, which decoding sequences have in memory; attention reads them next.
+    if (i + 1 < share.to)
+      for (const uint8_t *p = place_of(i + 1), *end = p + kv.subblock_bytes; p < end; p += 64) __builtin_prefetch(p, 1, 3);
+    const float* key = k + t * k_stride + head * kv.head_size;
+    const float* value = v + t * v_stride + head * kv.head_size;
+    finite &= finite_head(key, kv.head_size) && finite_head(value, kv.head_size);
+    store_token(key, value, kv, place_of(i), rows.positions[t] % 16);
   }
+  return finite;
 }
 
 }  // namespace

@@ -126,19 +126,17 @@ SHARDMESH_LANES void gated_row(const float* gate, const float* up, float* out, i
   }
 }
 
-constexpr int64_t kColumnGrain = 64;  // columns a part takes at least: whole cache lines
-
-// Parts share blocks of columns of all rows: visit(t, from, to).
+// Parts share blocks of columns of all rows: visit(t, from, to). Columns first, as products share them, so that a thread mostly reads what it wrote itself.
 template <typename Visit>
 SHARDMESH_LANES void each_column_range(int64_t width, int tokens, Part part, Visit visit) {
-  const int64_t blocks = (width + kColumnGrain - 1) / kColumnGrain;
-  const Share share = share_of(blocks * tokens, 1, part);
+  const Share share = share_of((width + kColumnBlock - 1) / kColumnBlock * tokens, 1, part);
   for (int64_t n = share.from; n < share.to;) {
-    const int64_t t = n / blocks, first = n % blocks;
-    int64_t last = first + (share.to - n);
-    if (last > blocks) last = blocks;
-    visit(t, first * kColumnGrain, last * kColumnGrain < width ? last * kColumnGrain : width);
-    n += last - first;
+    const int64_t t = n % tokens, from = n / tokens * kColumnBlock;
+    // With one token the blocks lie behind each other.
+    const int64_t blocks = tokens == 1 ? share.to - n : 1;
+    const int64_t to = from + blocks * kColumnBlock;
+    visit(t, from, to < width ? to : width);
+    n += blocks;
   }
 }
 

@@ -12,9 +12,9 @@ namespace shardmesh {
 namespace {
 
 // Products by the type of their activations.
-template <void (*int8)(const Activations&, Part), void (*int16)(const Activations&, Part)>
-void quantize_activations(const Activations& in, Part part) {
-  (in.type == ActivationType::Int8 ? int8 : int16)(in, part);
+template <bool (*int8)(const Activations&, Part), bool (*int16)(const Activations&, Part)>
+bool quantize_activations(const Activations& in, Part part) {
+  return (in.type == ActivationType::Int8 ? int8 : int16)(in, part);
 }
 template <void (*int8)(const LinearArguments&, Part), void (*int16)(const LinearArguments&, Part)>
 void linear(const LinearArguments& arguments, Part part) {

@@ -53,6 +53,11 @@ struct Lanes {
     const __m256i w = pack16(x);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
   }
+  SHARDMESH_LANES void store_int8_apart(int8_t* p, int byte, I x) {
+    int8_t bytes[16];
+    store_int8(bytes, x);
+    for (int i = 0; i < 16; i++) p[4 * i + byte] = bytes[i];
+  }
   SHARDMESH_LANES void store_int16(int16_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), pack16(x)); }
   SHARDMESH_LANES F load_half(const uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};

@@ -32,6 +32,9 @@ struct Lanes {
   SHARDMESH_LANES I load_int(const void* p) { return _mm512_loadu_si512(p); }
   SHARDMESH_LANES void store_int(int32_t* p, I x) { _mm512_storeu_si512(p, x); }
   SHARDMESH_LANES void store_int8(int8_t* p, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x)); }
+  SHARDMESH_LANES void store_int8_apart(int8_t* p, int byte, I x) {
+    _mm512_mask_storeu_epi8(p, 0x1111111111111111ull << byte, _mm512_sll_epi32(x, _mm_cvtsi32_si128(8 * byte)));
+  }
   SHARDMESH_LANES void store_uint8(uint8_t* p, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x)); }
   SHARDMESH_LANES I broadcast4(const void* p) {
     int32_t x;
@@ -67,6 +70,14 @@ struct Lanes {
   SHARDMESH_LANES I bit_xor(I x, I y) { return _mm512_xor_si512(x, y); }
   SHARDMESH_LANES I max_int(I x, I y) { return _mm512_max_epi32(x, y); }
   SHARDMESH_LANES int32_t sum_int(I x) { return _mm512_reduce_add_epi32(x); }
+  SHARDMESH_LANES void sum_two(I x, I y, int32_t* first, int32_t* second) {
+    const __m256i a = _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1)), b = _mm256_add_epi32(_mm512_castsi512_si256(y), _mm512_extracti64x4_epi64(y, 1));
+    const __m256i pairs = _mm256_hadd_epi32(a, b);
+    const __m128i quarters = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+    const __m128i sums = _mm_hadd_epi32(quarters, quarters);
+    *first = _mm_cvtsi128_si32(sums);
+    *second = _mm_extract_epi32(sums, 1);
+  }
   SHARDMESH_LANES int32_t highest_int(I x) { return _mm512_reduce_max_epi32(x); }
   SHARDMESH_LANES I dot4(I c, I a, I b) { return _mm512_dpbusd_epi32(c, a, b); }
 

@@ -53,6 +53,12 @@ struct Lanes {
     const Bytes bytes = __builtin_convertvector(x, Bytes);
     std::memcpy(p, &bytes, sizeof bytes);
   }
+  // Lane i to p[4 * i + byte]. The bytes between are neither read nor written: other threads may be writing them.
+  SHARDMESH_LANES void store_int8_apart(int8_t* p, int byte, I x) {
+    int8_t bytes[16];
+    store_int8(bytes, x);
+    for (int i = 0; i < 16; i++) p[4 * i + byte] = bytes[i];
+  }
   SHARDMESH_LANES void store_uint8(uint8_t* p, I x) { store_int8(reinterpret_cast<int8_t*>(p), x); }
   // The same four bytes in every lane.
   SHARDMESH_LANES I broadcast4(const void* p) {
@@ -112,6 +118,10 @@ struct Lanes {
     int32_t sum = 0;
     for (int i = 0; i < 16; i++) sum += a[i];
     return sum;
+  }
+  SHARDMESH_LANES void sum_two(I a, I b, int32_t* first, int32_t* second) {
+    *first = sum_int(a);
+    *second = sum_int(b);
   }
   SHARDMESH_LANES int32_t highest_int(I a) {
     int32_t m = a[0];

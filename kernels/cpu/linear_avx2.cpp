@@ -3,7 +3,7 @@
 
 namespace shardmesh::avx2 {
 
-void quantize_int8(const Activations& in, Part part) { quantize_parts<1>(in, part); }
+bool quantize_int8(const Activations& in, Part part) { return quantize_parts<1>(in, part); }
 void linear_int8(const LinearArguments& arguments, Part part) { multiply<Avx2, 1>(arguments, part); }
 
 }  // namespace shardmesh::avx2

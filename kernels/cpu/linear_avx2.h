@@ -304,19 +304,25 @@ struct Avx2 {
   }
 
   template <int P>
-  SHARDMESH_AVX2 void quantize_group(const float* x, TokenGroup* out, WideGroup* wide) {
-    const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  // False when a value is not finite.
+  SHARDMESH_AVX2 bool quantize_group(const float* x, TokenGroup* out, WideGroup* wide) {
+    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
     __m256 v[4];
-    for (int i = 0; i < 4; i++) v[i] = _mm256_loadu_ps(x + 8 * i);
-    const __m256 m = _mm256_max_ps(_mm256_max_ps(_mm256_and_ps(v[0], magnitude), _mm256_and_ps(v[1], magnitude)),
-                                   _mm256_max_ps(_mm256_and_ps(v[2], magnitude), _mm256_and_ps(v[3], magnitude)));
-    __m128 n = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
-    n = _mm_max_ps(n, _mm_movehl_ps(n, n));
-    const float amax = _mm_cvtss_f32(_mm_max_ss(n, _mm_movehdup_ps(n)));
+    __m256i m = _mm256_setzero_si256();
+    for (int i = 0; i < 4; i++) {
+      v[i] = _mm256_loadu_ps(x + 8 * i);
+      m = _mm256_max_epi32(m, _mm256_and_si256(_mm256_castps_si256(v[i]), magnitude));
+    }
+    __m128i n = _mm_max_epi32(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
+    n = _mm_max_epi32(n, _mm_shuffle_epi32(n, 0x4e));
+    const int32_t largest_bits = _mm_cvtsi128_si32(_mm_max_epi32(n, _mm_shuffle_epi32(n, 0xb1)));
+    if (largest_bits >= kInfinityBits) return false;
+    float amax;
+    std::memcpy(&amax, &largest_bits, 4);
     if (!(amax >= kQuantizableMin)) {
       std::memset(out, 0, P * sizeof *out);
       std::memset(wide, 0, sizeof *wide);
-      return;
+      return true;
     }
     constexpr float largest = P == 1 ? 127.0f : static_cast<float>(kInt16Max);
     const __m256 inverse = _mm256_set1_ps(largest / amax);
@@ -339,15 +345,16 @@ struct Avx2 {
     }
     out->ms = out->sa * static_cast<float>(wide->sum);
     wide->sa = out->sa;
+    return true;
   }
 };
 
 // This part's share of the groups, in both forms.
 template <int P>
-void quantize_parts(const Activations& in, Part part) {
+bool quantize_parts(const Activations& in, Part part) {
   WideGroup* wide = reinterpret_cast<WideGroup*>(in.data + wide_offset(in.type, in.tokens, in.columns / 32));
   const TokenGroup* first = reinterpret_cast<const TokenGroup*>(in.data);
-  quantize_each<Avx2, P>(in, part, [=](const float* x, TokenGroup* out) { Avx2::quantize_group<P>(x, out, wide + (out - first) / P); });
+  return quantize_each<Avx2, P>(in, part, [=](const float* x, TokenGroup* out) { return Avx2::quantize_group<P>(x, out, wide + (out - first) / P); });
 }
 
 }  // namespace

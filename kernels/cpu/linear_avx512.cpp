@@ -5,7 +5,7 @@
 
 namespace shardmesh::avx512 {
 
-void quantize_int8(const Activations& in, Part part) { quantize_each<Lanes16, 1>(in, part, Lanes16::quantize_group<1>); }
+bool quantize_int8(const Activations& in, Part part) { return quantize_each<Lanes16, 1>(in, part, Lanes16::quantize_group<1>); }
 void linear_int8(const LinearArguments& arguments, Part part) { multiply<Lanes16, 1>(arguments, part); }
 
 }  // namespace shardmesh::avx512

@@ -5,7 +5,7 @@
 
 namespace shardmesh::portable {
 
-void quantize_int16(const Activations& in, Part part) { quantize_each<Lanes16, 2>(in, part, Lanes16::quantize_group<2>); }
+bool quantize_int16(const Activations& in, Part part) { return quantize_each<Lanes16, 2>(in, part, Lanes16::quantize_group<2>); }
 void linear_int16(const LinearArguments& arguments, Part part) { multiply<Lanes16, 2>(arguments, part); }
 
 }  // namespace shardmesh::portable

@@ -195,19 +195,24 @@ struct Lanes16 {
   SHARDMESH_LANES void store_part(I p, I q, TokenGroup* out) {
     L::store_int8(out->q, p);
     L::store_int8(out->q + 16, q);
-    const int32_t first = L::sum_int(p), second = L::sum_int(q);
+    int32_t first, second;
+    L::sum_two(p, q, &first, &second);
     out->sum = first + second;
     out->halves[0] = static_cast<int16_t>(first);
     out->halves[1] = static_cast<int16_t>(second);
   }
 
   template <int P>
-  SHARDMESH_LANES void quantize_group(const float* x, TokenGroup* out) {
+  SHARDMESH_LANES bool quantize_group(const float* x, TokenGroup* out) {
     const F a = L::load(x), b = L::load(x + 16);
-    const float amax = L::highest(L::max(L::abs(a), L::abs(b)));
+    const I magnitude = L::set_int(0x7fffffff);
+    const int32_t largest_bits = L::highest_int(L::max_int(L::bit_and(L::bits(a), magnitude), L::bit_and(L::bits(b), magnitude)));
+    if (largest_bits >= kInfinityBits) return false;
+    float amax;
+    std::memcpy(&amax, &largest_bits, 4);
     if (!(amax >= kQuantizableMin)) {
       std::memset(out, 0, P * sizeof *out);
-      return;
+      return true;
     }
     constexpr float largest = P == 1 ? 127.0f : static_cast<float>(kInt16Max);
     const F inverse = L::set(largest / amax);
@@ -223,6 +228,7 @@ struct Lanes16 {
       store_part(L::sub_int(p, L::shift_left(ph, 8)), L::sub_int(q, L::shift_left(qh, 8)), out + 1);
       out->ms = out->sa * static_cast<float>(256 * out[0].sum + out[1].sum);
     }
+    return true;
   }
 };
 

@@ -350,19 +350,36 @@ void multiply(const LinearArguments& a, Part part) {
   }
 }
 
-// This part's share of the T x G groups: `quantize_group(x, out)` for each, which writes P TokenGroups.
+// Of fp32 without its sign: from here on up a value is not finite, and magnitudes are ordered as integers are.
+constexpr int32_t kInfinityBits = 0x7f800000;
+
+// This part's share of the T x G groups: `quantize_group(x, out)` for each, which writes P TokenGroups, or returns false for a value that is not finite.
 template <class Isa, int P, class QuantizeGroup>
-void quantize_each(const Activations& in, Part part, QuantizeGroup quantize_group) {
-  const int64_t groups = in.columns / 32, count = in.tokens * groups;
-  const int64_t from = count * part.index / part.count, to = count * (part.index + 1) / part.count;
+bool quantize_each(const Activations& in, Part part, QuantizeGroup quantize_group) {
+  const int64_t groups = in.columns / 32;
   TokenGroup* out = reinterpret_cast<TokenGroup*>(in.data);
-  for (int64_t i = from; i < to;) {
-    const int64_t token = i / groups;
+  bool finite = true;
+  const auto quantize = [&](int64_t token, int64_t first, int64_t last) {
     const Tile tile = tile_of_token<P, Isa::kWholeParts>(in.tokens, static_cast<int>(token));
-    const int64_t row_end = (token + 1) * groups < to ? (token + 1) * groups : to;
     TokenGroup* column = out + (tile_offset(tile, groups) + (token - tile.first)) * P;
-    for (int64_t g = i - token * groups; i < row_end; i++, g++) quantize_group(in.x + token * in.x_stride + g * 32, column + g * tile.count * P);
+    for (int64_t g = first; g < last; g++) finite &= quantize_group(in.x + token * in.x_stride + g * 32, column + g * tile.count * P);
+  };
+  if (in.by_columns) {
+    constexpr int64_t kBlockGroups = kColumnBlock / 32;
+    const int64_t count = (groups + kBlockGroups - 1) / kBlockGroups * in.tokens;
+    for (int64_t n = count * part.index / part.count, end = count * (part.index + 1) / part.count; n < end; n++) {
+      const int64_t first = n / in.tokens * kBlockGroups;
+      quantize(n % in.tokens, first, first + kBlockGroups < groups ? first + kBlockGroups : groups);
+    }
+    return finite;
   }
+  const int64_t count = in.tokens * groups, from = count * part.index / part.count, to = count * (part.index + 1) / part.count;
+  for (int64_t i = from; i < to;) {
+    const int64_t token = i / groups, row_end = (token + 1) * groups < to ? (token + 1) * groups : to;
+    quantize(token, i - token * groups, row_end - token * groups);
+    i = row_end;
+  }
+  return finite;
 }
 
 }  // namespace

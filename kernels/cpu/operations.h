@@ -15,10 +15,10 @@ namespace shardmesh {
 
 #define SHARDMESH_DECLARE_OPERATIONS                                                                                                              \
   /* linear_*.cpp, pack.cpp */                                                                                                                    \
-  void quantize_int8(const Activations& in, Part part);                                                                                           \
+  bool quantize_int8(const Activations& in, Part part);                                                                                           \
   void linear_int8(const LinearArguments& arguments, Part part);                                                                                  \
   /* linear_int16_*.cpp */                                                                                                                        \
-  void quantize_int16(const Activations& in, Part part);                                                                                          \
+  bool quantize_int16(const Activations& in, Part part);                                                                                          \
   void linear_int16(const LinearArguments& arguments, Part part);                                                                                 \
   /* elementwise_*.cpp */                                                                                                                         \
   void rms_norm(const float* x, int64_t x_stride, const float* w, float epsilon, int64_t width, int tokens, float* out, int64_t out_stride,       \
@@ -30,7 +30,7 @@ namespace shardmesh {
                    float* residual, int64_t residual_stride, int64_t width, int tokens, Part part);                                               \
   bool all_finite(const float* x, int64_t count);                                                                                                 \
   /* attention_*.cpp */                                                                                                                           \
-  void store_kv(const float* k, int64_t k_stride, const float* v, int64_t v_stride, const KvLayout& layout, uint8_t* cache,                       \
+  bool store_kv(const float* k, int64_t k_stride, const float* v, int64_t v_stride, const KvLayout& layout, uint8_t* cache,                       \
                 const StepRows& rows, Part part);                                                                                                 \
   size_t attention_scratch_bytes(int heads, int head_size, int tokens_max);                                                                       \
   void attention(const AttentionArguments& arguments, Part part);

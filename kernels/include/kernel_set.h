@@ -30,6 +30,8 @@ struct MatrixSource {
   const uint8_t* data;
 };
 
+constexpr int64_t kColumnBlock = 64;
+
 // A repacked matrix; only its own kernel set knows the layout behind it.
 struct PackedMatrix {
   TensorType type;
@@ -60,6 +62,8 @@ struct Activations {
   int64_t columns;    // K
   uint8_t* data;
   ActivationType type;
+  // How parts share the quantising: values in row order, or the columns of all tokens as gated_activation shares them.
+  bool by_columns = false;
 };
 
 struct LinearArguments {
@@ -137,14 +141,16 @@ struct KernelSet {
 
   // --- operations
   size_t (*activation_bytes)(ActivationType type, int tokens_max, int64_t columns);
-  void (*quantize_activations)(const Activations& in, Part part);
+  // False when a value of this share is not finite.
+  bool (*quantize_activations)(const Activations& in, Part part);
   void (*linear)(const LinearArguments& arguments, Part part);
   void (*rms_norm)(const float* x, int64_t x_stride, const float* w, float epsilon, int64_t width, int tokens, float* out, int64_t out_stride, Part part);
   void (*rope)(float* x, int64_t stride, int heads, int head_size, const RopeTable& table, const StepRows& rows, Part part);
-  void (*store_kv)(const float* k, int64_t k_stride, const float* v, int64_t v_stride, const KvLayout& layout, uint8_t* cache, const StepRows& rows, Part part);
+  // False when a value of this share is not finite.
+  bool (*store_kv)(const float* k, int64_t k_stride, const float* v, int64_t v_stride, const KvLayout& layout, uint8_t* cache, const StepRows& rows, Part part);
   size_t (*attention_scratch_bytes)(int heads, int head_size, int tokens_max);
   void (*attention)(const AttentionArguments& arguments, Part part);
-  // activation 0: silu, 1: gelu (tanh form)
+  // activation 0: silu, 1: gelu (tanh form). Parts share blocks of kColumnBlock columns of all tokens, block after block: pair n is token n mod tokens of block n / tokens.
   void (*gated_activation)(const float* gate, int64_t gate_stride, const float* up, int64_t up_stride, int64_t width, int tokens, int activation, float* out, int64_t out_stride, Part part);
   // Finishes the tree of a row-parallel product: nodes[i] covers units [lo[i], hi[i]) and points at [T, width] values with `strides[i]`; nodes are the maximal
   // subtrees of all ranks in unit order. residual[t, r] += (tree + bias[r]).

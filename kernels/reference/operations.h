@@ -116,6 +116,14 @@ size_t reference_activation_bytes(ActivationType, int tokens_max, int64_t column
   return view_activations(tokens_max, columns, nullptr, &view);
 }
 
+// visit(token, first column, end) for the part's share of blocks of columns (KernelSet::gated_activation).
+template <typename Visit>
+void each_column_block(int64_t width, int64_t tokens, Part part, Visit visit) {
+  int64_t from, to;
+  split((width + kColumnBlock - 1) / kColumnBlock * tokens, part, &from, &to);
+  for (int64_t n = from; n < to; n++) visit(n % tokens, n / tokens * kColumnBlock, smaller(width, (n / tokens + 1) * kColumnBlock));
+}
+
 // q[i] = rne(x[i] * (largest / amax)); returns the scale amax / largest (0 and all q = 0 when amax is too small to divide by).
 template <typename Integer>
 float quantize_signed(const float* x, int64_t count, float largest, Integer* q) {
@@ -130,21 +138,32 @@ float quantize_signed(const float* x, int64_t count, float largest, Integer* q) 
   return amax / largest;
 }
 
-void reference_quantize_activations(const Activations& in, Part part) {
+bool reference_quantize_activations(const Activations& in, Part part) {
   ActivationView view;
   view_activations(in.tokens, in.columns, in.data, &view);
   const int64_t groups = in.columns / 32;
   const float largest = in.type == ActivationType::Int8 ? 127.0f : static_cast<float>(kInt16Max);
-  int64_t from, to;
-  split(in.tokens * groups, part, &from, &to);
-  for (int64_t i = from; i < to; i++) {
-    const int64_t t = i / groups, g = i % groups;
+  bool finite = true;
+  const auto quantize = [&](int64_t t, int64_t g) {
+    const float* x = in.x + t * in.x_stride + g * 32;
+    for (int j = 0; j < 32; j++) finite = finite && isfinite(x[j]);
     int16_t* q = view.q + t * in.columns + g * 32;
-    view.sa[i] = quantize_signed(in.x + t * in.x_stride + g * 32, 32, largest, q);
+    const int64_t i = t * groups + g;
+    view.sa[i] = quantize_signed(x, 32, largest, q);
     int32_t sum = 0;
     for (int j = 0; j < 32; j++) sum += q[j];
     view.ms[i] = view.sa[i] * static_cast<float>(sum);
+  };
+  if (in.by_columns) {
+    each_column_block(in.columns, in.tokens, part, [&](int64_t t, int64_t from, int64_t to) {
+      for (int64_t g = from / 32; g < to / 32; g++) quantize(t, g);
+    });
+    return finite;
   }
+  int64_t from, to;
+  split(in.tokens * groups, part, &from, &to);
+  for (int64_t i = from; i < to; i++) quantize(i / groups, i % groups);
+  return finite;
 }
 
 int32_t integer_dot(const int8_t* w, const int16_t* q, int count) {
@@ -254,15 +273,13 @@ float gelu_inner(float g) { return 0.7978845608f * fmaf(0.044715f * (g * g), g, 
 
 void reference_gated_activation(const float* gate, int64_t gate_stride, const float* up, int64_t up_stride, int64_t width, int tokens, int activation, float* out,
                                 int64_t out_stride, Part part) {
-  int64_t from, to;
-  split(width, part, &from, &to);
-  for (int t = 0; t < tokens; t++) {
+  each_column_block(width, tokens, part, [&](int64_t t, int64_t from, int64_t to) {
     for (int64_t i = from; i < to; i++) {
       const float g = gate[t * gate_stride + i];
       const float act = activation == 0 ? g * sigmoid_fixed(g) : g * sigmoid_fixed(2.0f * gelu_inner(g));
       out[t * out_stride + i] = act * up[t * up_stride + i];
     }
-  }
+  });
 }
 
 // ---------------------------------------------------------------- K and V
@@ -295,8 +312,9 @@ float& value_scale(const KvLayout& layout, const TokenPlace& p) {
   return reinterpret_cast<float*>(p.subblock + layout.key_bytes + layout.value_bytes)[(layout.key == KeyType::Int8 ? 16 : 0) + p.column];
 }
 
-void reference_store_kv(const float* k, int64_t k_stride, const float* v, int64_t v_stride, const KvLayout& layout, uint8_t* cache, const StepRows& rows, Part part) {
+bool reference_store_kv(const float* k, int64_t k_stride, const float* v, int64_t v_stride, const KvLayout& layout, uint8_t* cache, const StepRows& rows, Part part) {
   const int D = layout.head_size;
+  bool finite = true;
   int64_t from, to;
   split(static_cast<int64_t>(rows.tokens) * layout.heads, part, &from, &to);
   for (int64_t i = from; i < to; i++) {
@@ -305,6 +323,7 @@ void reference_store_kv(const float* k, int64_t k_stride, const float* v, int64_
     const TokenPlace place = place_of(layout, cache, rows, rows.row_sequence[t], rows.positions[t], h);
     const float* key = k + t * k_stride + static_cast<int64_t>(h) * D;
     const float* value = v + t * v_stride + static_cast<int64_t>(h) * D;
+    for (int d = 0; d < D; d++) finite = finite && isfinite(key[d]) && isfinite(value[d]);
     int8_t q[1024];
     if (layout.key == KeyType::Int8) {
       key_scale(layout, place) = quantize_signed(key, D, 127.0f, q);
@@ -319,6 +338,7 @@ void reference_store_kv(const float* k, int64_t k_stride, const float* v, int64_
       for (int d = 0; d < D; d++) value_f16(layout, place, d) = float_to_half(value[d]);
     }
   }
+  return finite;
 }
 
 // ---------------------------------------------------------------- attention

@@ -37,7 +37,14 @@ void f32_read_row(const PackedMatrix& matrix, int64_t row, float* out) {
 }
 
 size_t f32_activation_bytes(ActivationType, int, int64_t) { return 0; }
-void f32_quantize_activations(const Activations&, Part) {}
+// There is no other form: values are only looked at.
+bool f32_quantize_activations(const Activations& in, Part part) {
+  bool finite = true;
+  each_column_block(in.columns, in.tokens, part, [&](int64_t t, int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; i++) finite = finite && isfinite(in.x[t * in.x_stride + i]);
+  });
+  return finite;
+}
 
 // Products in 32 fp32 lanes, added up in double every 256 values; `count` is a multiple of 32.
 double dot_f32(const float* w, const float* x, int64_t count) {
@@ -93,18 +100,22 @@ void f32_rms_norm(const float* x, int64_t x_stride, const float* w, float epsilo
 float* key_f32(const TokenPlace& p) { return reinterpret_cast<float*>(p.subblock) + p.column; }  // value d at [d * 16]
 float* value_f32(const KvLayout& layout, const TokenPlace& p) { return reinterpret_cast<float*>(p.subblock + layout.key_bytes) + p.column * layout.head_size; }
 
-void f32_store_kv(const float* k, int64_t k_stride, const float* v, int64_t v_stride, const KvLayout& layout, uint8_t* cache, const StepRows& rows, Part part) {
+bool f32_store_kv(const float* k, int64_t k_stride, const float* v, int64_t v_stride, const KvLayout& layout, uint8_t* cache, const StepRows& rows, Part part) {
   const int D = layout.head_size;
   int64_t from, to;
   split(rows.tokens, part, &from, &to);
+  bool finite = true;
   for (int64_t t = from; t < to; t++) {
     for (int h = 0; h < layout.heads; h++) {
       const TokenPlace place = place_of(layout, cache, rows, rows.row_sequence[t], rows.positions[t], h);
       const float* key = k + t * k_stride + static_cast<int64_t>(h) * D;
+      const float* value = v + t * v_stride + static_cast<int64_t>(h) * D;
+      for (int d = 0; d < D; d++) finite = finite && isfinite(key[d]) && isfinite(value[d]);
       for (int d = 0; d < D; d++) key_f32(place)[d * 16] = key[d];
-      std::memcpy(value_f32(layout, place), v + t * v_stride + static_cast<int64_t>(h) * D, static_cast<size_t>(D) * 4);
+      std::memcpy(value_f32(layout, place), value, static_cast<size_t>(D) * 4);
     }
   }
+  return finite;
 }
 
 size_t f32_attention_scratch_bytes(int, int, int) { return 0; }

@@ -95,12 +95,6 @@ void CpuDevice::norm(const Operation& o) {
   });
 }
 
-void CpuDevice::look_at(int buffer, Part part, std::atomic<bool>* bad) const {
-  const int rows = rows_of(buffer);
-  for (int t = part.index; t < rows; t += part.count)
-    if (!kernels_.all_finite(row(buffer, t), shard_.buffer(buffer).width)) bad->store(true, std::memory_order_relaxed);
-}
-
 bool CpuDevice::finite(int action, const std::atomic<bool>& bad) {
   if (bad) problem_ = {action, -1, ""};
   return !bad;
@@ -110,8 +104,35 @@ bool CpuDevice::quantize(int action, int buffer) {
   const Activations in = activations(buffer);
   std::atomic<bool> bad{false};
   share(team_, 4.0 * in.tokens * static_cast<double>(in.columns), [&](Part part) {
-    look_at(buffer, part, &bad);
-    kernels_.quantize_activations(in, part);
+    if (!kernels_.quantize_activations(in, part)) bad = true;
+  });
+  return finite(action, bad);
+}
+
+// Whole rows of a thread: what it has normed it quantises at once.
+bool CpuDevice::norm_quantized(int action, const Operation& o) {
+  const Activations out = activations(o.out);
+  const int64_t in_stride = shard_.buffer(o.in).stride;
+  std::atomic<bool> bad{false};
+  share(team_, out.tokens == 1 ? 0 : 6.0 * out.tokens * static_cast<double>(out.columns), [&](Part part) {
+    for (int t = out.tokens * part.index / part.count; t < out.tokens * (part.index + 1) / part.count; t++) {
+      const Part row_t{t, out.tokens};
+      kernels_.rms_norm(row(o.in, 0), in_stride, shard_.vector(o.weight), o.epsilon, out.columns, out.tokens, row(o.out, 0), out.x_stride, row_t);
+      if (!kernels_.quantize_activations(out, row_t)) bad = true;
+    }
+  });
+  return finite(action, bad);
+}
+
+// Both share columns in the same way.
+bool CpuDevice::activation_quantized(int action, const Operation& o) {
+  const Buffer& gate = shard_.buffer(o.in);
+  Activations out = activations(o.out);
+  out.by_columns = true;
+  std::atomic<bool> bad{false};
+  share(team_, 20.0 * out.tokens * static_cast<double>(gate.width), [&](Part part) {
+    kernels_.gated_activation(row(o.in, 0), gate.stride, row(o.in2, 0), shard_.buffer(o.in2).stride, gate.width, out.tokens, o.activation, row(o.out, 0), out.x_stride, part);
+    if (!kernels_.quantize_activations(out, part)) bad = true;
   });
   return finite(action, bad);
 }
@@ -179,9 +200,7 @@ bool CpuDevice::store_kv(int action, const Operation& o) {
   const Buffer& v = shard_.buffer(o.in2);
   std::atomic<bool> bad{false};
   share(team_, 8.0 * rows_->tokens * static_cast<double>(k.width), [&](Part part) {
-    look_at(o.in, part, &bad);
-    look_at(o.in2, part, &bad);
-    kernels_.store_kv(row(o.in, 0), k.stride, row(o.in2, 0), v.stride, shard_.kv_layout(), kv_layer(o.layer), *rows_, part);
+    if (!kernels_.store_kv(row(o.in, 0), k.stride, row(o.in2, 0), v.stride, shard_.kv_layout(), kv_layer(o.layer), *rows_, part)) bad = true;
   });
   return finite(action, bad);
 }

@@ -26,6 +26,8 @@ class CpuDevice final : public Device {
   bool quantize(int action, int buffer) override;
   bool store_kv(int action, const Operation& o) override;
   bool check_rows(int action, int buffer) override;
+  bool norm_quantized(int action, const Operation& o) override;
+  bool activation_quantized(int action, const Operation& o) override;
   void products(const std::vector<int>& operations) override;
   void partial_product(int index, uint8_t* block) override;
   void reduce(int index, int first_row, int rows, const float* const* sums) override;
@@ -39,8 +41,6 @@ class CpuDevice final : public Device {
  private:
   Activations activations(int buffer) const;
   uint8_t* kv_layer(int layer) const;
-  // Quantising would turn a NaN into a zero, so what is quantised is looked at first. Sets *bad.
-  void look_at(int buffer, Part part, std::atomic<bool>* bad) const;
   bool finite(int action, const std::atomic<bool>& bad);
 
   const KernelSet& kernels_;

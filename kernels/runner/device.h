@@ -78,6 +78,15 @@ class Device {
   virtual bool quantize(int action, int buffer) = 0;
   virtual bool store_kv(int action, const Operation& o) = 0;
   virtual bool check_rows(int action, int buffer) = 0;
+  // An operation whose output is quantised next, in one.
+  virtual bool norm_quantized(int action, const Operation& o) {
+    norm(o);
+    return quantize(action, o.out);
+  }
+  virtual bool activation_quantized(int action, const Operation& o) {
+    gated_activation(o);
+    return quantize(action, o.out);
+  }
   // Products of one action: indexes of its operations.
   virtual void products(const std::vector<int>& operations) = 0;
   // Own subtree sums of operation `index`, into `block` of an exchange, or when null to where partial() says.

@@ -64,8 +64,11 @@ void Shard::plan_actions() {
   const auto written = [&](int buffer) { if (buffer >= 0) quantized[static_cast<size_t>(buffer)] = false; };
   const auto quantize = [&](int operation, int buffer, int weight) {
     if (!is_quantized(weight) || quantized[static_cast<size_t>(buffer)]) return;
-    actions_.push_back({ActionKind::Quantize, operation, {}, buffer});
     quantized[static_cast<size_t>(buffer)] = true;
+    Action* before = actions_.empty() ? nullptr : &actions_.back();
+    const bool made_it = before && (before->kind == ActionKind::RmsNorm || before->kind == ActionKind::GatedActivation) && p.operations[static_cast<size_t>(before->operation)].out == buffer;
+    if (made_it) before->buffer = buffer;
+    else actions_.push_back({ActionKind::Quantize, operation, {}, buffer});
   };
   const bool last = p.stage + 1 == p.stages;
   bool tail = false;
@@ -156,7 +159,7 @@ void Shard::plan_buffers() {
     b.stride = static_cast<int64_t>(align_to_line(static_cast<size_t>(b.width) * 4) / 4);
     b.per_output = p.buffers[i].per_output;
     b.rows = b.per_output ? output_rows_ : config_.step_tokens_max;
-    b.quantized = std::any_of(actions_.begin(), actions_.end(), [&](const Action& a) { return a.kind == ActionKind::Quantize && a.buffer == static_cast<int>(i); });
+    b.quantized = std::any_of(actions_.begin(), actions_.end(), [&](const Action& a) { return a.buffer == static_cast<int>(i); });
     buffers_.push_back(b);
   }
   // Hidden states need room for a piece.

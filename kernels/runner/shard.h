@@ -44,7 +44,7 @@ struct Action {
   ActionKind kind;
   int operation = -1;           // index in the program
   std::vector<int> products = {};  // Linear: indexes of the operations
-  int buffer = -1;              // Quantize
+  int buffer = -1;              // Quantize; RmsNorm and GatedActivation whose output is quantised next: theirs
 };
 
 // Exchanges are cut into pieces of rows so that a piece stays about this large, whatever the step.

@@ -102,7 +102,10 @@ StepRun::Status StepRun::run_action(const Action& action) {
     case ActionKind::GatherRows: return gather_rows(action.operation);
     case ActionKind::ReceiveHidden: return receive_hidden(action.operation);
     case ActionKind::SendHidden: return send_hidden(action.operation);
-    case ActionKind::RmsNorm: device_.norm(o); return Status::Done;
+    case ActionKind::RmsNorm:
+      if (action.buffer >= 0) return done_unless(!device_.norm_quantized(static_cast<int>(action_), o));
+      device_.norm(o);
+      return Status::Done;
     case ActionKind::Quantize: return done_unless(!device_.quantize(static_cast<int>(action_), action.buffer));
     case ActionKind::Linear: device_.products(action.products); return Status::Done;
     case ActionKind::LinearPartial: linear_partial(action.operation); return Status::Done;
@@ -110,7 +113,10 @@ StepRun::Status StepRun::run_action(const Action& action) {
     case ActionKind::Rope: device_.rope(action.operation); return Status::Done;
     case ActionKind::StoreKv: return done_unless(!device_.store_kv(static_cast<int>(action_), o));
     case ActionKind::Attention: device_.attention(o); return Status::Done;
-    case ActionKind::GatedActivation: device_.gated_activation(o); return Status::Done;
+    case ActionKind::GatedActivation:
+      if (action.buffer >= 0) return done_unless(!device_.activation_quantized(static_cast<int>(action_), o));
+      device_.gated_activation(o);
+      return Status::Done;
     case ActionKind::SelectRows: return select_rows(o);
     case ActionKind::GatherLogits: return gather_logits(action.operation);
     case ActionKind::Sample: return sample(o);
@@ -135,6 +141,8 @@ StepRun::Status StepRun::fail_by_device() {
   switch (action.kind) {
     case ActionKind::Quantize:
       return fail(FailureCode::NonFinite, where(action.operation) + ": its input '" + program_.buffers[static_cast<size_t>(action.buffer)].name + "' is not finite");
+    case ActionKind::RmsNorm:
+    case ActionKind::GatedActivation: return fail(FailureCode::NonFinite, where(action.operation) + ": its output '" + program_.buffers[static_cast<size_t>(action.buffer)].name + "' is not finite");
     case ActionKind::StoreKv: return fail(FailureCode::NonFinite, where(action.operation) + ": k or v is not finite");
     case ActionKind::SelectRows: return fail(FailureCode::NonFinite, where(-1) + ": the hidden state" + row + " is not finite");
     default: return fail(FailureCode::NonFinite, where(action.operation) + ": the hidden state" + row + " is not finite");

@@ -24,6 +24,7 @@
 #undef _mm512_cmp_ps_mask
 #undef _mm512_cvtps_ph
 #undef _mm512_extractf32x8_ps
+#undef _mm512_extracti64x4_epi64
 #undef _mm512_slli_epi32
 #undef _mm512_srli_epi32
 #undef _mm512_srai_epi32
@@ -161,6 +162,10 @@ SHARDMESH_EMULATED EmulatedFloats _mm512_abs_ps(const EmulatedFloats& a) {
 SHARDMESH_EMULATED EmulatedInts _mm512_slli_epi32(const EmulatedInts& a, unsigned count) {
   return each_int([&](int i) { return count > 31 ? 0 : s32(u32(a.lane[i]) << (count & 31)); });
 }
+SHARDMESH_EMULATED EmulatedInts _mm512_sll_epi32(const EmulatedInts& a, __m128i count) {
+  const uint64_t n = static_cast<uint64_t>(_mm_cvtsi128_si64(count));
+  return each_int([&](int i) { return n > 31 ? 0 : s32(u32(a.lane[i]) << n); });
+}
 SHARDMESH_EMULATED EmulatedInts _mm512_srli_epi32(const EmulatedInts& a, unsigned count) {
   return each_int([&](int i) { return count > 31 ? 0 : s32(u32(a.lane[i]) >> (count & 31)); });
 }
@@ -222,6 +227,10 @@ SHARDMESH_EMULATED __m128i _mm512_cvtepi32_epi8(const EmulatedInts& a) {
   __m128i r;
   std::memcpy(&r, bytes, 16);
   return r;
+}
+SHARDMESH_EMULATED void _mm512_mask_storeu_epi8(void* p, __mmask64 k, const EmulatedInts& a) {
+  for (int i = 0; i < 64; i++)
+    if (k >> i & 1) std::memcpy(static_cast<char*>(p) + i, reinterpret_cast<const char*>(a.lane) + i, 1);
 }
 SHARDMESH_EMULATED EmulatedInts _mm512_cvtepu8_epi32(__m128i a) {
   uint8_t bytes[16];
@@ -302,6 +311,8 @@ SHARDMESH_EMULATED EmulatedFloats _mm512_mask_blend_ps(__mmask16 k, const Emulat
 SHARDMESH_EMULATED EmulatedFloats _mm512_permutex2var_ps(const EmulatedFloats& a, const EmulatedInts& idx, const EmulatedFloats& b) {
   return each_float([&](int i) { return (idx.lane[i] & 16 ? b : a).lane[idx.lane[i] & 15]; });
 }
+SHARDMESH_EMULATED __m256i _mm512_castsi512_si256(const EmulatedInts& a) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a.lane)); }
+SHARDMESH_EMULATED __m256i _mm512_extracti64x4_epi64(const EmulatedInts& a, int half) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a.lane + 8 * (half & 1))); }
 SHARDMESH_EMULATED __m256 _mm512_castps512_ps256(const EmulatedFloats& a) { return _mm256_loadu_ps(a.lane); }
 SHARDMESH_EMULATED __m256 _mm512_extractf32x8_ps(const EmulatedFloats& a, int half) { return _mm256_loadu_ps(a.lane + 8 * (half & 1)); }
 
