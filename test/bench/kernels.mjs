@@ -1,7 +1,8 @@
 /**
- * `npm run bench:kernels -- [--json] [options of kernel_bench]`: builds test/kernels/kernel_bench.cpp into build/kernel-tests and runs it. Before the products it
- * measures this machine's ceilings, memory read bandwidth and int8 multiply-adds from registers, on the same threads in the same minute; each product is shown
- * with its share of both, and the larger share is what limits it. `--json` prints one object instead of lines.
+ * `npm run bench:kernels -- [--json] [options of kernel_bench]`: builds test/kernels/kernel_bench.cpp into build/kernel-tests and runs it. Before each kernel it
+ * measures this machine's ceilings on the same threads in the same second: reading memory, reading a second-level cache, int8 multiply-adds from registers. Each
+ * product is shown with its share of memory and of multiply-adds, the larger of which limits it; each other operation with its share of what limits it. `--json`
+ * prints one object instead of lines.
  */
 import { spawn, spawnSync } from 'node:child_process';
 import { mkdirSync } from 'node:fs';
@@ -27,7 +28,8 @@ if (options[0] === '--step' && !options.includes('--help')) {
 if (options.includes('--help')) {
   console.log(`npm run bench:kernels -- [options]
 
-  --json              one JSON object: cpu, threads, ceilings, products
+  --json              one JSON object: cpu, threads, ceilings, products, operations
+  --only WHAT         products, or operations (norms, activations, attention); default: both
   --set NAME          avx512, avx2, portable (default: the best of this machine)
   --type NAME         one weight type, such as Q4_1 (default: Q4_1 Q8_0 Q4_K Q6_K)
   --threads N         compute threads, pinned to the first cores (default 1)

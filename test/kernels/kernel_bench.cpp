@@ -1,91 +1,28 @@
-// Speed of matrix products on this machine, beside its own ceilings measured in the same run.
+// Speed of the kernels on this machine, beside its own ceilings, measured before each of them: matrix products here, the other operations in operation_bench.cpp.
 //
-// kernel_bench [--set NAME] [--type NAME] [--threads 1|2] [--quick] [--strips-one 1|4] [--strips-few 1|2] [--prefetch BYTES] [--panel TOKENS] [--json]
+// kernel_bench [--only products|operations] [--set NAME] [--type NAME] [--threads 1|2] [--quick] [--strips-one 1|4] [--strips-few 1|2] [--prefetch BYTES] [--panel TOKENS] [--json]
 //
 // For each shape and batch: microseconds (best of several rounds), GB/s of packed weights, Gop/s (2 per multiply-add), share of the memory ceiling and of the
 // compute ceiling, whichever is larger is what limits. Weights are walked over many copies (96 MiB and more) so that they come from memory, not from a cache.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
-#include <sched.h>
-#include <sys/mman.h>
-
 #include <atomic>
-#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "../../kernels/cpu/cpu_features.h"
 #include "../../kernels/cpu/linear_tuning.h"
 #include "../../kernels/include/kernel_set.h"
+#include "bench_machine.h"
 #include "test_matrix.h"
 
 using namespace shardmesh;
 
 namespace {
-
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
-
-class HugePages {
- public:
-  explicit HugePages(size_t bytes) : bytes_((bytes + (size_t{2} << 20) - 1) & ~((size_t{2} << 20) - 1)) {
-    data_ = static_cast<uint8_t*>(mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    if (data_ == MAP_FAILED) {
-      std::fprintf(stderr, "kernel_bench: cannot map %zu bytes; free memory or take --quick\n", bytes_);
-      std::exit(1);
-    }
-    madvise(data_, bytes_, MADV_HUGEPAGE);
-  }
-  HugePages(const HugePages&) = delete;
-  HugePages& operator=(const HugePages&) = delete;
-  ~HugePages() { munmap(data_, bytes_); }
-  uint8_t* data() const { return data_; }
-
- private:
-  size_t bytes_;
-  uint8_t* data_;
-};
-
-// Runs body(part) on `threads` pinned threads at once, `rounds` times; seconds of the best round.
-template <class Body>
-double best_round(int threads, int rounds, Body body) {
-  std::atomic<int> ready{0}, done{0}, round{0};
-  double best = 1e9;
-  std::vector<std::thread> others;
-  const auto pin = [](int core) {
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    CPU_SET(core, &set);
-    sched_setaffinity(0, sizeof set, &set);
-    flush_denormals();
-  };
-  for (int i = 1; i < threads; i++)
-    others.emplace_back([&, i] {
-      pin(i);
-      for (int r = 1; r <= rounds; r++) {
-        ready++;
-        while (round.load() < r) __builtin_ia32_pause();
-        body(Part{i, threads});
-        done++;
-      }
-    });
-  pin(0);
-  for (int r = 1; r <= rounds; r++) {
-    while (ready.load() < (threads - 1) * r) __builtin_ia32_pause();
-    const double start = now();
-    round = r;
-    body(Part{0, threads});
-    while (done.load() < (threads - 1) * r) __builtin_ia32_pause();
-    const double seconds = now() - start;
-    if (seconds < best) best = seconds;
-  }
-  for (std::thread& t : others) t.join();
-  return best;
-}
 
 // Bytes per second read in order by `threads` threads, the better of with and without a software prefetch. As many bytes as the products walk over, since a part
 // of them stays in the last cache.
@@ -115,6 +52,33 @@ double read_ceiling(int threads, size_t bytes) {
   }
   return static_cast<double>(bytes) / best;
 }
+
+// Bytes per second from a second-level cache: 512 KiB a thread, over and over, 32 bytes at a time.
+constexpr size_t kCachedBytes = 512 * 1024;
+#if defined(__x86_64__)
+__attribute__((target("avx2"))) void read_cached(const uint8_t* data, int turns) {
+  for (int turn = 0; turn < turns; turn++) {
+    __m256i sums[4];
+    for (__m256i& sum : sums) sum = _mm256_setzero_si256();
+    for (size_t i = 0; i < kCachedBytes; i += 128) {
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; k++) sums[k] = _mm256_xor_si256(sums[k], _mm256_load_si256(reinterpret_cast<const __m256i*>(data + i + 32 * static_cast<size_t>(k))));
+    }
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++) __asm__ volatile("" : "+x"(sums[k]));
+  }
+}
+double cached_ceiling(int threads) {
+  if (!__builtin_cpu_supports("avx2")) return 0;
+  constexpr int kTurns = 100;
+  HugePages pages(kCachedBytes * static_cast<size_t>(threads));
+  std::memset(pages.data(), 1, kCachedBytes * static_cast<size_t>(threads));
+  const double seconds = best_round(threads, 12, [&](Part part) { read_cached(pages.data() + kCachedBytes * static_cast<size_t>(part.index), kTurns); });
+  return static_cast<double>(kCachedBytes) * threads * kTurns / seconds;
+}
+#else
+double cached_ceiling(int) { return 0; }
+#endif
 
 // int8 multiply-adds with nothing read and independent accumulators, by the instructions of each set: vpdpbusd for avx512; for avx2 vpmaddubsw, of which eight
 // fit into 16 bits where weights have 4 bits, then vpmaddwd; for portable the baseline's pmaddwd. No product of the set can be faster.
@@ -183,17 +147,7 @@ double int8_ceiling(const KernelSet& set, int threads) {
 #endif
 }
 
-struct Options {
-  std::string set = "auto", type = "all";
-  int threads = 1;
-  bool quick = false, json = false;
-};
-
 size_t walked_bytes(const Options& options) { return size_t{options.quick ? 64u : 96u} << 20; }
-
-struct Ceilings {
-  double bytes, operations;  // per second
-};
 
 struct BenchShape {
   int64_t columns, rows;
@@ -253,6 +207,10 @@ void measure(const KernelSet& set, TensorType type, BenchShape shape, int tokens
 
 }  // namespace
 
+Ceilings shardmesh::measure_ceilings(const KernelSet& set, const Options& options) {
+  return {read_ceiling(options.threads, walked_bytes(options)), cached_ceiling(options.threads), int8_ceiling(set, options.threads)};
+}
+
 int main(int argc, char** argv) {
   Options options;
   LinearTuning& tuning = linear_tuning();
@@ -269,6 +227,15 @@ int main(int argc, char** argv) {
     const char* value = argv[++i];
     if (key == "--set") options.set = value;
     else if (key == "--type") options.type = value;
+    else if (key == "--only") {
+      const std::string what = value;
+      if (what != "products" && what != "operations") {
+        std::fprintf(stderr, "kernel_bench: --only is %s, known are products and operations\n", value);
+        return 2;
+      }
+      options.products = what == "products";
+      options.operations = !options.products;
+    }
     else if (key == "--threads") options.threads = std::atoi(value);
     else if (key == "--strips-one") tuning.strips_one = std::atoi(value);
     else if (key == "--strips-few") tuning.strips_few = std::atoi(value);
@@ -296,25 +263,28 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "kernel_bench: unknown type %s; known are F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q4_K Q5_K Q6_K\n", options.type.c_str());
     return 2;
   }
-  const Ceilings ceilings{read_ceiling(options.threads, walked_bytes(options)), int8_ceiling(*set, options.threads)};
+  const Ceilings ceilings = measure_ceilings(*set, options);
   if (options.json)
-    std::printf("{\n  \"cpu\": \"%s\",\n  \"set\": \"%s\",\n  \"threads\": %d,\n  \"ceilings\": {\"gigabytesPerSecond\": %.3f, \"gigaopsPerSecond\": %.2f},\n  \"products\": [", cpu_features().model, set->name,
-                options.threads, ceilings.bytes / 1e9, ceilings.operations / 1e9);
+    std::printf("{\n  \"cpu\": \"%s\",\n  \"set\": \"%s\",\n  \"threads\": %d,\n  \"ceilings\": {\"gigabytesPerSecond\": %.3f, \"cachedGigabytesPerSecond\": %.3f, \"gigaopsPerSecond\": %.2f},\n  \"products\": [",
+                cpu_features().model, set->name, options.threads, ceilings.bytes / 1e9, ceilings.cached_bytes / 1e9, ceilings.operations / 1e9);
   else
-    std::printf("%s, %d threads: ceilings %.1f GB/s read, %.0f Gop/s int8 (%s); strips %d and %d, prefetch %d bytes, panel from %d tokens\n", cpu_features().model, options.threads,
-                ceilings.bytes / 1e9, ceilings.operations / 1e9, set->name, tuning.strips_one, tuning.strips_few, tuning.prefetch_bytes, tuning.panel_tokens);
+    std::printf("%s, %d threads: ceilings %.1f GB/s read, %.0f from the second-level cache, %.0f Gop/s int8 (%s); strips %d and %d, prefetch %d bytes, panel from %d tokens\n", cpu_features().model, options.threads,
+                ceilings.bytes / 1e9, ceilings.cached_bytes / 1e9, ceilings.operations / 1e9, set->name, tuning.strips_one, tuning.strips_few, tuning.prefetch_bytes, tuning.panel_tokens);
   const BenchShape shapes[] = {{576, 960}, {576, 3072}, {1536, 576}, {4096, 4096}};
   const int batches[] = {1, 2, 4, 6, 8, 16, 32, 128, 512};
   bool first = true;
   for (const TensorType type : kTypes) {
+    if (!options.products) break;
     if (options.type != "all" && options.type != name_of(type)) continue;
     if (options.type == "all" && type != TensorType::Q4_1 && type != TensorType::Q8_0 && type != TensorType::Q4_K && type != TensorType::Q6_K) continue;
     for (const BenchShape& shape : shapes)
       for (const int tokens : batches) {
-        measure(*set, type, shape, tokens, options, ceilings, first);
+        measure(*set, type, shape, tokens, options, measure_ceilings(*set, options), first);
         first = false;
       }
   }
+  if (options.json) std::printf("\n  ],\n  \"operations\": [");
+  if (options.operations) measure_operations(*set, options);
   if (options.json) std::printf("\n  ]\n}\n");
   return 0;
 }
