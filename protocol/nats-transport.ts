@@ -22,11 +22,14 @@ import { inboxPrefix } from './subjects.ts';
 import { serverAdvice } from './nats-version.ts';
 import type { MessageHandler, Transport, TransportCounters, TransportEvent, TransportSubscription } from './transport.ts';
 
+/** Connections that a server may refuse to somebody patient. */
+const refusalsMax = 5;
+
 export interface NatsTransportOptions {
   credentials: Pick<Credentials, 'url' | 'serverName' | 'seed' | 'role' | 'worker' | 'mesh' | 'tls'>;
   /** In the server's logs; must tell processes apart. */
   name: string;
-  /** Keep trying to reach the server for this long at the start; 0 = one try. */
+  /** Keep trying to reach the server for this long at the start, also where it refuses a few times; 0 = one try. */
   patienceMs?: number;
 }
 
@@ -40,11 +43,17 @@ export async function connectNats(options: NatsTransportOptions): Promise<NatsTr
   const { credentials, name, patienceMs = 0 } = options;
   checkEncrypted(credentials);
   const until = performance.now() + patienceMs;
+  let refusals = 0;
   for (;;) {
     try {
       return new NatsTransport(await dial(credentials, name), credentials.serverName);
     } catch (error) {
       if (error instanceof ShardmeshError) throw error;
+      // A server that takes in a user at this moment drops whoever has not introduced himself yet, with the same error.
+      if (error instanceof AuthorizationError && patienceMs > 0 && ++refusals < refusalsMax) {
+        await new Promise((resolve) => setTimeout(resolve, reconnectDelayMs()));
+        continue;
+      }
       if (error instanceof AuthorizationError)
         throw new ShardmeshError(
           'broker_refused',

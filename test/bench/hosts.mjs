@@ -12,6 +12,7 @@ import { findNatsServer } from '../../dist/coordinator/mesh/nats-server.js';
 import { findModel } from '../../dist/deploy/cli/find-model.js';
 import { defaultCacheDirectory } from '../../dist/kernels/model-file/cache-directory.js';
 import { makeHosts, namespacesMissing } from '../hosts/network-namespaces.ts';
+import { until } from './until.mjs';
 
 const { values } = parseArgs({
   options: {
@@ -29,13 +30,6 @@ const cases = [
   { cut: ['--pp', '2'], hosts: 2, link: 'tcp', wires: ['f32', 'q8'] },
   { cut: ['--pp', '2'], hosts: 1, link: 'shm', wires: ['f32'] },
 ];
-
-async function until(what, ready, said) {
-  for (let waited = 0; !ready(); waited += 50) {
-    if (waited > 60_000) throw new Error(`${what} took longer than a minute:\n${said()}`);
-    await new Promise((resolve) => setTimeout(resolve, 50));
-  }
-}
 
 const network = makeHosts(3);
 const rows = [];
@@ -66,7 +60,18 @@ try {
   for (const { cut, hosts, link, wires } of cases)
     for (const wire of wires) {
       const local = cut[0] === '--pp' && hosts === 1 ? '2' : '1';
-      const small = ['--context-tokens-max', '512', '--kv-cache-bytes', '64m', '--log-level', 'error', '--port', '0'];
+      const small = [
+        '--context-tokens-max',
+        '512',
+        '--kv-cache-bytes',
+        '64m',
+        '--speculation',
+        'off',
+        '--log-level',
+        'error',
+        '--port',
+        '0',
+      ];
       const serve = a.shardmesh(
         'serve',
         '--advertise',

@@ -2,6 +2,7 @@ import { execFileSync, spawn, type ChildProcess } from 'node:child_process';
 import { existsSync, readFileSync, readdirSync, statSync } from 'node:fs';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
+import { createUser } from '@nats-io/nkeys';
 import { connect } from 'nats';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { watchDisconnects, type WorkerDisconnect } from '../../coordinator/mesh/broker-watch.ts';
@@ -136,6 +137,19 @@ describe('nats broker', () => {
     expect(closed).not.toBeNull();
     await coordinator.flush();
     expect(events).toEqual([]);
+  });
+
+  test('nats broker - takes a patient worker whose user it gets to know a moment later, and refuses an impatient one', async () => {
+    const keys = createUser();
+    const worker = newWorkerId();
+    const seed = new TextDecoder().decode(keys.getSeed());
+    const credentials = { ...nats.broker.credentialsOf(nats.workers[0] ?? newWorkerId()), worker, seed };
+    await expect(connectNats({ credentials, name: 'impatient' })).rejects.toThrow('refused the credentials of this worker');
+    const connecting = connectNats({ credentials, name: 'patient', patienceMs: 10_000 });
+    await nats.broker.addEnrolled(worker, keys.getPublicKey());
+    const transport = await connecting;
+    expect(transport.connected).toBe(true);
+    await transport.close();
   });
 
   test('nats broker - lets workers read the plans of a placement once it is added', async () => {
