@@ -24,6 +24,7 @@ constexpr int kTileLanes = 32;
 constexpr int kTileRows = 16;
 constexpr int kStepKeys = 64;
 constexpr int kSpanSteps = 4;
+constexpr int kSoftmaxLanes = 3;  // side by side: what registers hold
 
 // Rows [row, row + rows) of one sequence, query heads [head, head + heads) of KV head `kv`; of these rows * heads lanes, [from, to) are this part's.
 struct Tile {
@@ -240,76 +241,100 @@ struct LaneState {
   float sw, decay;  // of the last step: scale of the u8 weights, factor on o
 };
 
-// One lane's softmax over a step: updates m and l, writes the u8 weights and their scale, or for f16 V the weights as they are into `half_weights`. Keys
-// [begin, end) of the step's 64 are unmasked (begin < end). All: begin = 0 and end = 64.
-template <bool All>
-SHARDMESH_LANES void softmax_step(const StepBlocks& blocks, bool int8_keys, int begin, int end, const int32_t* dots, float scale, LaneState* state, Dots::Weight* u,
+// Softmax over a step of L adjacent lanes, whose keys [begin, end) of the step's 64 are unmasked (begin < end): updates m and l, writes the u8 weights and their scale,
+// or for f16 V the weights as they are into `half_weights`. All: begin = 0 and end = 64. A lane is one long chain of instructions (scores, maximum, exp, sum, maximum,
+// weights), so several go side by side.
+template <bool All, int L>
+SHARDMESH_LANES void softmax_step(const StepBlocks& blocks, bool int8_keys, int begin, int end, const int32_t* dots, const float* scale, LaneState* state, Dots::Weight* u,
                                   float* half_weights) {
   using F = Lanes::F;
-  const F none = Lanes::set(-INFINITY), zero = Lanes::set(0.0f), factor = Lanes::set(scale);
-  F s[4];
+  const F none = Lanes::set(-INFINITY), zero = Lanes::set(0.0f);
+  const auto absent = [&](int b) { return !All && (b < blocks.from || b >= blocks.to); };  // nothing there to be read
   Lanes::M open[4];
-  F top = none;
+  F s[L][4], top[L];
+  SHARDMESH_UNROLL
+  for (int l = 0; l < L; l++) top[l] = none;
   SHARDMESH_UNROLL
   for (int b = 0; b < 4; b++) {
-    if (!All) {
-      open[b] = Lanes::range(begin - 16 * b, end - 16 * b);
-      if (b < blocks.from || b >= blocks.to) {  // nothing there to be read
-        s[b] = none;
-        continue;
-      }
-    }
-    if (int8_keys)
-      s[b] = Lanes::mul(Lanes::to_float(Lanes::load_int(dots + 16 * b)), Lanes::mul(Lanes::load(blocks.key_scales[b]), factor));
-    else
-      s[b] = Lanes::mul(Lanes::load(reinterpret_cast<const float*>(dots) + 16 * b), factor);
-    if (!All) s[b] = Lanes::select(open[b], s[b], none);
-    top = Lanes::max(top, s[b]);
-  }
-  const float highest = Lanes::highest(top);
-  state->decay = 1.0f;
-  if (highest > state->m) {
-    const float c = exp_fixed(state->m - highest);
-    state->l = state->l * c;
-    state->decay = c;
-    state->m = highest;
-  }
-  const F m = Lanes::set(state->m);
-  F w[4], x[4];
-  SHARDMESH_UNROLL
-  for (int b = 0; b < 4; b++) {
-    if (!All && (b < blocks.from || b >= blocks.to)) {
-      w[b] = zero;
+    if (!All) open[b] = Lanes::range(begin - 16 * b, end - 16 * b);
+    if (absent(b)) {
+      SHARDMESH_UNROLL
+      for (int l = 0; l < L; l++) s[l][b] = none;
       continue;
     }
-    w[b] = exp_lanes(Lanes::sub(s[b], m));
-    if (!All) w[b] = Lanes::select(open[b], w[b], zero);
+    F key_scales = zero;
+    if (int8_keys) key_scales = Lanes::load(blocks.key_scales[b]);
+    SHARDMESH_UNROLL
+    for (int l = 0; l < L; l++) {
+      const int32_t* from = dots + l * kStepKeys + 16 * b;
+      const F factor = Lanes::set(scale[l]);
+      if (int8_keys)
+        s[l][b] = Lanes::mul(Lanes::to_float(Lanes::load_int(from)), Lanes::mul(key_scales, factor));
+      else
+        s[l][b] = Lanes::mul(Lanes::load(reinterpret_cast<const float*>(from)), factor);
+      if (!All) s[l][b] = Lanes::select(open[b], s[l][b], none);
+      top[l] = Lanes::max(top[l], s[l][b]);
+    }
   }
-  state->l = state->l + Lanes::halving_sum(Lanes::add(Lanes::add(w[0], w[2]), Lanes::add(w[1], w[3])));
+  float highest[L];
+  SHARDMESH_UNROLL
+  for (int l = 0; l < L; l++) highest[l] = Lanes::highest(top[l]);
+  for (int l = 0; l < L; l++) {
+    state[l].decay = 1.0f;
+    if (highest[l] > state[l].m) {
+      const float c = exp_fixed(state[l].m - highest[l]);
+      state[l].l = state[l].l * c;
+      state[l].decay = c;
+      state[l].m = highest[l];
+    }
+  }
+  F w[L][4];
+  SHARDMESH_UNROLL
+  for (int b = 0; b < 4; b++)
+    SHARDMESH_UNROLL
+    for (int l = 0; l < L; l++) {
+      w[l][b] = zero;
+      if (absent(b)) continue;
+      w[l][b] = exp_lanes(Lanes::sub(s[l][b], Lanes::set(state[l].m)));
+      if (!All) w[l][b] = Lanes::select(open[b], w[l][b], zero);
+    }
+  SHARDMESH_UNROLL
+  for (int l = 0; l < L; l++) state[l].l = state[l].l + Lanes::halving_sum(Lanes::add(Lanes::add(w[l][0], w[l][2]), Lanes::add(w[l][1], w[l][3])));
   if (half_weights) {
     SHARDMESH_UNROLL
-    for (int b = 0; b < 4; b++) Lanes::store(half_weights + 16 * b, w[b]);
+    for (int l = 0; l < L; l++)
+      SHARDMESH_UNROLL
+      for (int b = 0; b < 4; b++) Lanes::store(half_weights + l * kStepKeys + 16 * b, w[l][b]);
     return;
   }
-  F largest = zero;
+  F largest[L];
+  SHARDMESH_UNROLL
+  for (int l = 0; l < L; l++) largest[l] = zero;
   SHARDMESH_UNROLL
   for (int b = 0; b < 4; b++) {
-    x[b] = zero;
-    if (!All && (b < blocks.from || b >= blocks.to)) continue;
-    x[b] = Lanes::mul(w[b], Lanes::load(blocks.value_scales[b]));
-    if (!All) x[b] = Lanes::select(open[b], x[b], zero);
-    largest = Lanes::max(largest, x[b]);
+    if (absent(b)) continue;
+    const F value_scales = Lanes::load(blocks.value_scales[b]);
+    SHARDMESH_UNROLL
+    for (int l = 0; l < L; l++) {
+      w[l][b] = Lanes::mul(w[l][b], value_scales);
+      if (!All) w[l][b] = Lanes::select(open[b], w[l][b], zero);
+      largest[l] = Lanes::max(largest[l], w[l][b]);
+    }
   }
-  const float X = Lanes::highest(largest);
-  if (!(X >= kQuantizableMin)) {
-    state->sw = -0.0f;  // fma(0, -0, o) is o, whatever its sign
-    std::memset(u, 0, kStepKeys * sizeof(Dots::Weight));
-    return;
-  }
-  state->sw = X / 255.0f;
-  const F inverse = Lanes::set(255.0f / X);
+  float X[L];
   SHARDMESH_UNROLL
-  for (int b = 0; b < 4; b++) Dots::store_weight(u + 16 * b, Lanes::to_int(Lanes::mul(x[b], inverse)));
+  for (int l = 0; l < L; l++) X[l] = Lanes::highest(largest[l]);
+  for (int l = 0; l < L; l++) {
+    if (!(X[l] >= kQuantizableMin)) {
+      state[l].sw = -0.0f;  // fma(0, -0, o) is o, whatever its sign
+      std::memset(u + l * kStepKeys, 0, kStepKeys * sizeof(Dots::Weight));
+      continue;
+    }
+    state[l].sw = X[l] / 255.0f;
+    const F inverse = Lanes::set(255.0f / X[l]);
+    SHARDMESH_UNROLL
+    for (int b = 0; b < 4; b++) Dots::store_weight(u + l * kStepKeys + 16 * b, Lanes::to_int(Lanes::mul(w[l][b], inverse)));
+  }
 }
 
 // One lane over its whole context.
@@ -418,19 +443,26 @@ static __attribute__((noinline)) void attend_tile(const AttentionArguments& a, c
         std::memset(scratch.span + static_cast<int64_t>(i) * D, 0, static_cast<size_t>(D) * 4);
         total[i].started = true;
       }
-      const int from = oldest[i] > start ? static_cast<int>(oldest[i] - start) : 0;
-      const int to = position[i] - start >= kStepKeys ? kStepKeys : static_cast<int>(position[i] - start) + 1;
+      first_key[i] = oldest[i] > start ? static_cast<int>(oldest[i] - start) : 0;
+      end_key[i] = position[i] - start >= kStepKeys ? kStepKeys : static_cast<int>(position[i] - start) + 1;
+    }
+    for (int i = begin; i < end;) {
+      const auto sees_all = [&](int lane) { return lane < end && first_key[lane] == 0 && end_key[lane] == kStepKeys; };
       const int32_t* lane_dots = scratch.dots + i * kStepKeys;
       Dots::Weight* u = scratch.u + i * kStepKeys;
       float* w = int8_values ? nullptr : scratch.w + i * kStepKeys;
-      if (from == 0 && to == kStepKeys)
-        softmax_step<true>(blocks, int8_keys, from, to, lane_dots, scale[i], &state[i], u, w);
-      else
-        softmax_step<false>(blocks, int8_keys, from, to, lane_dots, scale[i], &state[i], u, w);
+      int run = 0;
+      while (run < kSoftmaxLanes + 2 && sees_all(i + run)) run++;
+      const int count = run == 0 ? 1 : run == kSoftmaxLanes + 1 ? 2 : run < kSoftmaxLanes ? run : kSoftmaxLanes;  // four go two and two
+      if (run == 0) softmax_step<false, 1>(blocks, int8_keys, first_key[i], end_key[i], lane_dots, scale + i, state + i, u, w);
+      else if (count == 1) softmax_step<true, 1>(blocks, int8_keys, 0, kStepKeys, lane_dots, scale + i, state + i, u, w);
+      else if (count == 2) softmax_step<true, 2>(blocks, int8_keys, 0, kStepKeys, lane_dots, scale + i, state + i, u, w);
+      else softmax_step<true, 3>(blocks, int8_keys, 0, kStepKeys, lane_dots, scale + i, state + i, u, w);
+      i += count;
+    }
+    for (int i = begin; i < end; i++) {
       sw[i] = state[i].sw;
       decay[i] = state[i].decay;
-      first_key[i] = from;
-      end_key[i] = to;
     }
     float* o = scratch.span + static_cast<int64_t>(begin) * D;
     if (int8_values)
