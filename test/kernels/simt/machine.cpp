@@ -78,7 +78,7 @@ struct Fiber {
 };
 
 struct Warp {
-  uint32_t runnable, spinning;
+  uint32_t runnable, spinning, waiting, done, exists;  // waiting: in an operation of the warp
 };
 
 struct Block {
@@ -123,7 +123,8 @@ std::string name_of(const Site& site) {
   return std::string(slash ? slash + 1 : site.file_name()) + ":" + std::to_string(site.line()) + ":" + std::to_string(site.column());
 }
 
-bool same_site(const Site& a, const Site& b) { return a.line() == b.line() && a.column() == b.column() && std::strcmp(a.file_name(), b.file_name()) == 0; }
+bool same_text(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
+bool same_site(const Site& a, const Site& b) { return a.line() == b.line() && a.column() == b.column() && same_text(a.file_name(), b.file_name()); }
 
 void leave() {
   in_fiber = 0;
@@ -141,6 +142,7 @@ void enter() {
   if (!current->copies.empty()) fault(Site::current(), "ends with asynchronous copies that it never waited for");
   if (current->block->at_barrier > 0) fault(current->block->barrier, "has ended, but others of the block wait in __syncthreads");
   current->state = State::Done;
+  current->block->warps[current->index / 32].done |= 1u << (current->index % 32);
   current->block->live--;
   leave();
   __builtin_trap();
@@ -162,7 +164,8 @@ void start_block(Block& block, Dim grid, Dim size, Dim index, size_t shared_byte
   const size_t room = (shared_bytes + 15) / 16 * 16;
   block.shared = block.shared_end - room;
   std::memset(block.shared, kPoison, room);
-  block.warps.assign((count + 31) / 32, Warp{0, 0});
+  block.warps.assign((count + 31) / 32, Warp{0, 0, 0, 0, 0xffffffffu});
+  if (count % 32) block.warps.back().exists = (1u << count % 32) - 1;
   block.runnable_warps = block.spinning_warps = 0;
   block.live = count;
   block.at_barrier = 0;
@@ -370,31 +373,28 @@ void meet_warp(const char* operation, uint32_t mask, const Site& site, void* slo
   self.mask = mask;
   self.site = site;
   self.slot = slot;
-  bool all_here = true;
-  for (unsigned l = 0; l < 32; l++) {
-    if (!(mask >> l & 1) || l == own) continue;
-    if (first + l >= self.block->fibers.size() || first + l >= self.place.block_size.x * self.place.block_size.y * self.place.block_size.z)
-      fault(site, "%s with mask %08x, but the warp has no lane %u", operation, mask, l);
-    const Fiber& other = self.block->fibers[first + l];
-    if (other.state == State::Done) fault(site, "%s with mask %08x, but lane %u has ended", operation, mask, l);
-    if (other.state != State::AtWarp) {
-      all_here = false;
-      continue;
-    }
-    if (std::strcmp(other.operation, operation) != 0 || other.mask != mask || !same_site(other.site, site))
+  Warp& warp = self.block->warps[self.index / 32];
+  const auto lane_of = [&](unsigned l) -> const Fiber& { return self.block->fibers[first + l]; };
+  if (const uint32_t missing = mask & ~warp.exists) fault(site, "%s with mask %08x, but the warp has no lane %u", operation, mask, lowest(missing));
+  if (const uint32_t done = mask & warp.done) fault(site, "%s with mask %08x, but lane %u has ended", operation, mask, lowest(done));
+  // Those that wait agree already: two of them have come with the same operation, or none is in the other's mask. So it is enough to ask one lane of the own mask,
+  // and those outside of it that wait for this one and would wait for ever.
+  uint32_t others = mask & warp.waiting ? 1u << lowest(mask & warp.waiting) : 0;
+  for (uint32_t outside = warp.waiting & ~mask; outside; outside &= outside - 1)
+    if (lane_of(lowest(outside)).mask >> own & 1) others |= 1u << lowest(outside);
+  for (; others; others &= others - 1) {
+    const unsigned l = lowest(others);
+    const Fiber& other = lane_of(l);
+    if (!same_text(other.operation, operation) || other.mask != mask || !same_site(other.site, site))
       fault(site, "%s with mask %08x, but lane %u is in %s with mask %08x at %s", operation, mask, l, other.operation, other.mask, name_of(other.site).c_str());
   }
-  // A lane outside the mask that waits for this one would wait for ever.
-  for (unsigned l = 0; l < 32 && first + l < self.block->fibers.size(); l++) {
-    const Fiber& other = self.block->fibers[first + l];
-    if (!(mask >> l & 1) && other.state == State::AtWarp && (other.mask >> own & 1))
-      fault(site, "%s with mask %08x, but lane %u is in %s with mask %08x at %s", operation, mask, l, other.operation, other.mask, name_of(other.site).c_str());
-  }
-  if (!all_here) {
+  if (mask & ~(warp.waiting | 1u << own)) {
     self.state = State::AtWarp;
+    warp.waiting |= 1u << own;
     leave();
     return;
   }
+  warp.waiting &= ~mask;
   void* slots[32] = {};
   for (unsigned l = 0; l < 32; l++)
     if (mask >> l & 1) slots[l] = self.block->fibers[first + l].slot;
