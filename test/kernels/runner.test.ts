@@ -168,20 +168,9 @@ describe('step runner, the same bits', () => {
 describe('step runner, decoding', () => {
   const generate = async (options: TinyMeshOptions, sampling: Partial<SlotSampling>, count = 24) => {
     const mesh = await start(options);
-    mesh.open(0, sampling, prompt.slice(0, 30));
-    const blocks = [4, 8, 1, 6, 12, 3, 10];
-    const last = [{ row: 29, score: null }];
-    let previous = mesh.submit([{ slot: 0, position: 0, tokens: prompt.slice(0, 30), blocks, outputs: last }]);
-    const all = [previous];
-    for (let i = 1; i < count; i++) {
-      // Submitted before the step before has come back.
-      const rows = { slot: 0, position: 29 + i, tokens: null, after: previous.step, blocks, outputs: [{ row: 0, score: null }] };
-      previous = mesh.submit([rows]);
-      all.push(previous);
-    }
-    const outputs = await Promise.all(all.map((s) => s.done));
+    const outputs = await mesh.generate(prompt.slice(0, 30), sampling, count);
     await mesh.stop();
-    return outputs.map(([output]) => [output!.token, output!.logprob]);
+    return outputs;
   };
 
   const sampled = { temperature: 0.9, topP: 0.95, seed: 1234567890123456789n };
@@ -224,7 +213,6 @@ describe('step runner, decoding', () => {
     logitBias: [[7, 1.5]],
   };
 
-  /** Up to `drafts` right tokens behind each row, then a wrong one; the result of one step is known before the next is made, but for `tail` rows at the end. */
   const generateWithDrafts = async (
     options: TinyMeshOptions,
     sampling: Partial<SlotSampling>,
@@ -232,34 +220,9 @@ describe('step runner, decoding', () => {
     drafts: number,
   ) => {
     const mesh = await start(options);
-    mesh.open(0, sampling, prompt.slice(0, 30));
-    const blocks = Array.from({ length: Math.ceil((31 + want.length + drafts) / 16) }, (_, i) => (i * 5 + 4) % 96);
-    const first = { slot: 0, position: 0, tokens: prompt.slice(0, 30), blocks, outputs: [{ row: 29, score: null }] };
-    const outputs = await mesh.run([first]);
-    let last = 0;
-    while (outputs.length < want.length - 1) {
-      const right = want.slice(outputs.length, outputs.length + drafts);
-      const tokens = [outputs.at(-1)!.token, ...right, (want[outputs.length + right.length] ?? 0) ^ 1];
-      const rows = {
-        slot: 0,
-        position: 29 + outputs.length,
-        tokens,
-        blocks,
-        outputs: tokens.map((_, row) => ({ row, score: null })),
-      };
-      const { step, done } = mesh.submit([rows]);
-      const got = await done;
-      expect(got).toHaveLength(right.length + 1);
-      outputs.push(...got);
-      last = step;
-    }
-    // A row that asks for the token of a step with drafts gets the last that was sampled there.
-    const position = 29 + outputs.length;
-    outputs.push(
-      ...(await mesh.run([{ slot: 0, position, tokens: null, after: last, blocks, outputs: [{ row: 0, score: null }] }])),
-    );
+    const outputs = await mesh.generateWithDrafts(prompt.slice(0, 30), sampling, want, drafts);
     await mesh.stop();
-    return outputs.slice(0, want.length).map(({ token, logprob }) => [token, logprob]);
+    return outputs;
   };
 
   test.each([

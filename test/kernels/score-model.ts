@@ -1,6 +1,6 @@
 /** A whole real model in one executor, without mesh or broker: for figures that come from outside. */
 import type { ActivationType } from '../../kernels/programs/program.ts';
-import { loadAddon, outputNumbers, type ExecutorKind, type Isa, type StepDone } from '../../kernels/index.ts';
+import { loadAddon, outputNumbers, type Addon, type ExecutorKind, type Isa, type StepDone } from '../../kernels/index.ts';
 import { catalogue } from '../../kernels/model-file/catalogue.ts';
 import { cachedModel } from '../../kernels/model-file/download.ts';
 import { openModel } from '../../kernels/model-file/model-file.ts';
@@ -28,7 +28,12 @@ export interface ScoringModel {
 export async function loadScoringModel(
   path: string,
   kind: ExecutorKind,
-  { isa = null, threads = 2, activations = 'int8' }: { isa?: Isa | null; threads?: number; activations?: ActivationType } = {},
+  {
+    isa = null,
+    threads = 2,
+    activations = 'int8',
+    addon = loadAddon(),
+  }: { isa?: Isa | null; threads?: number; activations?: ActivationType; addon?: Addon } = {},
 ): Promise<ScoringModel> {
   const { facts } = await openModel(path);
   const cut = cutModel(unitsOfModel(facts), one, one);
@@ -36,7 +41,7 @@ export async function loadScoringModel(
   let settle: { resolve: (done: StepDone) => void; reject: (error: Error) => void } | null = null;
   const blockTokens = 16;
   const kvBlocks = 512 / blockTokens;
-  const executor = loadAddon().createExecutor(
+  const executor = addon.createExecutor(
     { kind, isa, program, cores: [], threads, spin: true, blockTokens, kvBlocks, stepTokensMax: stepTokens, sequencesMax: 1 },
     {
       onStep: (done) => settle?.resolve(done),

@@ -42,6 +42,9 @@ const cases = [
   'finds wrong asynchronous copies',
   'finds a spin without end',
   'finds a race between blocks that live together',
+  'a stream works in order, and not before it is waited for',
+  'finds a host that changes what a queued copy reads',
+  "a stream stops at a kernel's fault, and says it once",
   'refuses launches that no card takes',
 ];
 

@@ -652,6 +652,64 @@ export class TinyMesh {
     return logprobs;
   }
 
+  /** Token and log-probability of `count` tokens after a prompt of at most 40; each step is submitted before the one before it has come back. */
+  async generate(prompt: number[], sampling: Partial<SlotSampling>, count: number): Promise<[number, number | null][]> {
+    this.open(0, sampling, prompt);
+    const blocks = Array.from({ length: Math.ceil((prompt.length + count) / 16) }, (_, i) => (i * 5 + 4) % 96);
+    const last = [{ row: prompt.length - 1, score: null }];
+    let previous = this.submit([{ slot: 0, position: 0, tokens: prompt, blocks, outputs: last }]);
+    const all = [previous];
+    for (let position = prompt.length; all.length < count; position++) {
+      previous = this.submit([
+        { slot: 0, position, tokens: null, after: previous.step, blocks, outputs: [{ row: 0, score: null }] },
+      ]);
+      all.push(previous);
+    }
+    const outputs = await Promise.all(all.map(({ done }) => done));
+    return outputs.map(([output]) => [output!.token, output!.logprob]);
+  }
+
+  /**
+   * As `generate`, but with up to `drafts` right tokens behind each row, then a wrong one; the result of one step is known before the next is made.
+   * @param want  the tokens that are expected
+   * @throws when a step gives another number of tokens than it has right drafts, and one
+   */
+  async generateWithDrafts(
+    prompt: number[],
+    sampling: Partial<SlotSampling>,
+    want: number[],
+    drafts: number,
+  ): Promise<[number, number | null][]> {
+    this.open(0, sampling, prompt);
+    const blocks = Array.from({ length: Math.ceil((prompt.length + 1 + want.length + drafts) / 16) }, (_, i) => (i * 5 + 4) % 96);
+    const first = { slot: 0, position: 0, tokens: prompt, blocks, outputs: [{ row: prompt.length - 1, score: null }] };
+    const outputs = await this.run([first]);
+    let last = 0;
+    while (outputs.length < want.length - 1) {
+      const right = want.slice(outputs.length, outputs.length + drafts);
+      const tokens = [outputs.at(-1)!.token, ...right, (want[outputs.length + right.length] ?? 0) ^ 1];
+      const { step, done } = this.submit([
+        {
+          slot: 0,
+          position: prompt.length - 1 + outputs.length,
+          tokens,
+          blocks,
+          outputs: tokens.map((_, row) => ({ row, score: null })),
+        },
+      ]);
+      const got = await done;
+      if (got.length !== right.length + 1) throw new Error(`${got.length} tokens from ${right.length} right drafts`);
+      outputs.push(...got);
+      last = step;
+    }
+    // A row that asks for the token of a step with drafts gets the last that was sampled there.
+    const position = prompt.length - 1 + outputs.length;
+    outputs.push(
+      ...(await this.run([{ slot: 0, position, tokens: null, after: last, blocks, outputs: [{ row: 0, score: null }] }])),
+    );
+    return outputs.slice(0, want.length).map(({ token, logprob }) => [token, logprob]);
+  }
+
   async stop(): Promise<void> {
     await Promise.all(this.members.map((m) => m.executor.dispose()));
   }

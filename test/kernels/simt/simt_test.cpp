@@ -6,6 +6,8 @@
 #include <vector>
 
 #include "cuda_source.h"
+
+#include "../../../kernels/cuda/runtime.h"
 #include "guarded.h"
 
 using namespace shardmesh::cuda;
@@ -55,7 +57,17 @@ std::string caught_sometimes(const std::function<bool()>& right) {
 
 constexpr unsigned kAll = 0xffffffffu;
 
+// A stream with memory of the card and of the host beside it.
+struct OpenStream {
+  Stream stream = nullptr;
+  Memory card{Place::Card, 64, "card"}, host{Place::Host, 64, "host"}, back{Place::Host, 64, "back"};
+  OpenStream() { open_stream(&stream); }
+  ~OpenStream() { close_stream(stream); }
+};
+
 // ---------------------------------------------------------------- right kernels
+
+void increment_kernel(int* values) { values[threadIdx.x]++; }
 
 // Sum of a block's values: through registers in the warp, through shared memory between warps.
 void sum_kernel(const int* in, int* out, bool with_barrier) {
@@ -462,6 +474,33 @@ int main() {
       return launch(race_kernel, 4, 1, 0, nullptr, count.data()) ? 0u : count.data()[0];
     };
     return std::string(total(1) == 4 && total(4) != 4 ? "" : "not found");
+  });
+  test_case("simt - a stream works in order, and not before it is waited for", [] {
+    const OpenStream s;
+    s.host.as<int>()[3] = 41;
+    copy_to_card(s.card.as<void>(), s.host.as<void>(), 64, s.stream);
+    launch(increment_kernel, 1, 16, 0, s.stream, s.card.as<int>());
+    s.back.as<int>()[3] = 7;
+    copy_to_host(s.back.as<void>(), s.card.as<void>(), 64, s.stream);
+    if (s.back.as<int>()[3] != -1) return std::string("the target of a queued copy is not poisoned");
+    if (synchronise(s.stream)) return std::string("a fault");
+    return std::string(s.back.as<int>()[3] == 42 ? "" : "a wrong value");
+  });
+  test_case("simt - finds a host that changes what a queued copy reads", [] {
+    const OpenStream s;
+    copy_to_card(s.card.as<void>(), s.host.as<void>(), 64, s.stream);
+    s.host.as<uint8_t>()[63] = 1;
+    const char* fault = synchronise(s.stream);
+    return std::string(fault && std::string(fault).find("has changed what a queued copy reads") != std::string::npos ? "" : "not found");
+  });
+  test_case("simt - a stream stops at a kernel's fault, and says it once", [] {
+    const OpenStream s;
+    fill(s.card.as<void>(), 0, 64, s.stream);
+    launch(increment_kernel, 1, 17, 0, s.stream, s.card.as<int>());
+    fill(s.card.as<void>(), 9, 64, s.stream);
+    const char* fault = synchronise(s.stream);
+    if (!fault || std::string(fault).find("behind the end of card (64 bytes)") == std::string::npos) return std::string("not found: ") + (fault ? fault : "no fault");
+    return std::string(synchronise(s.stream) || s.card.as<uint8_t>()[0] == 9 ? "work behind the fault was done" : "");
   });
   test_case("simt - refuses launches that no card takes", [] {
     const Guarded<int> out("out", 64);
