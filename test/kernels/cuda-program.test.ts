@@ -80,6 +80,21 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('cuda ex
       expect(want).not.toEqual(await scores({}));
     });
 
+    it.for(['f32', 'q8'] as const)(
+      'cuda program - a step whose sums need two pieces of an exchange gives the same, %s on the wire',
+      async (wire) => {
+        const tokens = randomTokens(640, 11); // 606 rows of three subtrees are a piece
+        const last = (options: TinyMeshOptions) =>
+          onMesh({ cut: threeRankTwoStageCut, wire, stepTokensMax: 640, ...options }, (mesh) => {
+            mesh.open(0);
+            const blocks = Array.from({ length: 40 }, (_, block) => block);
+            return mesh.run([{ slot: 0, position: 0, tokens, blocks, outputs: [{ row: 639, score: null }] }], 60_000);
+          });
+        const [want] = await last(cpu);
+        expect(await last({ executorOf: (stage, rank) => (rank === 2 - stage ? cpu : cuda) })).toEqual([want]);
+      },
+    );
+
     it('cuda program - a sequence gives the same among others, and on blocks that another one filled', async () => {
       const tokens = prompt.slice(0, 50);
       const run = (options: TinyMeshOptions) =>

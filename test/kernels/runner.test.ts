@@ -177,7 +177,7 @@ describe('step runner, decoding', () => {
 
   test('step runner - queued steps read the token that the step before sampled', async () => {
     const outputs = await generate({}, {});
-    const tokens = [...prompt.slice(0, 30), ...outputs.map(([token]) => token!)];
+    const tokens = [...prompt.slice(0, 30), ...outputs.map(([token]) => token)];
     // Greedy decoding in one step each equals one prefill of the same text.
     const scores = await scoreOn({}, tokens);
     const scoredAt = (row: number) => scores[row * 7];
@@ -236,7 +236,7 @@ describe('step runner, decoding', () => {
     async (_, options) => {
       for (const sampling of [{}, { logprobs: null, temperature: 0.9, seed: 4n }, penalties]) {
         const plain = await generate({}, sampling);
-        const tokens = plain.map(([token]) => token!);
+        const tokens = plain.map(([token]) => token);
         for (const drafts of [0, 3]) expect(await generateWithDrafts(options, sampling, tokens, drafts)).toEqual(plain);
       }
     },
@@ -244,7 +244,7 @@ describe('step runner, decoding', () => {
 
   test('step runner - drafts go on from one pass of the head to the next', async () => {
     const plain = await generate({}, penalties, 76);
-    const tokens = plain.map(([token]) => token!);
+    const tokens = plain.map(([token]) => token);
     expect(await generateWithDrafts({ kind: 'cpu', threads: 2 }, penalties, tokens, 70)).toEqual(plain); // 64 rows a pass
   });
 
@@ -258,7 +258,7 @@ describe('step runner, decoding', () => {
     async (_, options) => {
       for (const sampling of [{}, { temperature: 0.9, seed: 99n }, { temperature: 2, seed: 7n, choice: 3 }, sampled, penalties]) {
         const tokens = async (on: TinyMeshOptions, logprobs: number | null): Promise<number[]> =>
-          (await generate(on, { ...sampling, logprobs }, 40)).map(([token]) => token!);
+          (await generate(on, { ...sampling, logprobs }, 40)).map(([token]) => token);
         const fromAllLogits = await tokens({}, 0);
         expect(new Set(fromAllLogits).size).toBeGreaterThan(5);
         expect(await tokens(options, null)).toEqual(fromAllLogits);
