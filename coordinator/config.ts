@@ -10,7 +10,8 @@ export interface CoordinatorConfig {
   servedModelName: string | null;
   tensorParallel: CutShares;
   pipelineParallel: CutShares;
-  executor: 'cpu' | 'reference';
+  /** Of workers that have no choice of their own; `cuda`: of local workers only. */
+  executor: 'cpu' | 'cuda' | 'reference';
   /** null: the best each worker has. */
   isa: 'avx512' | 'avx2' | 'portable' | null;
   link: LinkDriver | 'auto';

@@ -173,13 +173,13 @@ async function start(
       newLinkKey: () => randomBytes(32).toString('hex'),
       sliceSha256For: (seat) => seatPlan(seat).sliceSha256,
       timers: defaultMeshTimers,
-      assignFor: (seat) => ({
+      assignFor: (seat, { executor }) => ({
         model: JSON.stringify(facts),
         sourceSha256: facts.sourceSha256,
         sliceSha256: seatPlan(seat).sliceSha256,
         modelPath: config.modelPath,
         weightsAddress,
-        executor: config.executor,
+        executor: executor !== 'auto' ? executor : config.executor === 'reference' ? 'reference' : 'cpu',
         isa: config.isa,
         cores: [],
         spin,
@@ -336,6 +336,7 @@ async function startLocal(options: LocalOptions): Promise<{ broker: Broker; work
       args: [
         ...['worker', '--credentials', broker.credentialsFile(worker), '--log-level', config.logLevel],
         ...(config.hosts ? ['--advertise', config.hosts.address.host] : []),
+        ...(config.executor === 'cuda' ? ['--executor', 'cuda'] : []),
         ...(shares ? ['--cores', (shares[index] ?? []).join(',')] : []),
       ],
     })),

@@ -18,6 +18,16 @@ export interface CpuFeatures {
   hugePages: 'always' | 'madvise' | 'never' | 'unknown';
 }
 
+export interface CudaCard {
+  name: string;
+  /** 80: compute capability 8.0. */
+  sm: number;
+  memoryBytes: number;
+}
+
+/** The card that an executor of kind `cuda` would use, or why there is none, in one line. */
+export type CudaFacts = { card: CudaCard; absent: null } | { card: null; absent: string };
+
 export interface BuildInfo {
   version: string;
   compiler: string;
@@ -274,6 +284,8 @@ export interface NativeExecutor {
 export interface NativeAddon {
   buildInfo(): BuildInfo;
   cpuFeatures(): CpuFeatures;
+  /** Opens the driver, where this build has a CUDA part. */
+  cudaFacts(): CudaFacts;
   kvBytesPerBlock(program: Program, blockTokens: number): number;
   createExecutor(options: ExecutorOptions, callbacks: ExecutorCallbacks): NativeExecutor;
   /** Listens. Port 0: a free one. Throws when this Node carries no OpenSSL, or the address cannot be had. */

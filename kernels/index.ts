@@ -55,6 +55,7 @@ export function loadAddonFrom(file: string): Addon {
     kernelTest: native.kernelTest,
     buildInfo: () => native.buildInfo(),
     cpuFeatures: () => native.cpuFeatures(),
+    cudaFacts: () => native.cudaFacts(),
     kvBytesPerBlock: (program, blockTokens) => native.kvBytesPerBlock(program, blockTokens),
     openTcp: (host, port) => native.openTcp(host, port),
     createExecutor: (options, callbacks) =>

@@ -166,6 +166,7 @@ const workerFacts = record<WorkerFacts>({
   cores: integer(0, 1 << 16),
   memoryBytes: count,
   executor: name,
+  device: nullable(record<NonNullable<WorkerFacts['device']>>({ name, sm: integer(0, 9_999), memoryBytes: count })),
   arithmetic: name,
   grpcAddress: address,
   tcpAddress: address,

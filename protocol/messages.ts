@@ -14,7 +14,10 @@ export interface WorkerFacts {
   isa: string;
   cores: number;
   memoryBytes: number;
+  /** What computes here; `auto`: whatever the coordinator says. */
   executor: string;
+  /** The card of a `cuda` worker. */
+  device: { name: string; sm: number; memoryBytes: number } | null;
   /** `BuildInfo.arithmetic`: workers that differ must not share a placement. */
   arithmetic: string;
   /** host:port of the worker's gRPC server (links). */

@@ -128,9 +128,10 @@ function executorOptions(
   own: Pick<LoadShardOptions, 'cores' | 'threads' | 'quietSteps'>,
 ): ExecutorOptions {
   const cores = assign.cores.length ? assign.cores : own.cores;
+  const kind = assign.executor === 'reference' || assign.executor === 'cuda' ? assign.executor : 'cpu';
   return {
-    kind: assign.executor === 'reference' ? 'reference' : 'cpu',
-    isa: assign.isa as ExecutorOptions['isa'],
+    kind,
+    isa: kind === 'cpu' ? (assign.isa as ExecutorOptions['isa']) : null,
     program,
     wire: assign.placement.wire,
     ranksPerStage: assign.placement.stages.map((stage) => stage.ranks.length),

@@ -433,7 +433,9 @@ export class Mesh {
         ? `its kernels (${facts.arithmetic}) would give other bits than those of the workers here (${other.facts.arithmetic})`
         : null;
     this.#members.set(worker, { facts, epochSeen: message.epochSeen, seenAt: this.#now, heartbeat: null, refused });
-    this.#out.event('worker_joined', { worker, host: facts.hostId, pid: facts.pid, isa: facts.isa, cores: facts.cores, refused });
+    const { hostId: host, pid, isa, cores, device } = facts;
+    const computes = device ? { device: `${device.name}, sm_${device.sm}` } : { isa };
+    this.#out.event('worker_joined', { worker, host, pid, ...computes, cores, refused });
     this.#form();
   }
 

@@ -7,7 +7,7 @@ import { connect } from 'nats';
 import { promisify } from 'node:util';
 import { startBroker } from '../../coordinator/mesh/broker.ts';
 import { findNatsServer } from '../../coordinator/mesh/nats-server.ts';
-import { buildCommand, loadAddon, type CpuFeatures } from '../../kernels/index.ts';
+import { buildCommand, loadAddon, type CpuFeatures, type CudaFacts } from '../../kernels/index.ts';
 import { defaultCacheDirectory } from '../../kernels/model-file/cache-directory.ts';
 import { catalogue } from '../../kernels/model-file/catalogue.ts';
 import { cachedModel } from '../../kernels/model-file/download.ts';
@@ -80,6 +80,11 @@ export function checkCpu({ model, isas, cores }: CpuFeatures): Finding {
   return isas.some((isa) => isa !== 'portable')
     ? ok(value)
     : warn(value, 'neither AVX2 nor AVX-512 VNNI here: the answer is the same, ten times slower or more');
+}
+
+/** A machine without a card is as good as any: it is only told. */
+export function checkCuda({ card, absent }: CudaFacts): Finding {
+  return ok(card ? `${card.name}, sm_${card.sm}, ${gibibytes(card.memoryBytes)}` : `none: ${absent}`);
 }
 
 export function checkHugePages(mode: CpuFeatures['hugePages']): Finding {
@@ -167,6 +172,7 @@ export function localChecks({ model, port }: DoctorOptions): Check[] {
       ? [
           { what: 'cpu', run: () => checkCpu(features) },
           { what: 'huge pages', run: () => checkHugePages(features.hugePages) },
+          { what: 'cuda', run: () => checkCuda(loadAddon().cudaFacts()) },
         ]
       : []),
     {

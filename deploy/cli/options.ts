@@ -92,7 +92,10 @@ const options = {
       .argParser(shares('--tp')),
   pp: () =>
     new Option('--pp <n|a:b>', 'stages, or their layers').default({ count: 1, parts: null }, '1').argParser(shares('--pp')),
-  executor: () => new Option('--executor <kind>', 'what computes').choices(['auto', 'cpu', 'reference']).default('auto'),
+  executor: () =>
+    new Option('--executor <kind>', 'what computes (auto: the cpu, or what a worker is told)')
+      .choices(['auto', 'cpu', 'cuda', 'reference'])
+      .default('auto'),
   isa: () =>
     new Option('--isa <name>', 'instruction set of the cpu executor')
       .choices(['auto', 'avx512', 'avx2', 'portable'])
@@ -189,7 +192,7 @@ export interface OptionValues {
   servedModelName?: string;
   tp: Shares;
   pp: Shares;
-  executor: 'auto' | 'cpu' | 'reference';
+  executor: 'auto' | 'cpu' | 'cuda' | 'reference';
   isa: 'auto' | 'avx512' | 'avx2' | 'portable';
   link: 'auto' | 'shm' | 'tcp' | 'grpc' | 'nats';
   wire: 'f32' | 'bf16' | 'q8';

@@ -17,6 +17,7 @@ import { loadAddon, type Addon } from '../../kernels/index.ts';
 import { defaultCacheDirectory } from '../../kernels/model-file/cache-directory.ts';
 import type { ModelFacts } from '../../kernels/model-file/model-facts.ts';
 import { openModel } from '../../kernels/model-file/model-file.ts';
+import { ShardmeshError } from '../../protocol/errors.ts';
 import type { Range } from '../../kernels/programs/program.ts';
 import { newMeshId, newPlacementId, newWorkerId } from '../../protocol/ids.ts';
 import { findModel } from './find-model.ts';
@@ -105,6 +106,8 @@ async function measureMachine(
   addon: Addon | null,
 ): Promise<{ machine: MachineSpeed; basis: Basis[] }> {
   const basis: Basis[] = [];
+  if (values.executor === 'cuda')
+    throw new ShardmeshError('config_invalid', '--executor cuda: plan measures processors and knows no speed of a card yet');
   const cores = values.cores ?? addon?.cpuFeatures().cores ?? Array.from({ length: availableParallelism() }, (_, core) => core);
   let kernels: MeasuredKernels | null = null;
   let reduction: LinkSpeed | null = null;

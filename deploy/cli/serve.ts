@@ -130,7 +130,7 @@ export async function coordinatorConfig(values: OptionValues): Promise<Coordinat
     servedModelName: values.servedModelName ?? (isCatalogued(values.model) ? values.model : null),
     tensorParallel: values.tp,
     pipelineParallel: values.pp,
-    executor: values.executor === 'reference' ? 'reference' : 'cpu',
+    executor: values.executor === 'auto' ? 'cpu' : values.executor,
     isa: values.isa === 'auto' ? null : values.isa,
     link: values.link,
     wire: values.wire,

@@ -19,7 +19,10 @@ import { ShardWorker } from '../../shard-worker/worker.ts';
 import { defaultWorkerFile } from './config-directory.ts';
 import { addOptions, type Advertised, type OptionValues } from './options.ts';
 
-type WorkerValues = Pick<OptionValues, 'enroll' | 'advertise' | 'nats' | 'credentials' | 'cores' | 'localModel' | 'logLevel'>;
+type WorkerValues = Pick<
+  OptionValues,
+  'enroll' | 'advertise' | 'nats' | 'credentials' | 'executor' | 'cores' | 'localModel' | 'logLevel'
+>;
 
 const exitLostParent = 70;
 
@@ -27,7 +30,7 @@ export function workerCommand(): Command {
   const command = new Command('worker').description(
     'Runs one shard worker. It joins the mesh of its credentials and does what the coordinator assigns.',
   );
-  addOptions(command, ['enroll', 'advertise', 'nats', 'credentials', 'cores', 'noLocalModel', 'logLevel']);
+  addOptions(command, ['enroll', 'advertise', 'nats', 'credentials', 'executor', 'cores', 'noLocalModel', 'logLevel']);
   return command
     .addHelpText(
       'after',
@@ -36,6 +39,7 @@ Examples:
   shardmesh worker --enroll TOKEN                                     first start on another host; the token is what shardmesh enroll prints
   shardmesh worker                                                    every later start there
   shardmesh worker --credentials mesh/worker-1.json --cores 0-3       on the coordinator's host, with credentials of shardmesh keys
+  shardmesh worker --executor cuda                                    computes on this host's NVIDIA card (README: which models, and what was tried)
 `,
     )
     .action(async (values: WorkerValues) => runWorker(values));
@@ -46,6 +50,7 @@ async function runWorker({
   advertise,
   nats,
   credentials: named,
+  executor,
   cores,
   localModel,
   logLevel,
@@ -73,6 +78,8 @@ async function runWorker({
   const listener = { ...(await ownAddress(credentials.url, advertise)), tls };
   const addon = loadAddon();
   const features = addon.cpuFeatures();
+  const cuda = executor === 'cuda' ? addon.cudaFacts() : null;
+  if (cuda?.absent) throw new ShardmeshError('config_invalid', `--executor cuda: ${cuda.absent}`);
 
   const [transport, frameTransport] = await Promise.all([
     connectNats({ credentials, name: `worker-${credentials.worker}`, patienceMs: 30_000 }),
@@ -102,7 +109,8 @@ async function runWorker({
       isa: features.isas[0] ?? 'portable',
       cores: cores?.length ?? availableParallelism(),
       memoryBytes: totalmem(),
-      executor: 'cpu',
+      executor,
+      device: cuda?.card ?? null,
       arithmetic: addon.buildInfo().arithmetic,
       weightBytesPerSecond: 0,
     },

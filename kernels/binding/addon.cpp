@@ -9,6 +9,7 @@
 #include "../cpu/cpu_features.h"
 #include "../include/arithmetic.h"
 #include "../include/executor.h"
+#include "../runner/cuda_part.h"
 #include "../runner/rope_table.h"
 #include "../runner/sampler_math.h"
 #include "values.h"
@@ -90,6 +91,21 @@ Napi::Value cpu_features_object(const Napi::CallbackInfo& info) {
   return object;
 }
 
+Napi::Value cuda_facts_object(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  const CudaFacts facts = cuda_facts();
+  Napi::Object object = Napi::Object::New(env);
+  object.Set("absent", facts.absent.empty() ? env.Null() : Napi::Value(Napi::String::New(env, facts.absent)));
+  object.Set("card", env.Null());
+  if (!facts.absent.empty()) return object;
+  Napi::Object card = Napi::Object::New(env);
+  card.Set("name", facts.name);
+  card.Set("sm", facts.sm);
+  card.Set("memoryBytes", static_cast<double>(facts.memory_bytes));
+  object.Set("card", card);
+  return object;
+}
+
 Napi::Value kv_bytes(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
     const Program program = parse_program(program_json_of(info[0]));
@@ -108,6 +124,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   env.SetInstanceData(data);
   exports.Set("buildInfo", Napi::Function::New(env, build_info, "buildInfo"));
   exports.Set("cpuFeatures", Napi::Function::New(env, cpu_features_object, "cpuFeatures"));
+  exports.Set("cudaFacts", Napi::Function::New(env, cuda_facts_object, "cudaFacts"));
   exports.Set("kvBytesPerBlock", Napi::Function::New(env, kv_bytes, "kvBytesPerBlock"));
   exports.Set("createExecutor", Napi::Function::New(env, create_executor, "createExecutor"));
   exports.Set("openTcp", Napi::Function::New(env, open_tcp, "openTcp"));

@@ -549,7 +549,6 @@ CudaFacts cuda_facts() {
   if (facts.absent.empty()) {
     facts.name = card.name;
     facts.sm = card.sm;
-    facts.multiprocessors = card.multiprocessors;
     facts.memory_bytes = card.memory_bytes;
   }
   return facts;

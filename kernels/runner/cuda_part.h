@@ -12,7 +12,6 @@ struct CudaFacts {
   std::string absent;  // why there is no card that a worker could use, one line; empty: there is one, and this is it
   std::string name;
   int sm = 0;          // 80: compute capability 8.0
-  int multiprocessors = 0;
   uint64_t memory_bytes = 0;
 };
 CudaFacts cuda_facts();

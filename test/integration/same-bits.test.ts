@@ -72,7 +72,11 @@ describe('same bits', () => {
     const emulated = shape.isa === 'avx512' && !isas.includes('avx512');
     const names = companies.map(companyName).join(' and ');
     it(`same bits - ${shapeName(shape)}${emulated ? ', emulated' : ''}, ${names} equals one worker`, async () => {
-      const { cells, scores } = await runAll(mesh, { outputTokens, prompt }, emulated ? await emulatedCli() : undefined);
+      const { cells, scores } = await runAll(
+        mesh,
+        { outputTokens, prompt },
+        emulated ? await emulatedCli('shardmesh_emulated') : undefined,
+      );
       const { cell, scores: wantScores } = want.get(prompt)!;
       for (const [index, { greedy, sampled, unreported, cachedTokens }] of cells.entries()) {
         expect(greedy).toBe(cell.greedy);

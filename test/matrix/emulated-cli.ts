@@ -1,6 +1,6 @@
 /**
- * This build with its avx512 kernel set on emulated instructions (test/kernels/emulated_avx512.h), laid out as a project of its own, so that unchanged
- * processes of `serve` run it where the processor has no AVX-512.
+ * This build with an addon that runs on emulated hardware, laid out as a project of its own, so that unchanged processes run it: `shardmesh_emulated` has the avx512
+ * kernel set where the processor has no AVX-512 (test/kernels/emulated_avx512.h), `shardmesh_cuda_emulated` the CUDA executor (test/kernels/simt).
  */
 import { cpSync, mkdirSync, rmSync, symlinkSync } from 'node:fs';
 import { join } from 'node:path';
@@ -8,10 +8,10 @@ import { fileURLToPath } from 'node:url';
 import { buildKernelTarget } from '../kernels/build-target.ts';
 
 /** @returns the command line's main file */
-export async function emulatedCli(): Promise<string> {
+export async function emulatedCli(target: 'shardmesh_emulated' | 'shardmesh_cuda_emulated'): Promise<string> {
   const root = fileURLToPath(new URL('../..', import.meta.url));
-  const addon = `${await buildKernelTarget('shardmesh_emulated')}.node`;
-  const project = join(root, 'build', 'emulated-avx512');
+  const addon = `${await buildKernelTarget(target)}.node`;
+  const project = join(root, 'build', `project-of-${target}`);
   rmSync(project, { recursive: true, force: true });
   mkdirSync(join(project, 'build'), { recursive: true });
   for (const name of ['package.json', 'dist']) cpSync(join(root, name), join(project, name), { recursive: true });

@@ -60,7 +60,7 @@ describe('same bits, whole matrix', () => {
     describe(`${shapeName(shape)}${emulated ? ', emulated' : ''}`, () => {
       let mesh: MatrixMesh;
       beforeAll(async () => {
-        mesh = await MatrixMesh.start(shape, emulated ? await emulatedCli() : undefined);
+        mesh = await MatrixMesh.start(shape, emulated ? await emulatedCli('shardmesh_emulated') : undefined);
       });
       afterAll(() => mesh.stop());
 

@@ -124,6 +124,7 @@ describe('command line', () => {
     ['serve --cores 3-1', 'no such range of cores: 3-1'],
     ['serve --link rdma', 'Allowed choices are auto, shm, tcp, grpc, nats'],
     ['serve --isa sse', 'Allowed choices are auto, avx512, avx2, portable'],
+    ['serve --executor tpu', 'Allowed choices are auto, cpu, cuda, reference'],
     ['worker --tp 2', "unknown option '--tp'"],
     ['keys --workers 257', 'a number from 1 to 256'],
     ['keys', "required option '--workers <n>' not specified"],

@@ -4,6 +4,7 @@ import {
   checkCmake,
   checkCompiler,
   checkCpu,
+  checkCuda,
   checkDisk,
   checkHugePages,
   checkLink,
@@ -54,6 +55,12 @@ describe('doctor', () => {
       value: 'Some CPU, 2 cores, avx2, portable',
     });
     expect(checkCpu({ ...features, isas: ['portable'] }).status).toBe('warn');
+  });
+
+  test('doctor - names the card, or says why there is none', () => {
+    const card = { name: 'Some Card', sm: 90, memoryBytes: 80 * GiB };
+    expect(checkCuda({ card, absent: null })).toEqual({ status: 'ok', value: 'Some Card, sm_90, 80.0 GiB' });
+    expect(checkCuda({ card: null, absent: 'no driver' })).toEqual({ status: 'ok', value: 'none: no driver' });
   });
 
   test('doctor - huge pages are worth a line to switch them on', () => {

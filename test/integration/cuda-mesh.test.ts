@@ -1,0 +1,110 @@
+/**
+ * A mesh of one processor and one "card": the real processes, broker and model over HTTP; the second worker is an unchanged process whose addon runs the CUDA executor
+ * on the emulated machine (test/kernels/simt). Its answers must be those of a mesh of processors, number for number.
+ */
+import { existsSync } from 'node:fs';
+import { join } from 'node:path';
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { emulatedCli } from '../matrix/emulated-cli.ts';
+import { freePorts, runCommand, shardmesh, type Running } from './helpers/command.ts';
+import { mark, waitFor, type Marked } from './helpers/processes.ts';
+import { complete, startServe, type Served } from './helpers/serve.ts';
+
+const small = ['--tp', '2', '--context-tokens-max', '128', '--kv-cache-bytes', '32m', '--log-level', 'info'];
+
+describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('a mesh with a CUDA worker, emulated', () => {
+  let marked: Marked;
+  let served: Served;
+  let worker: Running;
+  let main: string;
+  let workerEnv: Record<string, string>;
+
+  beforeAll(async () => {
+    main = await emulatedCli('shardmesh_cuda_emulated');
+    marked = mark();
+    workerEnv = { ...marked.env, XDG_CONFIG_HOME: join(marked.folder, 'worker') };
+    const folder = join(marked.folder, 'mesh');
+    const port = await freePorts(3);
+    const serving = startServe(['--advertise', `127.0.0.1:${port}`, '--mesh', folder, '--local-workers', '1', ...small], {
+      env: marked.env,
+    });
+    await waitFor('the control socket', 30_000, () => existsSync(join(folder, 'control.sock')));
+    const enroll = shardmesh(['enroll', '--mesh', folder], marked.env);
+    await enroll.ended;
+    const token = /^shardmesh worker --enroll (\S+)$/m.exec(enroll.output())?.[1] ?? '';
+    const command = ['worker', '--enroll', token, '--executor', 'cuda', '--log-level', 'info'];
+    worker = runCommand(process.execPath, [main, ...command], workerEnv);
+    served = await serving;
+  }, 600_000);
+
+  afterAll(async () => {
+    await worker?.kill('SIGKILL');
+    await served?.stop();
+    marked?.dispose();
+  });
+
+  /** Everything that has bits: tokens and log-probabilities, greedy and sampled, of the prompt too; and a text that best candidates give. */
+  const answers = async (mesh: Served): Promise<unknown[]> => {
+    const prompt = 'The capital of France is';
+    const bodies = [
+      { prompt, max_tokens: 3, temperature: 0, logprobs: 3, echo: true },
+      { prompt, max_tokens: 2, temperature: 1, top_p: 0.95, seed: 7, logprobs: 3 },
+      { prompt, max_tokens: 2, temperature: 1, seed: 11 },
+    ];
+    const found: unknown[] = [];
+    for (const body of bodies) {
+      const { choices } = await complete(mesh, body);
+      found.push(choices[0]?.text, choices[0]?.logprobs);
+    }
+    return found;
+  };
+
+  it('cuda mesh - a processor and an emulated card answer as two processors do, number for number', async () => {
+    const mixed = await answers(served);
+    const plain = await startServe(small);
+    try {
+      expect(mixed).toEqual(await answers(plain));
+    } finally {
+      await plain.stop();
+    }
+    expect(mixed[0]).toContain('The capital of France is Paris');
+  });
+
+  it('cuda mesh - serve makes local workers that compute on the card', async () => {
+    const body = { prompt: 'The capital of France is', max_tokens: 1, temperature: 0, logprobs: 1 };
+    const stages = [
+      '--executor',
+      'cuda',
+      '--pp',
+      '2',
+      '--context-tokens-max',
+      '128',
+      '--kv-cache-bytes',
+      '32m',
+      '--log-level',
+      'info',
+    ];
+    const cuda = await startServe(stages, { env: marked.env, main });
+    try {
+      const [want, found] = [await complete(served, body), await complete(cuda, body)];
+      expect(found.choices).toEqual(want.choices);
+      expect(cuda.events('shard_loaded').map(({ executor }) => executor)).toEqual(['cuda', 'cuda']);
+    } finally {
+      await cuda.stop();
+    }
+  });
+
+  it('cuda mesh - the card is named where its worker joins, and its shard says what computes it', () => {
+    expect(served.events('worker_joined').map(({ device, isa }) => device ?? typeof isa)).toEqual(
+      expect.arrayContaining(['emulated CUDA machine, sm_80', 'string']),
+    );
+    expect(worker.events('shard_loaded')).toMatchObject([{ executor: 'cuda' }]);
+  });
+
+  it('cuda mesh - a worker that finds no card ends with one line', async () => {
+    const absent = { ...workerEnv, SHARDMESH_EMULATED_CARD_ABSENT: 'no NVIDIA driver here' };
+    const refused = runCommand(process.execPath, [main, 'worker', '--executor', 'cuda'], absent);
+    expect(await refused.ended).not.toBe(0);
+    expect(refused.output().trim()).toBe('shardmesh: --executor cuda: no NVIDIA driver here');
+  });
+});
