@@ -1,13 +1,17 @@
 /**
- * `npm run test:gpu`: builds the CUDA kernels and runs their tests on this machine's card, the same cases that `npm test` runs on an emulated one. Without a card
- * the programs say why they skip; without nvcc the build says what is missing.
+ * `npm run test:gpu`: builds the CUDA kernels and the addon with them, and runs on this machine's card what `npm test` runs on an emulated one: each kernel, then whole
+ * programs. Without a card all of it says why it skips; without nvcc the build says what is missing.
  */
 import { spawnSync } from 'node:child_process';
 import { join } from 'node:path';
 import { buildCuda } from './build-cuda.mjs';
 import { cudaBuild } from './cuda-part.mjs';
+import { root } from './paths.mjs';
 import { line } from './progress.mjs';
 import { SetupError } from './run-command.mjs';
+import { setUp } from './setup.mjs';
+
+const vitest = join(root, 'node_modules', 'vitest', 'vitest.mjs');
 
 try {
   await buildCuda();
@@ -15,6 +19,12 @@ try {
     const { status } = spawnSync(join(cudaBuild, program), { stdio: 'inherit' });
     if (status !== 0) process.exitCode = 1;
   }
+  await setUp({ only: 'build' });
+  const programs = spawnSync(process.execPath, [vitest, 'run', '--project', 'gpu', 'test/gpu/cuda-program.test.ts'], {
+    cwd: root,
+    stdio: 'inherit',
+  });
+  if (programs.status !== 0) process.exitCode = 1;
 } catch (error) {
   line(`test:gpu failed: ${error instanceof SetupError ? error.message : error.stack}`);
   process.exitCode = 1;

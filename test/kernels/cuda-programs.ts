@@ -1,0 +1,334 @@
+/**
+ * What whole programs on the CUDA executor must give: the tokens and log-probabilities of the scalar reference, as exact numbers, whatever the cut, and whoever computes
+ * the other ranks. On the emulated machine for every `npm test`, on a card for `npm run test:gpu`.
+ */
+import { beforeAll, describe, expect, it } from 'vitest';
+import { loadAddon, type Addon, type SlotSampling } from '../../kernels/index.ts';
+import { cachedModelPath, loadScoringModel } from './score-model.ts';
+import { smallModel, type SmallShape } from './small-model.ts';
+import {
+  randomTokens,
+  threeRankTwoStageCut,
+  TinyMesh,
+  tinyWeights,
+  twoRankCut,
+  wholeCut,
+  type MeshOptions,
+  type RankExecutor,
+  type TinyMeshOptions,
+  type TinyRows,
+} from './tiny-model.ts';
+
+/** @param load  the addon that has the CUDA executor, and a card to go with it */
+export function describeCudaPrograms(load: () => Promise<Addon>): void {
+  const weights = tinyWeights();
+  const prompt = randomTokens(100);
+  const cpu: RankExecutor = { kind: 'cpu' };
+  let withCuda: Addon;
+  let cuda: RankExecutor;
+
+  beforeAll(async () => {
+    withCuda = await load();
+    cuda = { addon: withCuda, kind: 'cuda' };
+  }, 600_000);
+
+  const onMesh = async <T>(options: TinyMeshOptions, use: (mesh: TinyMesh) => Promise<T>): Promise<T> => {
+    const mesh = await TinyMesh.start({ weights, ...options });
+    try {
+      return await use(mesh);
+    } finally {
+      await mesh.stop();
+    }
+  };
+  const scores = (options: TinyMeshOptions, chunk = 100, tokens = prompt): Promise<number[]> =>
+    onMesh(options, (mesh) => {
+      mesh.open(0);
+      return mesh.score(tokens, { chunk, blocks: [9, 3, 0, 14, 6, 2, 11] });
+    });
+
+  describe('the same bits', () => {
+    it.for([
+      ['in one chunk, one worker', 100, wholeCut, {}],
+      ['in chunks of 9, one worker', 9, wholeCut, {}],
+      ['in chunks of 70, two ranks', 70, twoRankCut, {}],
+      ['in chunks of 33, two ranks over the host driver', 33, twoRankCut, { host: true }],
+      ['in chunks of 41, three uneven ranks by two stages', 41, threeRankTwoStageCut, {}],
+      ['in chunks of 64, three uneven ranks by two stages over the host driver', 64, threeRankTwoStageCut, { host: true }],
+      ['in one chunk, blocks of 64 tokens', 100, wholeCut, { blockTokens: 64 }],
+    ] as const)('cuda program - scores a prompt as the reference does %s', async ([, chunk, cut, options]) => {
+      const found = await scores({ ...cuda, cut, ...options }, chunk);
+      expect(found).toEqual(await scores({}));
+      expect(new Set(found).size).toBeGreaterThan(300);
+    });
+
+    it.for([
+      ['CUDA at rank 0, a CPU at rank 1', twoRankCut, (_: number, rank: number) => rank === 0],
+      ['a CPU at rank 0, CUDA at rank 1', twoRankCut, (_: number, rank: number) => rank === 1],
+      ['CUDA in the first stage, CPUs in the second', threeRankTwoStageCut, (stage: number) => stage === 0],
+      ['CPUs in the first stage, CUDA in the second', threeRankTwoStageCut, (stage: number) => stage === 1],
+      ['CUDA and CPUs by turns', threeRankTwoStageCut, (stage: number, rank: number) => (stage + rank) % 2 === 0],
+    ] as const)('cuda program - a mesh of %s scores a prompt as the reference does', async ([, cut, isCuda]) => {
+      const executorOf = (stage: number, rank: number): RankExecutor => (isCuda(stage, rank) ? cuda : cpu);
+      expect(await scores({ executorOf, cut }, 41)).toEqual(await scores({}));
+    });
+
+    it.for(['bf16', 'q8'] as const)('cuda program - %s on the wire gives what the reference gives of that cut', async (wire) => {
+      const executorOf = (_: number, rank: number): RankExecutor => (rank === 1 ? { kind: 'reference' } : cuda);
+      const want = await scores({ cut: threeRankTwoStageCut, wire });
+      expect(await scores({ executorOf, cut: threeRankTwoStageCut, wire }, 41)).toEqual(want);
+      expect(want).not.toEqual(await scores({}));
+    });
+
+    it.for(['f32', 'q8'] as const)(
+      'cuda program - a step whose sums need two pieces of an exchange gives the same, %s on the wire',
+      async (wire) => {
+        const tokens = randomTokens(640, 11); // 606 rows of three subtrees are a piece
+        const last = (options: TinyMeshOptions) =>
+          onMesh({ cut: threeRankTwoStageCut, wire, stepTokensMax: 640, ...options }, (mesh) => {
+            mesh.open(0);
+            const blocks = Array.from({ length: 40 }, (_, block) => block);
+            return mesh.run([{ slot: 0, position: 0, tokens, blocks, outputs: [{ row: 639, score: null }] }], 60_000);
+          });
+        const [want] = await last(cpu);
+        expect(await last({ executorOf: (stage, rank) => (rank === 2 - stage ? cpu : cuda) })).toEqual([want]);
+      },
+    );
+
+    it('cuda program - a sequence gives the same among others, and on blocks that another one filled', async () => {
+      const tokens = prompt.slice(0, 50);
+      const run = (options: TinyMeshOptions) =>
+        onMesh(options, async (mesh) => {
+          for (const slot of [0, 1, 2, 3]) mesh.open(slot);
+          const all: TinyRows[] = [0, 1, 2].map((slot) => {
+            const own = slot === 1 ? tokens : randomTokens(5 + 20 * slot, slot);
+            const blocks = [4, 3, 2, 1].map((block) => slot * 5 + block);
+            return {
+              slot,
+              position: 0,
+              tokens: own,
+              blocks,
+              outputs: own.map((_, row) => ({ row, score: own[row + 1] ?? null })),
+            };
+          });
+          const first = await mesh.run(all);
+          // Its first 32 tokens are those of slot 1, in blocks 9 and 8; beside it each of the others decodes.
+          const shared: TinyRows = {
+            slot: 3,
+            position: 32,
+            tokens: [...tokens.slice(32, 40), 7, 8],
+            blocks: [9, 8, 16],
+            outputs: [{ row: 9, score: null }],
+          };
+          const decoding = all.map(({ slot, tokens: own, blocks }, index): TinyRows => {
+            const token = first.filter((output) => output.slot === slot).at(-1)!.token;
+            return { slot, position: own!.length, tokens: [token + index], blocks, outputs: [{ row: 0, score: null }] };
+          });
+          return [...first, ...(await mesh.run([shared, ...decoding]))];
+        });
+      expect(await run({ ...cuda, cut: twoRankCut })).toEqual(await run({}));
+    });
+  });
+
+  describe('decoding', () => {
+    const sampled: Partial<SlotSampling> = { temperature: 0.9, topP: 0.95, seed: 1234567890123456789n };
+    const penalties = { ...sampled, repetitionPenalty: 1.3, presencePenalty: 0.4, frequencyPenalty: 0.3 };
+    const generate = (options: TinyMeshOptions, sampling: Partial<SlotSampling>) =>
+      onMesh(options, (mesh) => mesh.generate(prompt.slice(0, 30), sampling, 16));
+
+    it.for([
+      ['one worker', () => cuda],
+      ['two ranks', () => ({ ...cuda, cut: twoRankCut })],
+      ['CUDA and CPUs by turns', () => ({ executorOf: (s, r) => ((s + r) % 2 ? cuda : cpu), cut: threeRankTwoStageCut })],
+    ] as [string, () => TinyMeshOptions][])(
+      "cuda program - queued steps give the reference's text on %s",
+      async ([, options]) => {
+        for (const sampling of [{}, sampled, penalties])
+          expect(await generate(options(), sampling)).toEqual(await generate({}, sampling));
+      },
+    );
+
+    it.for([
+      ['one worker', () => cuda],
+      ['two ranks', () => ({ ...cuda, cut: twoRankCut })],
+      ['a CPU and CUDA', () => ({ executorOf: (_, rank) => (rank ? cuda : cpu), cut: twoRankCut })],
+    ] as [string, () => TinyMeshOptions][])(
+      'cuda program - best candidates give the tokens that all logits give, on %s',
+      async ([, options]) => {
+        for (const sampling of [{}, { temperature: 0.9, seed: 99n }, { temperature: 2, seed: 7n, choice: 3 }]) {
+          const want = (await generate({}, { ...sampling, logprobs: 0 })).map(([token]) => token);
+          expect(new Set(want).size).toBeGreaterThan(5);
+          expect(await generate(options(), { ...sampling, logprobs: null })).toEqual(want.map((token) => [token, null]));
+        }
+      },
+    );
+
+    it('cuda program - drafts are kept as far as they are what one row a step samples', async () => {
+      for (const sampling of [{}, { temperature: 0.9, seed: 4n, logprobs: null }, penalties]) {
+        const plain = await generate({}, sampling);
+        const want = plain.map(([token]) => token);
+        for (const options of [cuda, { ...cuda, cut: twoRankCut }])
+          expect(await onMesh(options, (mesh) => mesh.generateWithDrafts(prompt.slice(0, 30), sampling, want, 3))).toEqual(plain);
+      }
+    });
+
+    it("cuda program - an epoch after another begins without its predecessor's keys", async () => {
+      const want = await scores({}, 100, prompt.slice(0, 40));
+      await onMesh({ ...cuda, cut: twoRankCut }, async (mesh) => {
+        for (const epoch of [0, 1]) {
+          if (epoch > 0) mesh.connect(true);
+          mesh.open(0);
+          expect(await mesh.score(prompt.slice(0, 40), { blocks: [9, 3, 0] })).toEqual(want);
+        }
+      });
+    });
+  });
+
+  describe('failures', () => {
+    const rows: TinyRows[] = [{ slot: 0, position: 0, tokens: [1, 2, 3], blocks: [0], outputs: [{ row: 2, score: null }] }];
+
+    it('cuda program - a value that overflows fails the step with the words of the CPU', async () => {
+      const broken = tinyWeights();
+      new Float32Array(broken.get('1.ffn_norm')!.blocks.buffer).fill(3e38);
+      const failure = (options: TinyMeshOptions) =>
+        onMesh({ weights: broken, ...options }, async (mesh) => {
+          mesh.open(0);
+          return mesh.run(rows).catch((error: unknown) => (error as Error).message);
+        });
+      const message = await failure(cuda);
+      expect(message).toMatch(/^step 1, operation \d+ \(rms_norm\): its output 'n' is not finite$/);
+      expect(message).toBe(await failure({}));
+    });
+
+    it('cuda program - a peer that is silent fails the step at its deadline, and the next epoch works', async () => {
+      await onMesh({ ...cuda, cut: twoRankCut }, async (mesh) => {
+        mesh.open(0);
+        const { done } = mesh.submit(rows, 200, [mesh.members[0]!]);
+        await expect(done).rejects.toMatchObject({ code: 'wait_timeout', peer: { stage: 0, rank: 1 } });
+        await Promise.all(mesh.members.map(({ executor }) => executor.abort('a new epoch begins')));
+        mesh.connect(false);
+        mesh.open(0);
+        expect(await mesh.run(rows)).toHaveLength(1);
+      });
+    });
+
+    it('cuda executor - refuses what it has no kernel for, by name', async () => {
+      const refused = (options: TinyMeshOptions) =>
+        TinyMesh.start({ weights, ...cuda, ...options }).then(
+          () => expect.unreachable(),
+          (error: unknown) => (error as Error).message,
+        );
+      expect(await refused({ activations: 'int16' })).toBe("executor kind 'cuda': activations are int16; supported: int8");
+      expect(await refused({ key: 'f16' })).toBe("executor kind 'cuda': K is f16; supported: int8 (--kv-type int8)");
+      expect(await refused({ value: 'f16' })).toBe("executor kind 'cuda': V is f16; supported: int8 (--kv-type int8)");
+      expect(await refused({ isa: 'avx2' })).toBe("executor kind 'cuda' has no isa; 'avx2' was asked for");
+      const floats = tinyWeights();
+      const up = floats.get('1.up')!;
+      floats.set('1.up', { ...up, type: 'F32', blocks: new Uint8Array(up.rows * up.columns * 4) });
+      expect(await refused({ weights: floats })).toBe(
+        "executor kind 'cuda': tensor '1.up' is F32; supported: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K",
+      );
+    });
+  });
+
+  describe('real programs with generated weights', () => {
+    const shapes: Record<string, SmallShape> = {
+      'llama, Q4_K, Q5_K and Q6_K, heads of 64, tied head': {
+        architecture: 'llama',
+        layers: 2,
+        hidden: 256,
+        heads: 4,
+        kvHeads: 2,
+        headSize: 64,
+        feedForward: 768,
+        vocabulary: 2_100,
+        window: null,
+        types: { q: 'Q4_K', k: 'Q5_K', v: 'Q6_K', o: 'Q4_K', gate: 'Q4_K', up: 'Q5_K', down: 'Q6_K', embedding: 'Q6_K' },
+      },
+      'qwen2 with biases, blocks of 32, a window of 70, a head of its own': {
+        architecture: 'qwen2',
+        layers: 2,
+        hidden: 128,
+        heads: 4,
+        kvHeads: 1,
+        headSize: 32,
+        feedForward: 96,
+        vocabulary: 2_100,
+        window: 70,
+        types: {
+          q: 'Q5_0',
+          k: 'Q5_1',
+          v: 'Q8_0',
+          o: 'Q4_0',
+          gate: 'Q5_1',
+          up: 'Q4_1',
+          down: 'Q5_0',
+          embedding: 'Q4_1',
+          head: 'Q8_0',
+        },
+      },
+      'llama, heads of 128': {
+        architecture: 'llama',
+        layers: 2,
+        hidden: 128,
+        heads: 3,
+        kvHeads: 3,
+        headSize: 128,
+        feedForward: 96,
+        vocabulary: 2_100,
+        window: null,
+        types: { q: 'Q4_0', k: 'Q4_0', v: 'Q4_1', o: 'Q8_0', gate: 'Q4_0', up: 'Q4_0', down: 'Q4_1', embedding: 'Q4_0' },
+      },
+    };
+
+    /** A prompt over two spans of attention, in chunks, then four tokens one by one. */
+    const text = async (model: ReturnType<typeof smallModel>, tp: number | number[], pp: number, options: MeshOptions) => {
+      const mesh = await TinyMesh.ofPrograms(model.programs(tp, pp), (slice) => model.blocksOf(slice), options);
+      try {
+        mesh.open(0);
+        const tokens = randomTokens(270, 3);
+        const blocks = Array.from({ length: 18 }, (_, i) => (i * 7 + 5) % 18);
+        const found: unknown[] = [];
+        const step = async (position: number, ids: number[]) => {
+          const [output] = await mesh.run([
+            { slot: 0, position, tokens: ids, blocks, outputs: [{ row: ids.length - 1, score: null }] },
+          ]);
+          found.push(output!.token, output!.logprob, output!.top);
+          return output!.token;
+        };
+        await step(0, tokens.slice(0, 200));
+        let token = await step(200, tokens.slice(200));
+        for (let i = 0; i < 4; i++) token = await step(270 + i, [token]);
+        return found;
+      } finally {
+        await mesh.stop();
+      }
+    };
+
+    for (const [name, shape] of Object.entries(shapes))
+      it(`cuda program - ${name}: the reference's bits on one rank, 3:2:1 and a mixed pair of stages`, async () => {
+        const model = smallModel(shape);
+        const want = await text(model, 1, 1, {});
+        expect(await text(model, 1, 1, cuda)).toEqual(want);
+        const executorOf = (_: number, rank: number): RankExecutor => (rank === 1 ? cpu : cuda);
+        expect(await text(model, [3, 2, 1], 1, { executorOf })).toEqual(want);
+        expect(await text(model, 1, 2, { executorOf: (stage) => (stage === 0 ? cpu : cuda) })).toEqual(want);
+      });
+  });
+
+  it('cuda program - the default model says what it says on the CPU, number for number', async ({ skip }) => {
+    const path = await cachedModelPath('smollm2-135m-instruct-q4_1');
+    if (path === null) skip('the default model is not in the cache');
+    const ids = [504, 3575, 282, 4649, 314];
+    const run = async (kind: 'cpu' | 'cuda') => {
+      const model = await loadScoringModel(path!, kind, { addon: kind === 'cuda' ? withCuda : loadAddon() });
+      try {
+        return await model.generate(ids, 2);
+      } finally {
+        await model.close();
+      }
+    };
+    const found = await run('cuda');
+    expect(found).toEqual(await run('cpu'));
+    expect(found.firstTop).toHaveLength(20);
+  });
+}
