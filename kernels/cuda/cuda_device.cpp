@@ -2,7 +2,7 @@
 // stage, sampling, and the end of a step. All memory is planned when the executor is made; a step allocates none on the card, and on the host only what vectors keep.
 //
 // Weights lie packed on the card (weight_layout.h), the embedding too: tokens travel, rows do not. A step's rows, block tables and attention work go over as one copy.
-// Rope of q and k and the store into the cache are one launch, at the place of store_kv. Products that share an input are launches of their own.
+// Rope of q and k and the store into the cache are one launch, at the place of store_kv; so are a norm or activation and the quantising of what it makes. Products that share an input are launches of their own.
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
@@ -48,6 +48,8 @@ class CudaDevice final : public Device {
   bool quantize(int action, int buffer) override;
   bool store_kv(int action, const Operation& o) override;
   bool check_rows(int action, int buffer) override;
+  bool norm_quantized(int action, const Operation& o) override;
+  bool activation_quantized(int action, const Operation& o) override;
   void products(const std::vector<int>& operations) override;
   void partial_product(int index, uint8_t* block) override;
   void reduce(int index, int first_row, int rows, const float* const* sums) override;
@@ -65,6 +67,7 @@ class CudaDevice final : public Device {
   };
   struct CardBuffer {
     Memory values, groups;  // groups: its quantised form
+    bool only_groups = true;  // nobody reads the values
     float* row(int64_t stride, int r) const { return values.as<float>() + r * stride; }
   };
   struct Table {
@@ -118,7 +121,6 @@ class CudaDevice final : public Device {
   Memory step_host_, step_card_, tokens_host_, tokens_card_, select_host_, select_card_, settings_host_, settings_card_;
   Memory least_host_, candidates_host_, staging_host_, received_host_, sums_host_;
   DeviceRows device_rows_{};
-  std::vector<int> rope_of_;  // by operation: of a store_kv, the rope operation of its layer's q
   bool waited_ = true;
 };
 
@@ -221,6 +223,9 @@ void CudaDevice::plan_memory() {
     const Buffer& b = shard_.buffer(static_cast<int>(i));
     const size_t bytes = static_cast<size_t>(b.rows) * static_cast<size_t>(b.stride) * 4;
     if (!gathered[i]) buffers_[i].values = Memory(Place::Card, bytes, kBuffers);
+    buffers_[i].only_groups = b.quantized && !b.host && std::all_of(p.operations.begin(), p.operations.end(), [&](const Operation& o) {
+      return o.kind == OperationKind::Linear || o.kind == OperationKind::LinearPartial || (o.in != static_cast<int>(i) && o.in2 != static_cast<int>(i));
+    });
     if (b.quantized) buffers_[i].groups = Memory(Place::Card, activation_bytes(b.rows, b.width), kBuffers);
     if (!b.host) continue;
     mirrors_[i] = Memory(Place::Host, bytes, kBuffers);
@@ -412,6 +417,23 @@ void CudaDevice::norm(const Operation& o) {
 bool CudaDevice::quantize(int action, int buffer) {
   const Buffer& b = shard_.buffer(buffer);
   if (!broken()) queue(cuda::quantize(values(buffer), b.stride, rows_of(buffer), b.width, card(buffer).groups.as<ActivationGroup>(), stream_, check_of(action)));
+  return true;
+}
+
+bool CudaDevice::norm_quantized(int action, const Operation& o) {
+  if (!card(o.out).only_groups) return Device::norm_quantized(action, o);
+  const Buffer& in = shard_.buffer(o.in);
+  if (!broken())
+    queue(rms_norm(values(o.in), in.stride, vector(o.weight), o.epsilon, in.width, rows_of(o.in), nullptr, 0, card(o.out).groups.as<ActivationGroup>(), stream_, check_of(action)));
+  return true;
+}
+
+bool CudaDevice::activation_quantized(int action, const Operation& o) {
+  if (!card(o.out).only_groups) return Device::activation_quantized(action, o);
+  const Buffer& gate = shard_.buffer(o.in);
+  if (!broken())
+    queue(cuda::gated_activation(values(o.in), gate.stride, values(o.in2), shard_.buffer(o.in2).stride, gate.width, rows_of(o.in), o.activation, nullptr, 0,
+                                 card(o.out).groups.as<ActivationGroup>(), stream_, check_of(action)));
   return true;
 }
 

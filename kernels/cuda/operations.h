@@ -67,11 +67,12 @@ Problem linear_prefill(const Product& product, Stream stream);
 
 // ---------------------------------------------------------------- along a token
 
-// out [T, width] or null, quantized or null (not both); width a multiple of 32 for `quantized`.
-Problem rms_norm(const float* x, int64_t x_stride, const float* w, float epsilon, int64_t width, int tokens, float* out, int64_t out_stride, ActivationGroup* quantized, Stream stream);
+// out [T, width] or null, quantized or null (not both); width a multiple of 32 for `quantized`, whose values `check` looks at.
+Problem rms_norm(const float* x, int64_t x_stride, const float* w, float epsilon, int64_t width, int tokens, float* out, int64_t out_stride, ActivationGroup* quantized, Stream stream,
+                 const FiniteCheck& check = {});
 // activation 0: silu, 1: gelu (tanh form). Outputs as for rms_norm.
 Problem gated_activation(const float* gate, int64_t gate_stride, const float* up, int64_t up_stride, int64_t width, int tokens, int activation, float* out, int64_t out_stride,
-                         ActivationGroup* quantized, Stream stream);
+                         ActivationGroup* quantized, Stream stream, const FiniteCheck& check = {});
 // residual[t, r] += tree of the nodes + bias[r]; the nodes as in KernelSet::finish_tree, `lo` and `hi` and the arrays of pointers and strides on the host.
 Problem finish_tree(int units, int node_count, const int* lo, const int* hi, const float* const* nodes, const int64_t* strides, const float* bias, float* residual,
                     int64_t residual_stride, int64_t width, int tokens, Stream stream);

@@ -4,6 +4,7 @@
 // be quantised is a warp's 32 values of one pass, so it never leaves the registers.
 // Limits: width any for fp32, a multiple of 32 for quantised output.
 #include "device.cuh"
+#include "finite.cuh"
 #include "operations.h"
 #include "quantize_group.cuh"
 
@@ -11,7 +12,7 @@ namespace shardmesh::cuda {
 namespace {
 
 __global__ void __launch_bounds__(kPartials) rms_norm_kernel(const float* x, int64_t x_stride, const float* w, float epsilon, int64_t width, float* out, int64_t out_stride,
-                                                             ActivationGroup* quantized_out) {
+                                                             ActivationGroup* quantized_out, const FiniteCheck check) {
   const int token = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   const float* row = x + token * x_stride;
   float partial = 0.0f;
@@ -20,18 +21,23 @@ __global__ void __launch_bounds__(kPartials) rms_norm_kernel(const float* x, int
   const float r = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, epsilon)));
   for (int64_t i = thread; i < width; i += kPartials) {
     const float y = __fmul_rn(__fmul_rn(row[i], r), w[i]);
-    if (quantized_out) quantize_group(y, token, i / 32, width / 32, lane, quantized_out);  // whole warps come here: width is a multiple of 32
-    else out[token * out_stride + i] = y;
+    if (quantized_out) {  // whole warps come here: width is a multiple of 32
+      note_unless_finite(y, check, token);
+      quantize_group(y, token, i / 32, width / 32, lane, quantized_out);
+    } else {
+      out[token * out_stride + i] = y;
+    }
   }
 }
 
 }  // namespace
 
-Problem rms_norm(const float* x, int64_t x_stride, const float* w, float epsilon, int64_t width, int tokens, float* out, int64_t out_stride, ActivationGroup* quantized, Stream stream) {
+Problem rms_norm(const float* x, int64_t x_stride, const float* w, float epsilon, int64_t width, int tokens, float* out, int64_t out_stride, ActivationGroup* quantized, Stream stream,
+                 const FiniteCheck& check) {
   if (width < 1 || tokens < 1) return "rms_norm: width and tokens must be positive";
   if ((out == nullptr) == (quantized == nullptr)) return "rms_norm: one output, fp32 or quantised";
   if (quantized && width % 32 != 0) return "rms_norm: the width of quantised output must be a multiple of 32";
-  return launch(rms_norm_kernel, static_cast<unsigned>(tokens), kPartials, (kPartials + 1) * 4, stream, x, x_stride, w, epsilon, width, out, out_stride, quantized);
+  return launch(rms_norm_kernel, static_cast<unsigned>(tokens), kPartials, (kPartials + 1) * 4, stream, x, x_stride, w, epsilon, width, out, out_stride, quantized, check);
 }
 
 }  // namespace shardmesh::cuda

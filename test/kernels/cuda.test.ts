@@ -37,6 +37,7 @@ const cases = {
     "cuda embed - reads the reference's rows of every format, and leaves rows of other tokens alone",
     'cuda select_rows - copies the rows it is told',
     'cuda check_rows and quantize - name the first row that is not finite',
+    'cuda rms_norm and gated_activation - name the first row whose quantised result is not finite',
     'cuda rope_store_kv - names the row whose k, once rotated, or v is not finite',
     "cuda head - picks the candidate that the sampler's noise picks, ties to the lower id, none where a logit is not finite",
     "cuda head - sums have the sampler's bits",

@@ -411,6 +411,31 @@ std::string check_finite_checks() {
   return "";
 }
 
+// A norm or an activation that quantises what it makes names the row whose result is not finite, though what it read was.
+std::string check_finite_results() {
+  constexpr int kWidth = 160, kRows = 5;
+  const std::vector<float> ones(kRows * kWidth, 1.0f);
+  std::vector<float> large = ones, w(kWidth, 1.0f);
+  for (int i = 0; i < kWidth; i++) large[3 * kWidth + static_cast<size_t>(i)] = i == 7 ? 1.0e18f : 0.0f;  // normed: 12.6
+  w[7] = 3.0e38f;
+  const Guarded<float> x("x", large), weight("w", w), gate("gate", std::vector<float>(kRows * kWidth, 2.0f));
+  const Guarded<uint8_t> groups("groups", cuda::activation_bytes(kRows, kWidth));
+  auto* out = reinterpret_cast<cuda::ActivationGroup*>(groups.data());
+  std::vector<float> values = ones;
+  values[2 * kWidth + 159] = 3.4e38f;  // times silu(2)
+  const Guarded<float> up("up", values);
+  for (const bool norm : {false, true}) {
+    const Guarded<uint32_t> least("least", std::vector<uint32_t>{0xffffffffu});
+    const cuda::FiniteCheck check{least.data(), 9 << 16};
+    const char* problem = norm ? cuda::rms_norm(x.data(), kWidth, weight.data(), 1e-5f, kWidth, kRows, nullptr, 0, out, nullptr, check)
+                               : cuda::gated_activation(gate.data(), kWidth, up.data(), kWidth, kWidth, kRows, 0, nullptr, 0, out, nullptr, check);
+    if (problem) return failed(problem);
+    if (const std::string wrong = simt::finish(); !wrong.empty()) return wrong;
+    if (least.data()[0] != (9 << 16) + (norm ? 3u : 2u)) return std::string(norm ? "norm" : "activation") + ": the mark is " + std::to_string(least.data()[0]) + "; ";
+  }
+  return "";
+}
+
 // As above for k, which is looked at when it is rotated, and for v.
 std::string check_finite_keys_and_values() {
   const Shape shape{KeyType::Int8, 64, 16, 0, {0, 0}, {{20, 4}}};
@@ -508,6 +533,7 @@ int main() {
   simt::test_case("cuda embed - reads the reference's rows of every format, and leaves rows of other tokens alone", [] { return in_every_order(check_embed); });
   simt::test_case("cuda select_rows - copies the rows it is told", [] { return in_every_order(check_select_rows); });
   simt::test_case("cuda check_rows and quantize - name the first row that is not finite", [] { return in_every_order(check_finite_checks); });
+  simt::test_case("cuda rms_norm and gated_activation - name the first row whose quantised result is not finite", [] { return in_every_order(check_finite_results); });
   simt::test_case("cuda rope_store_kv - names the row whose k, once rotated, or v is not finite", [] { return in_every_order(check_finite_keys_and_values); });
   simt::test_case("cuda head - picks the candidate that the sampler's noise picks, ties to the lower id, none where a logit is not finite", [] { return in_every_order(check_candidates); });
   simt::test_case("cuda head - sums have the sampler's bits", [] { return in_every_order(check_sums); });
