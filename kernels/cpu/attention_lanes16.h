@@ -548,14 +548,6 @@ SHARDMESH_LANES float quantize_head(const float* x, int D, Store store) {
 
 constexpr int kHeadSizeMax = 1024;
 
-// Quantising makes any number of what is none.
-SHARDMESH_LANES bool finite_head(const float* x, int D) {
-  const Lanes::I exponent = Lanes::set_int(0x7f800000);
-  Lanes::I highest = Lanes::set_int(0);
-  for (int d = 0; d < D; d += 16) highest = Lanes::max_int(highest, Lanes::bit_and(Lanes::bits(Lanes::load(x + d)), exponent));
-  return Lanes::highest_int(highest) != 0x7f800000;
-}
-
 // One token and KV head: column `position % 16` of its subblock.
 SHARDMESH_LANES void store_token(const float* k, const float* v, const KvLayout& kv, uint8_t* subblock, int column) {
   const int D = kv.head_size;
@@ -599,7 +591,7 @@ SHARDMESH_LANES bool store_kv_parts(const float* k, int64_t k_stride, const floa
       for (const uint8_t *p = place_of(i + 1), *end = p + kv.subblock_bytes; p < end; p += 64) __builtin_prefetch(p, 1, 3);
     const float* key = k + t * k_stride + head * kv.head_size;
     const float* value = v + t * v_stride + head * kv.head_size;
-    finite &= finite_head(key, kv.head_size) && finite_head(value, kv.head_size);
+    finite &= finite_values(key, kv.head_size) && finite_values(value, kv.head_size);  // quantising makes a number of what is none
     store_token(key, value, kv, place_of(i), rows.positions[t] % 16);
   }
   return finite;

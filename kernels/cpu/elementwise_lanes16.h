@@ -216,23 +216,5 @@ SHARDMESH_LANES void finish_tree_parts(int units, int node_count, const int* lo,
   });
 }
 
-// ---------------------------------------------------------------- all_finite
-
-// A value is finite unless all bits of its exponent are set.
-SHARDMESH_LANES bool finite_values(const float* x, int64_t count) {
-  const Lanes::I exponent = Lanes::set_int(0x7f800000);
-  Lanes::I highest[2] = {Lanes::set_int(0), Lanes::set_int(0)};
-  int64_t i = 0;
-  for (; i + 32 <= count; i += 32) {
-    highest[0] = Lanes::max_int(highest[0], Lanes::bit_and(Lanes::bits(Lanes::load(x + i)), exponent));
-    highest[1] = Lanes::max_int(highest[1], Lanes::bit_and(Lanes::bits(Lanes::load(x + i + 16)), exponent));
-  }
-  for (; i < count; i += 16) {
-    const int left = count - i < 16 ? static_cast<int>(count - i) : 16;
-    highest[0] = Lanes::max_int(highest[0], Lanes::bit_and(Lanes::bits(Lanes::load_first(x + i, left)), exponent));
-  }
-  return Lanes::highest_int(Lanes::max_int(highest[0], highest[1])) != 0x7f800000;
-}
-
 }  // namespace
 }  // namespace shardmesh

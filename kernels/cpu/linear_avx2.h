@@ -303,8 +303,8 @@ struct Avx2 {
     }
   }
 
-  template <int P>
   // False when a value is not finite.
+  template <int P>
   SHARDMESH_AVX2 bool quantize_group(const float* x, TokenGroup* out, WideGroup* wide) {
     const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
     __m256 v[4];

@@ -268,22 +268,18 @@ void multiply_quantized(const LinearArguments& a, int64_t from, int64_t to) {
         }
       }
     }
-    if constexpr (Isa::kPairParts == kTilePartsMax) {
-      for (; s + 2 <= to; s += 2) {
-        const Strip strips[2] = {strip_at<type>(matrix, s), strip_at<type>(matrix, s + 1)};
+    const auto multiply_runs = [&]<int S>() {
+      for (; s + S <= to; s += S) {
+        Strip strips[S];
+        for (int i = 0; i < S; i++) strips[i] = strip_at<type>(matrix, s + i);
         for (int i = first; i < last; i++) {
           const Tile tile = tile_at<P, Isa::kWholeParts>(tokens, i);
-          multiply_strips<Isa, W, P, 2>(strips, tile_input(tile), a, s * kStripRows, tile, i == first ? tuning.prefetch_bytes : 0);
+          multiply_strips<Isa, W, P, S>(strips, tile_input(tile), a, s * kStripRows, tile, i == first ? tuning.prefetch_bytes : 0);
         }
       }
-    }
-    for (; s < to; s++) {
-      const Strip strip = strip_at<type>(matrix, s);
-      for (int i = first; i < last; i++) {
-        const Tile tile = tile_at<P, Isa::kWholeParts>(tokens, i);
-        multiply_strips<Isa, W, P, 1>(&strip, tile_input(tile), a, s * kStripRows, tile, i == first ? tuning.prefetch_bytes : 0);
-      }
-    }
+    };
+    if constexpr (Isa::kPairParts == kTilePartsMax) multiply_runs.template operator()<2>();
+    multiply_runs.template operator()<1>();
   }
 }
 

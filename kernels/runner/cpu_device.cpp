@@ -1,6 +1,7 @@
 #include "cpu_device.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 namespace shardmesh {
@@ -95,33 +96,34 @@ void CpuDevice::norm(const Operation& o) {
   });
 }
 
-bool CpuDevice::finite(int action, const std::atomic<bool>& bad) {
+template <typename Work>
+bool CpuDevice::share_finite(int action, double cost, const Work& work) {
+  std::atomic<bool> bad{false};
+  share(team_, cost, [&](Part part) {
+    if (!work(part)) bad = true;
+  });
   if (bad) problem_ = {action, -1, ""};
   return !bad;
 }
 
 bool CpuDevice::quantize(int action, int buffer) {
   const Activations in = activations(buffer);
-  std::atomic<bool> bad{false};
-  share(team_, 4.0 * in.tokens * static_cast<double>(in.columns), [&](Part part) {
-    if (!kernels_.quantize_activations(in, part)) bad = true;
-  });
-  return finite(action, bad);
+  return share_finite(action, 4.0 * in.tokens * static_cast<double>(in.columns), [&](Part part) { return kernels_.quantize_activations(in, part); });
 }
 
 // Whole rows of a thread: what it has normed it quantises at once.
 bool CpuDevice::norm_quantized(int action, const Operation& o) {
   const Activations out = activations(o.out);
   const int64_t in_stride = shard_.buffer(o.in).stride;
-  std::atomic<bool> bad{false};
-  share(team_, out.tokens == 1 ? 0 : 6.0 * out.tokens * static_cast<double>(out.columns), [&](Part part) {
+  return share_finite(action, out.tokens == 1 ? 0 : 6.0 * out.tokens * static_cast<double>(out.columns), [&](Part part) {
+    bool finite = true;
     for (int t = out.tokens * part.index / part.count; t < out.tokens * (part.index + 1) / part.count; t++) {
       const Part row_t{t, out.tokens};
       kernels_.rms_norm(row(o.in, 0), in_stride, shard_.vector(o.weight), o.epsilon, out.columns, out.tokens, row(o.out, 0), out.x_stride, row_t);
-      if (!kernels_.quantize_activations(out, row_t)) bad = true;
+      finite &= kernels_.quantize_activations(out, row_t);
     }
+    return finite;
   });
-  return finite(action, bad);
 }
 
 // Both share columns in the same way.
@@ -129,12 +131,10 @@ bool CpuDevice::activation_quantized(int action, const Operation& o) {
   const Buffer& gate = shard_.buffer(o.in);
   Activations out = activations(o.out);
   out.by_columns = true;
-  std::atomic<bool> bad{false};
-  share(team_, 20.0 * out.tokens * static_cast<double>(gate.width), [&](Part part) {
+  return share_finite(action, 20.0 * out.tokens * static_cast<double>(gate.width), [&](Part part) {
     kernels_.gated_activation(row(o.in, 0), gate.stride, row(o.in2, 0), shard_.buffer(o.in2).stride, gate.width, out.tokens, o.activation, row(o.out, 0), out.x_stride, part);
-    if (!kernels_.quantize_activations(out, part)) bad = true;
+    return kernels_.quantize_activations(out, part);
   });
-  return finite(action, bad);
 }
 
 void CpuDevice::products(const std::vector<int>& operations) {
@@ -198,11 +198,9 @@ void CpuDevice::rope(int index) {
 bool CpuDevice::store_kv(int action, const Operation& o) {
   const Buffer& k = shard_.buffer(o.in);
   const Buffer& v = shard_.buffer(o.in2);
-  std::atomic<bool> bad{false};
-  share(team_, 8.0 * rows_->tokens * static_cast<double>(k.width), [&](Part part) {
-    if (!kernels_.store_kv(row(o.in, 0), k.stride, row(o.in2, 0), v.stride, shard_.kv_layout(), kv_layer(o.layer), *rows_, part)) bad = true;
+  return share_finite(action, 8.0 * rows_->tokens * static_cast<double>(k.width), [&](Part part) {
+    return kernels_.store_kv(row(o.in, 0), k.stride, row(o.in2, 0), v.stride, shard_.kv_layout(), kv_layer(o.layer), *rows_, part);
   });
-  return finite(action, bad);
 }
 
 void CpuDevice::attention(const Operation& o) {

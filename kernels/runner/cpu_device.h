@@ -1,7 +1,5 @@
 // The device that is this machine's processor: a kernel set over a team of threads, one barrier an operation. What the host reads is what it computed.
 #pragma once
-#include <atomic>
-
 #include "device.h"
 #include "memory.h"
 #include "thread_team.h"
@@ -41,7 +39,9 @@ class CpuDevice final : public Device {
  private:
   Activations activations(int buffer) const;
   uint8_t* kv_layer(int layer) const;
-  bool finite(int action, const std::atomic<bool>& bad);
+  // Shares work that says whether all it read is finite; notes the problem of `action` when not.
+  template <typename Work>
+  bool share_finite(int action, double cost, const Work& work);
 
   const KernelSet& kernels_;
   ThreadTeam& team_;
