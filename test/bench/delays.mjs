@@ -3,14 +3,10 @@
  * them, NATS and gRPC alike, goes through a relay (delay-relay.py) that holds each byte for a while. Beside it the same stages on one host over shared memory. All
  * share this machine's first two cores, the relay too.
  */
-import { dirname } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
-import { findNatsServer } from '../../dist/coordinator/mesh/nats-server.js';
-import { findModel } from '../../dist/deploy/cli/find-model.js';
-import { defaultCacheDirectory } from '../../dist/kernels/model-file/cache-directory.js';
 import { makeHosts, namespacesMissing } from '../hosts/network-namespaces.ts';
-import { until } from './until.mjs';
+import { giveCoordinatorFiles, until, workerStarter } from './host-mesh.mjs';
 
 const { values } = parseArgs({
   options: {
@@ -45,12 +41,10 @@ const workerPort = 7500;
 
 const network = makeHosts(Math.max(...list(values.stages).map(Number)) + 2);
 const [coordinator, relay, ...others] = network.hosts;
-const enrolled = new Set();
+const startWorker = workerStarter(coordinator);
 const rows = [];
 try {
-  const model = await findModel('smollm2-135m-instruct-q4_1');
-  coordinator.give(model, model.slice(defaultCacheDirectory().length));
-  coordinator.give(dirname((await findNatsServer()).path), 'nats-server/given');
+  await giveCoordinatorFiles(coordinator);
   for (const stages of list(values.stages).map(Number)) {
     await measure({ stages, delay: null, wire: 'f32', inFlight: 'designed' });
     for (const delay of list(values.delays).map(Number))
@@ -84,11 +78,8 @@ async function measure({ stages, delay, wire, inFlight }) {
   started.push(serve);
   if (far) await until('the broker', () => /waiting for \d of \d workers/.test(serve.output()), serve.output);
   for (const [index, host] of hosts.entries()) {
-    const { output } = enrolled.has(host) ? { output: '' } : await coordinator.answer(coordinator.shardmesh('enroll'));
-    enrolled.add(host);
-    const token = /--enroll (\S+)$/m.exec(output)?.[1];
     const at = ['--advertise', `${relay.address}:${workerPort + index}`, '--cores', String(index % 2)];
-    started.push(host.shardmesh('worker', ...at, ...(token ? ['--enroll', token] : [])));
+    started.push(await startWorker(host, at));
   }
   const said = () => started.map((one) => one.output()).join('\n');
   await until('the mesh', () => /^shardmesh ready /m.test(serve.output()), said);

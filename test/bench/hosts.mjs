@@ -5,14 +5,10 @@
  * this machine's first two cores, one compute thread each, so the network is what is compared, not how much faster more hosts are.
  */
 import { execFileSync } from 'node:child_process';
-import { dirname } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
-import { findNatsServer } from '../../dist/coordinator/mesh/nats-server.js';
-import { findModel } from '../../dist/deploy/cli/find-model.js';
-import { defaultCacheDirectory } from '../../dist/kernels/model-file/cache-directory.js';
 import { makeHosts, namespacesMissing } from '../hosts/network-namespaces.ts';
-import { until } from './until.mjs';
+import { giveCoordinatorFiles, until, workerStarter } from './host-mesh.mjs';
 
 const { values } = parseArgs({
   options: {
@@ -52,10 +48,8 @@ try {
       'latency',
       '20ms',
     ]);
-  const model = await findModel('smollm2-135m-instruct-q4_1');
-  a.give(model, model.slice(defaultCacheDirectory().length));
-  a.give(dirname((await findNatsServer()).path), 'nats-server/given');
-  const enrolled = new Set();
+  await giveCoordinatorFiles(a);
+  const startWorker = workerStarter(a);
 
   for (const { cut, hosts, link, wires } of cases)
     for (const wire of wires) {
@@ -90,10 +84,7 @@ try {
       const workers = [];
       if (hosts > 1) await until('the broker', () => /waiting for \d of \d workers/.test(serve.output()), serve.output);
       for (const [index, host] of others.slice(0, hosts - 1).entries()) {
-        const { output } = enrolled.has(host) ? { output: '' } : await a.answer(a.shardmesh('enroll'));
-        enrolled.add(host);
-        const token = /--enroll (\S+)$/m.exec(output)?.[1];
-        workers.push(host.shardmesh('worker', '--cores', String((index + 1) % 2), ...(token ? ['--enroll', token] : [])));
+        workers.push(await startWorker(host, ['--cores', String((index + 1) % 2)]));
       }
       const said = () => [serve, ...workers].map((one) => one.output()).join('\n');
       await until('the mesh', () => /^shardmesh ready /m.test(serve.output()), said);
