@@ -13,7 +13,7 @@ export interface CoordinatorConfig {
   /** Of workers that have no choice of their own; `cuda`: of local workers only. */
   executor: 'cpu' | 'cuda' | 'reference';
   /** null: the best each worker has. */
-  isa: 'avx512' | 'avx2' | 'portable' | null;
+  isa: 'amx' | 'avx512' | 'avx2' | 'portable' | null;
   link: LinkDriver | 'auto';
   /** How activations travel between workers. */
   wire: WireType;

@@ -4,7 +4,7 @@
  */
 import type { Program } from './programs/program.ts';
 
-export type Isa = 'avx512' | 'avx2' | 'portable';
+export type Isa = 'amx' | 'avx512' | 'avx2' | 'portable';
 export type ExecutorKind = 'cpu' | 'cuda' | 'reference' | 'reference-f32';
 
 /** `bf16` rounds to nearest even; `q8` takes 34 bytes for 32 values. */

@@ -98,7 +98,7 @@ const options = {
       .default('auto'),
   isa: () =>
     new Option('--isa <name>', 'instruction set of the cpu executor')
-      .choices(['auto', 'avx512', 'avx2', 'portable'])
+      .choices(['auto', 'amx', 'avx512', 'avx2', 'portable'])
       .default('auto'),
   link: () =>
     new Option('--link <driver>', 'how ranks and stages reach each other')
@@ -193,7 +193,7 @@ export interface OptionValues {
   tp: Shares;
   pp: Shares;
   executor: 'auto' | 'cpu' | 'cuda' | 'reference';
-  isa: 'auto' | 'avx512' | 'avx2' | 'portable';
+  isa: 'auto' | 'amx' | 'avx512' | 'avx2' | 'portable';
   link: 'auto' | 'shm' | 'tcp' | 'grpc' | 'nats';
   wire: 'f32' | 'bf16' | 'q8';
   port: number;

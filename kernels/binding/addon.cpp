@@ -72,7 +72,7 @@ const char* huge_pages() {
 Napi::Value cpu_features_object(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   Napi::Array isas = Napi::Array::New(env);
-  for (const char* name : {"avx512", "avx2", "portable"}) {
+  for (const char* name : {"amx", "avx512", "avx2", "portable"}) {
     const char* why = nullptr;
     if (find_kernel_set(name, &why)) isas.Set(isas.Length(), name);
   }

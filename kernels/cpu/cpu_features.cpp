@@ -6,13 +6,27 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace shardmesh {
 namespace {
 
 #if defined(__x86_64__)
-// XCR0: bit 1 SSE, 2 AVX, 5 mask registers, 6 upper halves of zmm0-15, 7 zmm16-31.         Source: Intel SDM volume 1, section 13.3
-constexpr uint64_t kYmmState = 0x06, kZmmState = 0xe6;
+// XCR0: bit 1 SSE, 2 AVX, 5 mask registers, 6 upper halves of zmm0-15, 7 zmm16-31, 17 and 18 tiles.         Source: Intel SDM volume 1, section 13.3
+constexpr uint64_t kYmmState = 0x06, kZmmState = 0xe6, kTileState = 0x60000;
+
+// Linux saves tiles only for processes that asked. Refused where a thread's signal stack is too small.         Source: Linux, Documentation/arch/x86/xstate.rst
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 uint64_t saved_state() {
   uint32_t low, high;
@@ -46,6 +60,8 @@ CpuFeatures detect() {
   f.avx2 = bit(b, 5);
   const bool foundation = bit(b, 16), dq = bit(b, 17), bw = bit(b, 30), vl = bit(b, 31), vnni = bit(c, 11);
   f.avx512 = f.avx2 && foundation && dq && bw && vl && vnni && (state & kZmmState) == kZmmState;
+  const bool tiles = bit(d, 24), int8_tiles = bit(d, 25);
+  f.amx = f.avx512 && tiles && int8_tiles && (state & kTileState) == kTileState && may_use_tiles();
   return f;
 }
 #else

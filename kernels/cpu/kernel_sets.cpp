@@ -34,6 +34,9 @@ constexpr KernelSet kPortable = SHARDMESH_KERNEL_SET(portable);
 #if defined(__x86_64__)
 constexpr KernelSet kAvx2 = SHARDMESH_KERNEL_SET(avx2);
 constexpr KernelSet kAvx512 = SHARDMESH_KERNEL_SET(avx512);
+#if SHARDMESH_AMX
+constexpr KernelSet kAmx = SHARDMESH_KERNEL_SET(amx);
+#endif
 #endif
 #undef SHARDMESH_KERNEL_SET
 
@@ -53,11 +56,17 @@ const KernelSet* avx512_kernel_set() { return &kAvx512; }
 const KernelSet* avx2_kernel_set() { return nullptr; }
 const KernelSet* avx512_kernel_set() { return nullptr; }
 #endif
+#if defined(__x86_64__) && SHARDMESH_AMX
+const KernelSet* amx_kernel_set() { return &kAmx; }
+#else
+const KernelSet* amx_kernel_set() { return nullptr; }
+#endif
 
-// `name`: avx512, avx2, portable, reference, reference-f32, or auto (null means auto) for the fastest CPU set of this machine.
+// `name`: amx, avx512, avx2, portable, reference, reference-f32, or auto (null means auto) for the fastest CPU set of this machine.
 const KernelSet* find_kernel_set(const char* name, const char** why) {
   const CpuFeatures& cpu = cpu_features();
   if (!name || std::strcmp(name, "auto") == 0) {
+    if (cpu.amx && amx_kernel_set()) return amx_kernel_set();
     if (cpu.avx512) return avx512_kernel_set();
     if (cpu.avx2) return avx2_kernel_set();
     return portable_kernel_set();
@@ -76,7 +85,12 @@ const KernelSet* find_kernel_set(const char* name, const char** why) {
       return refuse(why, "kernel set avx512 needs AVX-512 F, BW, VL, DQ and VNNI of processor and operating system, and this machine lacks one; take avx2 or auto");
     return avx512_kernel_set();
   }
-  return refuse(why, "unknown kernel set; known are avx512, avx2, portable, reference, reference-f32 and auto");
+  if (std::strcmp(name, "amx") == 0) {
+    if (!amx_kernel_set()) return refuse(why, "kernel set amx is for x86-64 only, and needs a compiler that knows AMX (gcc 11 or later); take avx512 or auto");
+    if (!cpu.amx) return refuse(why, "kernel set amx needs AVX-512 with VNNI, AMX-TILE and AMX-INT8, and a system that lets this process use tiles; take avx512 or auto");
+    return amx_kernel_set();
+  }
+  return refuse(why, "unknown kernel set; known are amx, avx512, avx2, portable, reference, reference-f32 and auto");
 }
 
 KvLayout make_kv_layout(KeyType key, ValueType value, int heads, int head_size, int block_tokens) {

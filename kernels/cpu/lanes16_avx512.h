@@ -18,7 +18,7 @@ namespace {
 
 #define SHARDMESH_LANES [[maybe_unused]] static inline __attribute__((always_inline))
 // Before a loop over registers: their arrays must vanish.
-#define SHARDMESH_UNROLL _Pragma("GCC unroll 8")
+#define SHARDMESH_UNROLL _Pragma("GCC unroll 16")
 
 struct Lanes {
   using F = __m512;

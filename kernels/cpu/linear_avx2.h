@@ -25,6 +25,7 @@ struct Avx2 {
   };
   static constexpr bool kStreams = true;
   static constexpr int kWholeParts = kTilePartsMax;
+  static constexpr int kTileRegistersFrom = INT_MAX;
   static constexpr int kPairParts = 4;
   static constexpr int kPanelStrips = 1;  // 2 halves x 6 tokens: twelve accumulators, the rest of the 16 registers holds weights and activations
 

@@ -13,6 +13,7 @@ struct Lanes16 {
   static constexpr bool kStreams = L::wide_registers;
   static constexpr int kPanelStrips = L::wide_registers ? 2 : 1;  // 2 strips x 6 tokens: twelve independent chains
   static constexpr int kWholeParts = L::wide_registers ? 8 : kTilePartsMax;  // for fewer walks through the weights; one strip of 8 is as fast as two of 6
+  static constexpr int kTileRegistersFrom = INT_MAX;
   static constexpr int kPairParts = L::wide_registers ? kTilePartsMax : 0;
 
   template <class>
@@ -130,19 +131,23 @@ struct Lanes16 {
       }
     }
     SHARDMESH_UNROLL
-    for (int s = 0; s < S; s++) {
-      const F scales = scale<W>(records[s], heads[s]);
+    for (int s = 0; s < S; s++) add_dots<W, M, P>(records[s], heads[s], in, dot[s], second_dot[s], acc[s]);
+  }
+
+  // One group of one strip into its sums. `second_dot` of int16 activations under half scales only.
+  template <class W, int M, int P>
+  SHARDMESH_LANES void add_dots(const uint8_t* record, const uint8_t* head, const TokenGroup* in, const I* dot, [[maybe_unused]] const I* second_dot, F* acc) {
+    const F scales = scale<W>(record, head);
+    SHARDMESH_UNROLL
+    for (int t = 0; t < M; t++) {
+      const F by = L::mul(scales, L::set(in[t * P].sa));
+      acc[t] = L::fma(L::to_float(dot[t]), by, acc[t]);
+      if constexpr (W::half_scales && P == 2) acc[t] = L::fma(L::to_float(second_dot[t]), by, acc[t]);
+    }
+    if constexpr (W::minimum) {
+      const F m = minimum<W>(record, head);
       SHARDMESH_UNROLL
-      for (int t = 0; t < M; t++) {
-        const F by = L::mul(scales, L::set(in[t * P].sa));
-        acc[s][t] = L::fma(L::to_float(dot[s][t]), by, acc[s][t]);
-        if constexpr (W::half_scales && P == 2) acc[s][t] = L::fma(L::to_float(second_dot[s][t]), by, acc[s][t]);
-      }
-      if constexpr (W::minimum) {
-        const F m = minimum<W>(records[s], heads[s]);
-        SHARDMESH_UNROLL
-        for (int t = 0; t < M; t++) acc[s][t] = L::fma(m, L::set(in[t * P].ms), acc[s][t]);
-      }
+      for (int t = 0; t < M; t++) acc[t] = L::fma(m, L::set(in[t * P].ms), acc[t]);
     }
   }
 
@@ -160,7 +165,8 @@ struct Lanes16 {
     }
   }
 
-  template <TensorType type>
+  // Weight bytes as the format has them, unsigned, or with the true sign.
+  template <TensorType type, bool with_sign = false>
   SHARDMESH_LANES void expand(const uint8_t* record, const uint8_t* head, uint8_t* panel) {
     using W = Direct<type>;
     L::store(reinterpret_cast<float*>(panel), scale<W>(record, head));
@@ -171,7 +177,11 @@ struct Lanes16 {
       L::store_int(reinterpret_cast<int32_t*>(panel + 64), L::bit_or(L::bit_and(first, L::set_int(0xffff)), L::shift_left(second, 16)));
     }
     SHARDMESH_UNROLL
-    for (int j = 0; j < 8; j++) L::store_int(reinterpret_cast<int32_t*>(panel + kPanelWeightsAt + 64 * j), weights<W>(record, j));
+    for (int j = 0; j < 8; j++) {
+      I w = weights<W>(record, j);
+      if constexpr (with_sign && W::zero_shift >= 0) w = L::sub_bytes(w, L::set_int(static_cast<int32_t>(0x01010101u << W::zero_shift)));
+      L::store_int(reinterpret_cast<int32_t*>(panel + kPanelWeightsAt + 64 * j), w);
+    }
   }
 
   template <TensorType type, int M>

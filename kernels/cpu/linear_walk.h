@@ -10,11 +10,14 @@
 //   kPanelStrips                               strips multiplied at once when they are expanded
 //   kStreams                                   whether several strips may be read at once (linear_tuning.h)
 //   kWholeParts                                up to so many parts are one tile
+//   kTileRegistersFrom                         from so many parts on tiles are those of tile registers; INT_MAX where there are none
+//   multiply_tile_registers<P, type>(a, from, to) then does strips [from, to), all tokens
 //   kPairParts                                 most parts of a tile that two strips are multiplied with at once: what registers hold
 // and the macro SHARDMESH_UNROLL before a loop: registers need it, plain C++ lanes must not (their code would grow out of hand).
 //
 // Order inside one (row, token, segment): groups ascending into one accumulator. Tiles, strips and parts never change it.
 #pragma once
+#include <climits>
 #include <type_traits>
 
 #include "../include/arithmetic.h"
@@ -229,15 +232,18 @@ int64_t multiply_streams(const LinearArguments& a, int64_t from, int64_t to, con
 template <class Isa, int P, TensorType type>
 void multiply_quantized(const LinearArguments& a, int64_t from, int64_t to) {
   using W = Direct<type>;
+  if constexpr (Isa::kTileRegistersFrom < INT_MAX) {
+    if (a.in.tokens * P >= Isa::kTileRegistersFrom) return Isa::template multiply_tile_registers<P, type>(a, from, to);
+  }
   const LinearTuning& tuning = linear_tuning();
   const PackedMatrix& matrix = *a.weight;
-  const int tokens = a.in.tokens, tiles = tile_count<P, Isa::kWholeParts>(tokens);
+  const int tokens = a.in.tokens, tiles = tile_count<Isa, P>(tokens);
   const int64_t groups = matrix.columns / 32;
   const InputOf<Isa, W>* in = input_of<Isa, W>(a.in);
   const auto tile_input = [&](Tile tile) { return in + tile_offset(tile, groups) * kGroupsPerToken<Isa, W, P>; };
 
   if (tiles == 1) {
-    const Tile tile = tile_at<P, Isa::kWholeParts>(tokens, 0);
+    const Tile tile = tile_at<Isa, P>(tokens, 0);
     int64_t s = from;
     if constexpr (Isa::kStreams) s = multiply_streams<Isa, W, P>(a, from, to, in);
     for (; s < to; s++) {
@@ -263,7 +269,7 @@ void multiply_quantized(const LinearArguments& a, int64_t from, int64_t to) {
           strips[i] = {panel, nullptr, 0};
         }
         for (int i = first; i < last; i++) {
-          const Tile tile = tile_at<P, Isa::kWholeParts>(tokens, i);
+          const Tile tile = tile_at<Isa, P>(tokens, i);
           multiply_panel<Isa, Panel<type>, P, kStrips>(strips, tile_input(tile), a, s * kStripRows, tile);
         }
       }
@@ -273,7 +279,7 @@ void multiply_quantized(const LinearArguments& a, int64_t from, int64_t to) {
         Strip strips[S];
         for (int i = 0; i < S; i++) strips[i] = strip_at<type>(matrix, s + i);
         for (int i = first; i < last; i++) {
-          const Tile tile = tile_at<P, Isa::kWholeParts>(tokens, i);
+          const Tile tile = tile_at<Isa, P>(tokens, i);
           multiply_strips<Isa, W, P, S>(strips, tile_input(tile), a, s * kStripRows, tile, i == first ? tuning.prefetch_bytes : 0);
         }
       }
@@ -299,15 +305,19 @@ void multiply_float_tile(const uint8_t* strip, const LinearArguments& a, int64_t
   finish_segments<Isa, M, 1>(segments, a, row, token);
 }
 
+struct FloatTiles {
+  static constexpr int kWholeParts = kTilePartsMax, kTileRegistersFrom = INT_MAX;
+};
+
 template <class Isa, TensorType type>
 void multiply_float(const LinearArguments& a, int64_t from, int64_t to) {
   const size_t strip_bytes = strip_shape(type, a.weight->columns, 0).strip_bytes;
-  const int tiles = tile_count<1, kTilePartsMax>(a.in.tokens);
+  const int tiles = tile_count<FloatTiles, 1>(a.in.tokens);
   for (int64_t s = from; s < to; s++) {
     const uint8_t* strip = a.weight->data + static_cast<size_t>(s) * strip_bytes;
     const int64_t row = s * kStripRows;
     for (int i = 0; i < tiles; i++) {
-      const Tile tile = tile_at<1, kTilePartsMax>(a.in.tokens, i);
+      const Tile tile = tile_at<FloatTiles, 1>(a.in.tokens, i);
       switch (tile.count) {
         case 1: multiply_float_tile<Isa, type, 1>(strip, a, row, tile.first); break;
         case 2: multiply_float_tile<Isa, type, 2>(strip, a, row, tile.first); break;
@@ -356,7 +366,7 @@ bool quantize_each(const Activations& in, Part part, QuantizeGroup quantize_grou
   TokenGroup* out = reinterpret_cast<TokenGroup*>(in.data);
   bool finite = true;
   const auto quantize = [&](int64_t token, int64_t first, int64_t last) {
-    const Tile tile = tile_of_token<P, Isa::kWholeParts>(in.tokens, static_cast<int>(token));
+    const Tile tile = tile_of_token<Isa, P>(in.tokens, static_cast<int>(token));
     TokenGroup* column = out + (tile_offset(tile, groups) + (token - tile.first)) * P;
     for (int64_t g = first; g < last; g++) finite &= quantize_group(in.x + token * in.x_stride + g * 32, column + g * tile.count * P);
   };

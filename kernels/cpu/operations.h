@@ -38,6 +38,21 @@ namespace shardmesh {
 namespace portable { SHARDMESH_DECLARE_OPERATIONS }
 namespace avx2 { SHARDMESH_DECLARE_OPERATIONS }
 namespace avx512 { SHARDMESH_DECLARE_OPERATIONS }
+// Tiles multiply; all the rest is done as avx512 does it.
+namespace amx {
+bool quantize_int8(const Activations& in, Part part);
+void linear_int8(const LinearArguments& arguments, Part part);
+bool quantize_int16(const Activations& in, Part part);
+void linear_int16(const LinearArguments& arguments, Part part);
+using avx512::all_finite;
+using avx512::attention;
+using avx512::attention_scratch_bytes;
+using avx512::finish_tree;
+using avx512::gated_activation;
+using avx512::rms_norm;
+using avx512::rope;
+using avx512::store_kv;
+}  // namespace amx
 
 #undef SHARDMESH_DECLARE_OPERATIONS
 

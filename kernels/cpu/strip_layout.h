@@ -11,8 +11,8 @@
 // `phase` (0..7) is the slice's first group within its super-block. S = d * sc and M = -dmin * mn are exact in fp32.
 // Float types: [K][16] values, no records.
 //
-// Activations: tokens in tiles of at most 6 / parts (avx512: 8 / parts where that makes it one tile), tile after tile; in a tile [groups][tokens of the tile][parts] TokenGroup. int8: one part. int16: two, the
-// high half of q first (q = 256 * high + low); sa and ms are the whole's and stand with the high half. Then (avx2 only) [groups][tokens of the tile] WideGroup
+// Activations: tokens in tiles of at most 6 / parts (avx512: 8 / parts where that makes it one tile; amx: 16 / parts from 9 parts on), tile after tile; in a tile
+// [groups][tokens of the tile][parts] TokenGroup. int8: one part. int16: two, the high half of q first (q = 256 * high + low); sa and ms are the whole's and stand with the high half. Then (avx2 only) [groups][tokens of the tile] WideGroup
 // in the same tiles.
 #pragma once
 #include <cstddef>
@@ -71,24 +71,30 @@ static_assert(sizeof(WideGroup) == 72);
 
 // A tile's parts of all tokens: what a kernel holds accumulators for.
 constexpr int kTilePartsMax = 6;
+// Rows of a tile register (amx).
+constexpr int kTileRows = 16;
 
-// Tokens [first, first + count) of tile i; as equal as can be, the longer first. P parts an activation; up to kWhole parts are one tile, the set's own choice.
+// Tokens [first, first + count) of tile i; as equal as can be, the longer first. P parts an activation. The instruction set's own choice: up to kWholeParts parts
+// are one tile; from kTileRegistersFrom parts on tiles are as large as tile registers.
 struct Tile {
   int first, count;
 };
-template <int P, int kWhole>
-inline int tile_count(int tokens) { return tokens * P <= kWhole ? 1 : (tokens * P + kTilePartsMax - 1) / kTilePartsMax; }
-template <int P, int kWhole>
+template <class Isa, int P>
+inline int tile_count(int tokens) {
+  const int parts = tokens * P, most = parts >= Isa::kTileRegistersFrom ? kTileRows : kTilePartsMax;
+  return parts <= Isa::kWholeParts ? 1 : (parts + most - 1) / most;
+}
+template <class Isa, int P>
 inline Tile tile_at(int tokens, int i) {
-  const int tiles = tile_count<P, kWhole>(tokens), size = tokens / tiles, longer = tokens % tiles;
+  const int tiles = tile_count<Isa, P>(tokens), size = tokens / tiles, longer = tokens % tiles;
   return i < longer ? Tile{i * (size + 1), size + 1} : Tile{longer * (size + 1) + (i - longer) * size, size};
 }
 // Where the groups of a tile begin, in tokens.
 [[maybe_unused]] inline int64_t tile_offset(Tile tile, int64_t groups) { return tile.first * groups; }
-template <int P, int kWhole>
+template <class Isa, int P>
 inline Tile tile_of_token(int tokens, int token) {
-  const int tiles = tile_count<P, kWhole>(tokens), size = tokens / tiles, longer = tokens % tiles;
-  return tile_at<P, kWhole>(tokens, token < longer * (size + 1) ? token / (size + 1) : longer + (token - longer * (size + 1)) / size);
+  const int tiles = tile_count<Isa, P>(tokens), size = tokens / tiles, longer = tokens % tiles;
+  return tile_at<Isa, P>(tokens, token < longer * (size + 1) ? token / (size + 1) : longer + (token - longer * (size + 1)) / size);
 }
 
 // Sizes of a packed matrix. `layout` of PackedMatrix is the phase.

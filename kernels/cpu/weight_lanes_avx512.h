@@ -14,6 +14,7 @@ struct WeightLanes : Lanes {
   SHARDMESH_LANES I load_s16(const void* p) { return _mm512_cvtepi16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
   SHARDMESH_LANES I add_int(I a, I b) { return _mm512_add_epi32(a, b); }
   SHARDMESH_LANES I sub_int(I a, I b) { return _mm512_sub_epi32(a, b); }
+  SHARDMESH_LANES I sub_bytes(I a, I b) { return _mm512_sub_epi8(a, b); }
   SHARDMESH_LANES I mul_int(I a, I b) { return _mm512_mullo_epi32(a, b); }
   SHARDMESH_LANES I bit_or(I a, I b) { return _mm512_or_si512(a, b); }
   SHARDMESH_LANES I shift_left(I a, int n) { return _mm512_slli_epi32(a, static_cast<unsigned>(n)); }

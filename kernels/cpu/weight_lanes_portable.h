@@ -35,6 +35,11 @@ struct WeightLanes : Lanes {
   }
   SHARDMESH_LANES I add_int(I a, I b) { return a + b; }
   SHARDMESH_LANES I sub_int(I a, I b) { return a - b; }
+  // Byte by byte.
+  SHARDMESH_LANES I sub_bytes(I a, I b) {
+    typedef uint8_t Bytes __attribute__((vector_size(64)));
+    return reinterpret_cast<I>(reinterpret_cast<Bytes>(a) - reinterpret_cast<Bytes>(b));
+  }
   SHARDMESH_LANES I mul_int(I a, I b) { return a * b; }
   SHARDMESH_LANES I bit_or(I a, I b) { return a | b; }
   SHARDMESH_LANES I shift_left(I a, int n) { return a << n; }

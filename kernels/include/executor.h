@@ -20,7 +20,7 @@ namespace shardmesh {
 
 struct ExecutorConfig {
   std::string kind;           // cpu, reference, reference-f32
-  std::string isa;            // for cpu: avx512, avx2, portable, or empty for the best
+  std::string isa;            // for cpu: amx, avx512, avx2, portable, or empty for the best
   Program program;
   std::vector<int> cores;     // empty: `threads` threads, not pinned
   int threads;

@@ -1,4 +1,4 @@
-// One implementation of every operation of a program: reference, portable, avx2, avx512. The step runner (kernels/runner) walks a program
+// One implementation of every operation of a program: reference, portable, avx2, avx512, amx. The step runner (kernels/runner) walks a program
 // and calls these; it alone knows buffers, threads and links.
 //
 // Every operation is SPMD: all compute threads call it with the same arguments and their own `part` of `parts`; it computes its share and
@@ -167,6 +167,7 @@ const KernelSet* reference_f32_kernel_set();  // fp32 activations and K/V, to be
 const KernelSet* portable_kernel_set();
 const KernelSet* avx2_kernel_set();    // null when not built
 const KernelSet* avx512_kernel_set();  // null when not built
+const KernelSet* amx_kernel_set();     // null when not built
 
 // Sets flush-to-zero and denormals-are-zero on this thread (every compute thread, every test thread).
 void flush_denormals();

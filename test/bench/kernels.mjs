@@ -30,7 +30,7 @@ if (options.includes('--help')) {
 
   --json              one JSON object: cpu, threads, ceilings, products, operations
   --only WHAT         products, or operations (norms, activations, attention); default: both
-  --set NAME          avx512, avx2, portable (default: the best of this machine)
+  --set NAME          amx, avx512, avx2, portable (default: the best of this machine)
   --type NAME         one weight type, such as Q4_1 (default: Q4_1 Q8_0 Q4_K Q6_K)
   --threads N         compute threads, pinned to the first cores (default 1)
   --quick             fewer copies and rounds: minutes become seconds, figures less steady
@@ -39,7 +39,7 @@ if (options.includes('--help')) {
 Example: npm run bench:kernels -- --quick --type Q4_1 --threads 2 --json
 
 With --step first, whole steps of the default model instead (build the project first):
-  --engines LIST      ranks x threads of a rank (default 1x1,1x2,2x1)
+  --engines LIST      ranks x threads of a rank (default 1x1,1x2,2x1), with @avx512 and so on of another kernel set
   --sequences LIST    sequences decoded together (default 1,4,8,16,32); --context N tokens before them (128), --steps N (48)
   --prefill N         tokens of one prompt (512; 0: none);  --rounds N (5);  --model FILE;  --json
   --profile                where the time of a step goes, by action

@@ -38,7 +38,7 @@ class Engine {
   /** Slots whose context is in the KV cache. */
   filled = 0;
 
-  static async load(path, { ranks, threads, sequences, context, stepTokens }) {
+  static async load(path, { ranks, threads, isa, sequences, context, stepTokens }) {
     const engine = new Engine();
     const { facts } = await openModel(path);
     const cut = cutModel(unitsOfModel(facts), { count: ranks, parts: null }, { count: 1, parts: null });
@@ -55,7 +55,7 @@ class Engine {
       const executor = loadAddon().createExecutor(
         {
           kind: 'cpu',
-          isa: null,
+          isa,
           program,
           cores,
           threads,
@@ -234,16 +234,18 @@ export async function benchSteps(argv) {
   const stepTokens = Math.max(512, ...sequences);
   const engines = [];
   for (const name of options.engines.split(',').filter(Boolean)) {
-    const [ranks, threads] = name.split('x').map(Number);
+    const [shape, isa = null] = name.split('@');
+    const [ranks, threads] = shape.split('x').map(Number);
     const size = {
       ranks,
       threads,
+      isa,
       sequences: Math.max(1, ...sequences),
       context: Math.max(context + steps + 2, prefillTokens + 1),
       stepTokens,
     };
     engines.push({
-      name: `shardmesh tp ${ranks}, ${threads} thread${threads > 1 ? 's' : ''} a rank`,
+      name: `shardmesh tp ${ranks}, ${threads} thread${threads > 1 ? 's' : ''} a rank${isa ? `, ${isa}` : ''}`,
       engine: await Engine.load(model, size),
     });
   }

@@ -38,7 +38,7 @@ const meshes: MeshCells[] = [
   { shape: { ...plainShape, tp: '3', pp: '2', link: 'tcp', prefillChunk: 64 }, companies: [coldAmong] },
   { shape: { ...plainShape, tp: '2', link: 'nats' }, companies: [cold, warm] },
   { shape: { ...plainShape, pp: '2', link: 'nats', prefillChunk: 64 }, companies: [cold] },
-  { shape: { ...plainShape, isa: 'avx512' }, companies: [cold], prompt: 'short' },
+  { shape: { ...plainShape, isa: 'amx' }, companies: [cold], prompt: 'short' },
   { shape: { ...plainShape, tp: '2', executor: 'reference' }, companies: [cold, warm], prompt: 'short' },
 ];
 const outputTokens = 12;
@@ -69,7 +69,7 @@ describe('same bits', () => {
 
   for (const mesh of meshes) {
     const { shape, companies, prompt = 'long' } = mesh;
-    const emulated = shape.isa === 'avx512' && !isas.includes('avx512');
+    const emulated = shape.isa === 'amx' && !isas.includes('amx');
     const names = companies.map(companyName).join(' and ');
     it(`same bits - ${shapeName(shape)}${emulated ? ', emulated' : ''}, ${names} equals one worker`, async () => {
       const { cells, scores } = await runAll(

@@ -1,7 +1,7 @@
-// The AVX-512 that the avx512 kernel set uses, in plain C++, so that its very source runs on a machine without it. For tests only.
+// The AVX-512 that the avx512 kernel set uses, and the tiles of the amx set, in plain C++, so that their very source runs on a machine without them. For tests only.
 //
-// Forced in front of kernels/cpu/*_avx512.cpp (-include, see CMakeLists.txt): the 512-bit types become the structs below, and inside namespace shardmesh the
-// names _mm512_* mean the functions below, which hide those of <immintrin.h>. 128 and 256-bit intrinsics stay the machine's own (AVX2, FMA and F16C needed). A
+// Forced in front of kernels/cpu/*_avx512.cpp and *_amx.cpp (-include, see CMakeLists.txt): the 512-bit types become the structs below, and inside namespace shardmesh the
+// names _mm512_* and _tile_* mean the functions below, which hide those of <immintrin.h>. 128 and 256-bit intrinsics stay the machine's own (AVX2, FMA and F16C needed). A
 // kernel that uses a 512-bit intrinsic which is missing here does not compile: the types differ.
 //
 // Each function follows the operation section of its instruction, one lane at a time.                        Intel SDM volume 2; Intel Intrinsics Guide
@@ -28,6 +28,10 @@
 #undef _mm512_slli_epi32
 #undef _mm512_srli_epi32
 #undef _mm512_srai_epi32
+#undef _tile_loadd
+#undef _tile_stored
+#undef _tile_zero
+#undef _tile_dpbssd
 
 #define __m512 EmulatedFloats
 #define __m512i EmulatedInts
@@ -180,6 +184,13 @@ SHARDMESH_EMULATED EmulatedInts _mm512_add_epi32(const EmulatedInts& a, const Em
 SHARDMESH_EMULATED EmulatedInts _mm512_sub_epi32(const EmulatedInts& a, const EmulatedInts& b) {
   return each_int([&](int i) { return s32(u32(a.lane[i]) - u32(b.lane[i])); });
 }
+SHARDMESH_EMULATED EmulatedInts _mm512_sub_epi8(const EmulatedInts& a, const EmulatedInts& b) {
+  return each_int([&](int i) {
+    uint32_t r = 0;
+    for (int byte = 0; byte < 32; byte += 8) r |= (((u32(a.lane[i]) >> byte) - (u32(b.lane[i]) >> byte)) & 0xffu) << byte;
+    return s32(r);
+  });
+}
 // The low 32 bits of the product.
 SHARDMESH_EMULATED EmulatedInts _mm512_mullo_epi32(const EmulatedInts& a, const EmulatedInts& b) {
   return each_int([&](int i) { return s32(u32(a.lane[i]) * u32(b.lane[i])); });
@@ -315,6 +326,62 @@ SHARDMESH_EMULATED __m256i _mm512_castsi512_si256(const EmulatedInts& a) { retur
 SHARDMESH_EMULATED __m256i _mm512_extracti64x4_epi64(const EmulatedInts& a, int half) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a.lane + 8 * (half & 1))); }
 SHARDMESH_EMULATED __m256 _mm512_castps512_ps256(const EmulatedFloats& a) { return _mm256_loadu_ps(a.lane); }
 SHARDMESH_EMULATED __m256 _mm512_extractf32x8_ps(const EmulatedFloats& a, int half) { return _mm256_loadu_ps(a.lane + 8 * (half & 1)); }
+
+
+// --- tiles. The state of a thread; without a configuration, or with shapes that do not fit, the processor faults.
+struct EmulatedTiles {
+  bool configured = false;
+  int rows[8], row_bytes[8];
+  uint8_t data[8][16][64];
+};
+[[maybe_unused]] inline EmulatedTiles& tiles() {
+  static thread_local EmulatedTiles all;
+  return all;
+}
+[[maybe_unused]] inline void demand(bool fits) {
+  if (!fits) __builtin_trap();
+}
+SHARDMESH_EMULATED void _tile_loadconfig(const void* p) {
+  const uint8_t* bytes = static_cast<const uint8_t*>(p);
+  demand(bytes[0] == 1 && bytes[1] == 0);
+  EmulatedTiles& t = tiles();
+  for (int i = 0; i < 8; i++) {
+    t.rows[i] = bytes[48 + i];
+    t.row_bytes[i] = bytes[16 + 2 * i] | bytes[17 + 2 * i] << 8;
+    demand(t.rows[i] <= 16 && t.row_bytes[i] <= 64);
+    std::memset(t.data[i], 0xee, sizeof t.data[i]);  // the processor clears them; nothing here may count on that
+  }
+  t.configured = true;
+}
+SHARDMESH_EMULATED void _tile_release() { tiles().configured = false; }
+SHARDMESH_EMULATED void _tile_zero(int c) {
+  demand(tiles().configured);
+  std::memset(tiles().data[c], 0, sizeof tiles().data[c]);
+}
+SHARDMESH_EMULATED void _tile_loadd(int to, const void* p, size_t stride) {
+  EmulatedTiles& t = tiles();
+  demand(t.configured);
+  std::memset(t.data[to], 0, sizeof t.data[to]);
+  for (int r = 0; r < t.rows[to]; r++) std::memcpy(t.data[to][r], static_cast<const uint8_t*>(p) + static_cast<size_t>(r) * stride, static_cast<size_t>(t.row_bytes[to]));
+}
+SHARDMESH_EMULATED void _tile_stored(int from, void* p, size_t stride) {
+  const EmulatedTiles& t = tiles();
+  demand(t.configured);
+  for (int r = 0; r < t.rows[from]; r++) std::memcpy(static_cast<uint8_t*>(p) + static_cast<size_t>(r) * stride, t.data[from][r], static_cast<size_t>(t.row_bytes[from]));
+}
+// c[m][n] += the four products of signed bytes of a[m][k] and b[k][n], for every k.
+SHARDMESH_EMULATED void _tile_dpbssd(int c, int a, int b) {
+  EmulatedTiles& t = tiles();
+  demand(t.configured && t.rows[c] == t.rows[a] && t.row_bytes[c] == t.row_bytes[b] && t.row_bytes[a] == 4 * t.rows[b]);
+  for (int m = 0; m < t.rows[c]; m++)
+    for (int n = 0; n < t.row_bytes[c] / 4; n++) {
+      int32_t sum;
+      std::memcpy(&sum, t.data[c][m] + 4 * n, 4);
+      for (int k = 0; k < t.rows[b]; k++)
+        for (int byte = 0; byte < 4; byte++) sum = s32(u32(sum) + u32(static_cast<int8_t>(t.data[a][m][4 * k + byte]) * static_cast<int8_t>(t.data[b][k][4 * n + byte])));
+      std::memcpy(t.data[c][m] + 4 * n, &sum, 4);
+    }
+}
 
 #undef SHARDMESH_EMULATED
 

@@ -18,6 +18,8 @@ const ofSet = (set: string): Record<string, string[]> => ({
 const entryPoints: Record<string, string[]> = {
   ...ofSet('avx2'),
   ...ofSet('avx512'),
+  'linear_amx.cpp.o': operations('amx', ['linear_int8', 'quantize_int8']),
+  'linear_int16_amx.cpp.o': operations('amx', ['linear_int16', 'quantize_int16']),
   'reference_fma.cpp.o': ['shardmesh::reference_f32_fma_kernel_set', 'shardmesh::reference_fma_kernel_set'],
   'sampler_loops_avx2.cpp.o': ['shardmesh::sampler_loops_avx2'],
 };
@@ -39,7 +41,7 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('files b
   }, 600_000);
 
   it('instruction sets - every object built for one is listed here', () => {
-    expect([...external.keys()].filter((object) => /_(avx2|avx512|fma)\.cpp\.o$/.test(object)).sort()).toEqual(
+    expect([...external.keys()].filter((object) => /_(avx2|avx512|amx|fma)\.cpp\.o$/.test(object)).sort()).toEqual(
       Object.keys(entryPoints).sort(),
     );
   });

@@ -136,7 +136,7 @@ double int8_operations_portable() {
 // int8 operations (2 per multiply-add) per second on `threads` threads; 0 where there is no such measurement.
 double int8_ceiling(const KernelSet& set, int threads) {
 #if defined(__x86_64__)
-  double (*operations)() = std::strcmp(set.name, "avx512") == 0 ? int8_operations_avx512 : std::strcmp(set.name, "avx2") == 0 ? int8_operations_avx2 : int8_operations_portable;
+  double (*operations)() = std::strcmp(set.name, "avx512") == 0 || std::strcmp(set.name, "amx") == 0 ? int8_operations_avx512 : std::strcmp(set.name, "avx2") == 0 ? int8_operations_avx2 : int8_operations_portable;
   std::atomic<double> count{0};
   const double seconds = best_round(threads, 20, [&](Part) { count = operations(); });
   return count * threads / seconds;

@@ -1,6 +1,6 @@
 /**
- * Runs linear_test.cpp: matrix products of every CPU kernel set against the reference, with memcmp. Each of its cases is a test here. `avx512-emulated` is the
- * source of avx512 on emulated_avx512.h, so that it runs on any machine with AVX2.
+ * Runs linear_test.cpp: matrix products of every CPU kernel set against the reference, with memcmp. Each of its cases is a test here. `avx512-emulated` and
+ * `amx-emulated` are the sources of avx512 and amx on emulated_avx512.h, so that they run on any machine with AVX2.
  */
 import { execFile } from 'node:child_process';
 import { promisify } from 'node:util';
@@ -9,7 +9,7 @@ import { buildKernelTarget } from './build-target.ts';
 
 const run = promisify(execFile);
 
-const sets = ['portable', 'avx2', 'avx512', 'avx512-emulated'];
+const sets = ['portable', 'avx2', 'avx512', 'amx', 'avx512-emulated', 'amx-emulated'];
 const types = ['F32', 'F16', 'BF16', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'Q8_0', 'Q4_K', 'Q5_K', 'Q6_K'];
 const checks = [
   'packs without loss and reads rows back',
@@ -42,10 +42,12 @@ describe.skipIf(process.platform !== 'linux')('linear', () => {
 
   beforeAll(async () => {
     lines = await linesOf('linear_test', '');
-    const emulated =
-      process.arch === 'x64' ? await linesOf('linear_test_emulated', 'linear avx512 ') : ['skip linear avx512: x86-64 only'];
-    const ofAvx512 = emulated.filter((line) => /^\w+ linear avx512[ :]/.test(line));
-    lines.push(...ofAvx512.map((line) => line.replace('linear avx512', 'linear avx512-emulated')));
+    for (const set of ['avx512', 'amx']) {
+      const emulated =
+        process.arch === 'x64' ? await linesOf('linear_test_emulated', `linear ${set} `) : [`skip linear ${set}: x86-64 only`];
+      const ofSet = emulated.filter((line) => new RegExp(`^\\w+ linear ${set}[ :]`).test(line));
+      lines.push(...ofSet.map((line) => line.replace(`linear ${set}`, `linear ${set}-emulated`)));
+    }
   }, 600_000);
 
   /** `ok NAME`, or what the case says instead. */

@@ -118,7 +118,7 @@ constexpr Values kValues[] = {Values::Random, Values::Extreme, Values::Zero, Val
 
 std::string compare_shapes(const KernelSet& set, TensorType type, ActivationType activations) {
   const Shape shapes[] = {{32, 1, 0}, {32, 16, 32}, {64, 17, 224}, {96, 33, 96}, {256, 40, 0}, {288, 19, 160}, {576, 50, 0}, {1536, 20, 0}};
-  const int tokens[] = {1, 2, 3, 4, 5, 6, 7, 8, 11, 13, 16, 17, 24, 31, 40};
+  const int tokens[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 16, 17, 20, 24, 31, 40};
   uint64_t seed = 1000;
   for (const Shape& shape : shapes)
     for (const int t : tokens) {
@@ -195,7 +195,10 @@ std::string check_selection() {
   const KernelSet* avx512 = find_kernel_set("avx512", &why);
   if (cpu_features().avx512 ? avx512 == nullptr : avx512 != nullptr || !why || !std::strstr(why, "VNNI")) return "avx512 does not follow the processor, or its refusal names no feature";
   const KernelSet* best = find_kernel_set("auto", &why);
-  const KernelSet* expected = cpu_features().avx512 ? avx512_kernel_set() : cpu_features().avx2 ? avx2_kernel_set() : portable_kernel_set();
+  why = nullptr;
+  const KernelSet* amx = find_kernel_set("amx", &why);
+  if (amx_kernel_set() && cpu_features().amx ? amx == nullptr : amx != nullptr || !why || !std::strstr(why, "AMX")) return "amx does not follow the processor, or its refusal names no feature";
+  const KernelSet* expected = amx_kernel_set() && cpu_features().amx ? amx_kernel_set() : cpu_features().avx512 ? avx512_kernel_set() : cpu_features().avx2 ? avx2_kernel_set() : portable_kernel_set();
   return best == expected ? "" : "auto is not the best set of this machine";
 }
 
@@ -217,7 +220,7 @@ int main(int argc, char** argv) {
   flush_denormals();
   test_case("kernel sets - are found by name and by what the machine runs", check_selection);
   test_case("kv layout - has the sizes that kernel_set.h draws", check_kv_layout);
-  for (const char* name : {"portable", "avx2", "avx512"}) {
+  for (const char* name : {"portable", "avx2", "avx512", "amx"}) {
     const char* why = nullptr;
     const KernelSet* set = find_kernel_set(name, &why);
     if (!set) {

@@ -1,6 +1,6 @@
 /**
  * This build with an addon that runs on emulated hardware, laid out as a project of its own, so that unchanged processes run it: `shardmesh_emulated` has the avx512
- * kernel set where the processor has no AVX-512 (test/kernels/emulated_avx512.h), `shardmesh_cuda_emulated` the CUDA executor (test/kernels/simt).
+ * and amx kernel sets where the processor has no AVX-512 or AMX (test/kernels/emulated_avx512.h), `shardmesh_cuda_emulated` the CUDA executor (test/kernels/simt).
  */
 import { cpSync, mkdirSync, rmSync, symlinkSync } from 'node:fs';
 import { join } from 'node:path';

@@ -35,7 +35,7 @@ function allMeshes(): MeshCells[] {
       for (const link of tp === '1' && pp === '1' ? (['auto'] as const) : (['shm', 'tcp', 'grpc', 'nats'] as const))
         for (const prefillChunk of chunksOf[link])
           meshes.push({ shape: { ...cut, link, prefillChunk }, companies: everyCompany });
-      meshes.push({ shape: { ...cut, isa: 'avx512' }, companies: alone });
+      for (const isa of ['amx', 'avx512'] as const) meshes.push({ shape: { ...cut, isa }, companies: alone });
       if (isas.includes('avx512')) meshes.push({ shape: { ...cut, isa: 'avx2' }, companies: alone });
       meshes.push({ shape: { ...cut, isa: 'portable' }, companies: alone });
       meshes.push({ shape: { ...cut, executor: 'reference' }, companies: alone });
@@ -56,7 +56,7 @@ describe('same bits, whole matrix', () => {
   });
 
   for (const { shape, companies } of allMeshes()) {
-    const emulated = shape.isa === 'avx512' && !isas.includes('avx512');
+    const emulated = (shape.isa === 'avx512' || shape.isa === 'amx') && !isas.includes(shape.isa);
     describe(`${shapeName(shape)}${emulated ? ', emulated' : ''}`, () => {
       let mesh: MatrixMesh;
       beforeAll(async () => {

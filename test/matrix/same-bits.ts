@@ -11,7 +11,7 @@ export interface MeshShape {
   link: 'auto' | 'shm' | 'tcp' | 'grpc' | 'nats';
   prefillChunk: number;
   executor: 'cpu' | 'reference';
-  isa: 'auto' | 'avx512' | 'avx2' | 'portable';
+  isa: 'auto' | 'amx' | 'avx512' | 'avx2' | 'portable';
 }
 
 export interface Company {

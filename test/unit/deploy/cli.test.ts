@@ -123,7 +123,7 @@ describe('command line', () => {
     ['serve --kv-cache-bytes 5', 'at least 1m'],
     ['serve --cores 3-1', 'no such range of cores: 3-1'],
     ['serve --link rdma', 'Allowed choices are auto, shm, tcp, grpc, nats'],
-    ['serve --isa sse', 'Allowed choices are auto, avx512, avx2, portable'],
+    ['serve --isa sse', 'Allowed choices are auto, amx, avx512, avx2, portable'],
     ['serve --executor tpu', 'Allowed choices are auto, cpu, cuda, reference'],
     ['worker --tp 2', "unknown option '--tp'"],
     ['keys --workers 257', 'a number from 1 to 256'],

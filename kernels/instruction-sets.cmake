@@ -1,0 +1,27 @@
+# set_instruction_sets(SOURCE...): everything is built for any x86-64 but the files whose name says otherwise; they are entered only when the machine has the
+# instructions. kernel_sets.cpp learns here whether the compiler knows AMX.
+include(CheckCXXCompilerFlag)
+
+function(set_instruction_sets)
+  if(NOT CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
+    return()
+  endif()
+  check_cxx_compiler_flag(-mamx-int8 SHARDMESH_COMPILER_KNOWS_AMX)  # gcc 11, clang 11
+  set(avx2 -mavx2 -mfma -mf16c)
+  set(avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni ${avx2})
+  foreach(source ${ARGN})
+    if(source MATCHES "_amx\\.cpp$")
+      if(SHARDMESH_COMPILER_KNOWS_AMX)
+        set_source_files_properties("${source}" PROPERTIES COMPILE_OPTIONS "${avx512};-mamx-tile;-mamx-int8")
+      else()
+        set_source_files_properties("${source}" PROPERTIES HEADER_FILE_ONLY ON)
+      endif()
+    elseif(source MATCHES "_avx512\\.cpp$")
+      set_source_files_properties("${source}" PROPERTIES COMPILE_OPTIONS "${avx512}")
+    elseif(source MATCHES "_avx2\\.cpp$" OR source MATCHES "_fma\\.cpp$")
+      set_source_files_properties("${source}" PROPERTIES COMPILE_OPTIONS "${avx2}")
+    elseif(source MATCHES "/kernel_sets\\.cpp$" AND SHARDMESH_COMPILER_KNOWS_AMX)
+      set_source_files_properties("${source}" PROPERTIES COMPILE_DEFINITIONS SHARDMESH_AMX=1)
+    endif()
+  endforeach()
+endfunction()
