@@ -4,7 +4,7 @@
 //   A  parts x 32 bytes, rows of TokenGroup as they lie     B  8 x 64 bytes, the weights of a panel as they lie, with their sign     C  parts x 16 int32
 //
 // A tile's integers leave through memory. Tile and vector instructions do not run beside each other on Sapphire Rapids, and each change between them costs some
-// 30 cycles: so the products of kBurst groups are made together, then their sums. Measured there, Q4_1, K 576, N 1536, one core, taking turns: 16 tokens 62 us, with
+// 30 cycles: so the products of up to kBurst groups are made together, then their sums. Measured there, Q4_1, K 576, N 1536, one core, taking turns: 16 tokens 62 us, with
 // vpdpbusd 87; 9 tokens 48 and 53; 8 are as fast either way.                                                     Intel SDM volume 1, chapter 18 (AMX)
 #pragma once
 #include "weight_lanes_avx512.h"
@@ -66,35 +66,34 @@ struct Tiles16 : Lanes16 {
     const auto a = [&](int i) { return reinterpret_cast<const uint8_t*>(in + i / kHalves * N) + i % kHalves * 16; };
     const auto b = [&](int i) { return panel + static_cast<size_t>(i / kHalves) * kPanelBytes + kPanelWeightsAt + i % kHalves * 256; };
     __asm__ volatile("" : : : "memory");  // the panel is written; tile loads do not say that they read
-    int i = 0;
-    for (; i + 4 <= count * kHalves; i += 4, sums += 4 * N * 16) {
+    for (int i = 0; i < count * kHalves; i += 4, sums += 4 * N * 16) {
+      const int four = count * kHalves - i;
       _tile_loadd(0, a(i), sizeof(TokenGroup));
       _tile_loadd(2, b(i), 64);
       _tile_zero(4);
       _tile_dpbssd(4, 0, 2);
-      _tile_loadd(1, a(i + 1), sizeof(TokenGroup));
-      _tile_loadd(3, b(i + 1), 64);
-      _tile_zero(5);
-      _tile_dpbssd(5, 1, 3);
-      _tile_loadd(0, a(i + 2), sizeof(TokenGroup));
-      _tile_loadd(2, b(i + 2), 64);
-      _tile_zero(6);
-      _tile_dpbssd(6, 0, 2);
-      _tile_loadd(1, a(i + 3), sizeof(TokenGroup));
-      _tile_loadd(3, b(i + 3), 64);
-      _tile_zero(7);
-      _tile_dpbssd(7, 1, 3);
+      if (four > 1) {
+        _tile_loadd(1, a(i + 1), sizeof(TokenGroup));
+        _tile_loadd(3, b(i + 1), 64);
+        _tile_zero(5);
+        _tile_dpbssd(5, 1, 3);
+      }
+      if (four > 2) {
+        _tile_loadd(0, a(i + 2), sizeof(TokenGroup));
+        _tile_loadd(2, b(i + 2), 64);
+        _tile_zero(6);
+        _tile_dpbssd(6, 0, 2);
+      }
+      if (four > 3) {
+        _tile_loadd(1, a(i + 3), sizeof(TokenGroup));
+        _tile_loadd(3, b(i + 3), 64);
+        _tile_zero(7);
+        _tile_dpbssd(7, 1, 3);
+      }
       _tile_stored(4, sums, 64);
-      _tile_stored(5, sums + N * 16, 64);
-      _tile_stored(6, sums + 2 * N * 16, 64);
-      _tile_stored(7, sums + 3 * N * 16, 64);
-    }
-    for (; i < count * kHalves; i++, sums += N * 16) {
-      _tile_loadd(0, a(i), sizeof(TokenGroup));
-      _tile_loadd(2, b(i), 64);
-      _tile_zero(4);
-      _tile_dpbssd(4, 0, 2);
-      _tile_stored(4, sums, 64);
+      if (four > 1) _tile_stored(5, sums + N * 16, 64);
+      if (four > 2) _tile_stored(6, sums + 2 * N * 16, 64);
+      if (four > 3) _tile_stored(7, sums + 3 * N * 16, 64);
     }
   }
 
@@ -107,9 +106,10 @@ struct Tiles16 : Lanes16 {
     SHARDMESH_UNROLL
     for (int t = 0; t < M; t++) acc[t] = zero();
     const int groups = a.segment_ends[a.segment_count - 1];
+    const int bursts = (groups + kBurst - 1) / kBurst;
     int segment = 0;
-    for (int first = 0; first < groups; first += kBurst) {
-      const int count = groups - first < kBurst ? groups - first : kBurst;
+    for (int burst = 0; burst < bursts; burst++) {
+      const int first = groups * burst / bursts, count = groups * (burst + 1) / bursts - first;
       const uint8_t* record = source.panel;
       if (source.whole) record += static_cast<size_t>(first) * kPanelBytes;
       else source.expand(source.strip, first, count, source.panel);
