@@ -18,6 +18,8 @@ const nvccFloor = [12, 8];
 const usual = '80-real;90-real';
 const all = '80;86-real;89-real;90-real;100-real;120-real'; // 80 without "-real" carries PTX as well
 export const resourceFile = join(cudaBuild, 'resources.json');
+/** What a machine with a card needs: test programs, exported programs, and the script that runs them. */
+export const cardFolder = join(cudaBuild, 'card');
 
 /** `release 13.0, V13.0.88` → [13, 0]; null when there is no nvcc. */
 export async function nvccVersion() {
@@ -64,6 +66,14 @@ async function readableNames(log) {
     );
 }
 
+/** Programs for card/, whose test programs read them without Node. */
+async function exportPrograms() {
+  const loader = pathToFileURL(join(root, 'test/integration/helpers/typescript-loader.mjs')).href;
+  const args = ['--import', loader, 'test/gpu/export-programs.ts', join(cardFolder, 'programs')];
+  const { code, output } = await runCommand(process.execPath, args, { cwd: root });
+  if (code !== 0) throw new SetupError(`the programs for the card's tests could not be exported:\n${output.trim()}`);
+}
+
 /** @returns the kernels and what they take, of this build or an unchanged one */
 export async function buildCuda({ architectures = usual } = {}) {
   const version = await nvccVersion();
@@ -73,7 +83,7 @@ export async function buildCuda({ architectures = usual } = {}) {
       'install the CUDA toolkit 12.8 or later, or set CUDACXX to its nvcc',
     );
   const stamp = join(cudaBuild, '.stamp');
-  const digest = `${architectures} ${contentDigest(root, ['kernels', 'test/gpu', 'test/kernels'], (path) => /\.(h|cpp|cu|cuh)$|CMakeLists\.txt$/.test(path))}`;
+  const digest = `${architectures} ${contentDigest(root, ['kernels', 'test/gpu', 'test/kernels'], (path) => /\.(h|cpp|cu|cuh|sh|py)$|CMakeLists\.txt$|(exported|small)-models?\.ts$|programs\/.*\.ts$/.test(path))}`;
   if (stampMatches(stamp, digest)) return JSON.parse(readFileSync(resourceFile, 'utf8'));
   mkdirSync(cudaBuild, { recursive: true });
   // From the start, so that the log has every kernel; -Otarget keeps the lines of one file together.
@@ -90,6 +100,7 @@ export async function buildCuda({ architectures = usual } = {}) {
       );
     log = stdout;
   }
+  await exportPrograms();
   const kernels = parseResources(log);
   const names = await readableNames(log);
   if (names?.length === kernels.length) kernels.forEach((kernel, i) => (kernel.kernel = names[i]));

@@ -1,11 +1,10 @@
 /**
- * `npm run test:gpu`: builds the CUDA kernels and the addon with them, and runs on this machine's card what `npm test` runs on an emulated one: each kernel, then whole
- * programs. Without a card all of it says why it skips; without nvcc the build says what is missing.
+ * `npm run test:gpu`: builds the CUDA kernels and the addon with them, and runs on this machine's card what `npm test` runs on an emulated one: each kernel and
+ * exported programs (test/gpu/run.sh, which needs no Node), then whole programs in the addon. Without a card all of it says why it skips; without nvcc the build says what is missing.
  */
 import { spawnSync } from 'node:child_process';
 import { join } from 'node:path';
-import { buildCuda } from './build-cuda.mjs';
-import { cudaBuild } from './cuda-part.mjs';
+import { buildCuda, cardFolder } from './build-cuda.mjs';
 import { root } from './paths.mjs';
 import { line } from './progress.mjs';
 import { SetupError } from './run-command.mjs';
@@ -15,10 +14,8 @@ const vitest = join(root, 'node_modules', 'vitest', 'vitest.mjs');
 
 try {
   await buildCuda();
-  for (const program of ['cuda_linear_test', 'cuda_step_test']) {
-    const { status } = spawnSync(join(cudaBuild, program), { stdio: 'inherit' });
-    if (status !== 0) process.exitCode = 1;
-  }
+  const { status } = spawnSync('sh', [join(cardFolder, 'run.sh')], { stdio: 'inherit' });
+  if (status !== 0) process.exitCode = 1;
   await setUp({ only: 'build' });
   const programs = spawnSync(process.execPath, [vitest, 'run', '--project', 'gpu', 'test/gpu/cuda-program.test.ts'], {
     cwd: root,

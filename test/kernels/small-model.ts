@@ -4,7 +4,7 @@
  */
 import type { ModelFacts, TensorFacts } from '../../kernels/model-file/model-facts.ts';
 import { quantType, rowBytes } from '../../kernels/model-file/quant-types.ts';
-import { buildProgram, cutModel, unitsOfModel, type CutShares } from '../../kernels/programs/index.ts';
+import { buildProgram, cutModel, unitsOfModel, type CutShares, type KvType } from '../../kernels/programs/index.ts';
 import type { Program, TensorType, WeightSlice } from '../../kernels/programs/program.ts';
 import { gaussian, uniform } from './tiny-model.ts';
 
@@ -18,6 +18,8 @@ export interface SmallShape {
   feedForward: number;
   vocabulary: number;
   window: number | null;
+  /** Longest context; 1,024 where nothing is said. */
+  contextTokensMax?: number;
   /** Of `q`, `k`, `v`, `o`, `gate`, `up`, `down`, `embedding`, and `head` where the head is not the embedding. */
   types: Record<'q' | 'k' | 'v' | 'o' | 'gate' | 'up' | 'down' | 'embedding', TensorType> & { head?: TensorType };
 }
@@ -56,7 +58,7 @@ function generate({ name, type, bytes }: TensorFacts, seed: number): Uint8Array 
 export interface SmallModel {
   facts: ModelFacts;
   /** Of all ranks of all stages. */
-  programs(tp: number | number[], pp?: number): Program[];
+  programs(tp: number | number[], pp?: number, kvType?: KvType): Program[];
   blocksOf(slice: WeightSlice): Uint8Array;
 }
 
@@ -104,27 +106,27 @@ export function smallModel(shape: SmallShape): SmallModel {
     headSize: D,
     feedForwardSize: F,
     vocabularySize: V,
-    contextTokensMax: 1_024,
+    contextTokensMax: shape.contextTokensMax ?? 1_024,
     normEpsilon: 1e-5,
     rope: { base: 10_000, dimensions: D, scale: 1 },
     slidingWindow: shape.window,
     tensors,
   };
-  const data = new Map(tensors.map((tensor, index) => [tensor.name, generate(tensor, index + 1)]));
+  const data = new Map<string, Uint8Array>(); // made when it is asked for: a program alone needs no weights
   return {
     facts,
-    programs(tp, pp = 1) {
+    programs(tp, pp = 1, kvType = 'int8') {
       const shares = (wanted: number | number[]): CutShares =>
         typeof wanted === 'number' ? { count: wanted, parts: null } : { count: wanted.length, parts: wanted };
       const cut = cutModel(unitsOfModel(facts), shares(tp), shares(pp));
       return cut.stages.flatMap(({ ranks }, stage) =>
-        ranks.map((_, rank) =>
-          buildProgram(facts, cut, { stage, rank, activations: 'int8', kvType: 'int8', contextTokensMax: null }),
-        ),
+        ranks.map((_, rank) => buildProgram(facts, cut, { stage, rank, activations: 'int8', kvType, contextTokensMax: null })),
       );
     },
     blocksOf({ tensor: name, type, rows, columns }) {
-      const { shape: dimensions } = tensors.find((tensor) => tensor.name === name)!;
+      const index = tensors.findIndex((tensor) => tensor.name === name);
+      const { shape: dimensions } = tensors[index]!;
+      if (!data.has(name)) data.set(name, generate(tensors[index]!, index + 1));
       const { blockValues, blockBytes } = quantType(type);
       const first = Math.floor(columns.from / blockValues) * blockBytes;
       const width = Math.ceil(columns.to / blockValues) * blockBytes - first;
