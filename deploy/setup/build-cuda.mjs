@@ -18,7 +18,7 @@ const nvccFloor = [12, 8];
 const usual = '80-real;90-real';
 const all = '80;86-real;89-real;90-real;100-real;120-real'; // 80 without "-real" carries PTX as well
 export const resourceFile = join(cudaBuild, 'resources.json');
-/** What a machine with a card needs: test programs, exported programs, and the script that runs them. */
+/** What a machine with a card needs: test programs, benchmark, exported programs, and the script that runs them. */
 export const cardFolder = join(cudaBuild, 'card');
 
 /** `release 13.0, V13.0.88` → [13, 0]; null when there is no nvcc. */

@@ -14,7 +14,7 @@ const vitest = join(root, 'node_modules', 'vitest', 'vitest.mjs');
 
 try {
   await buildCuda();
-  const { status } = spawnSync('sh', [join(cardFolder, 'run.sh')], { stdio: 'inherit' });
+  const { status } = spawnSync('sh', [join(cardFolder, 'run.sh'), '--tests'], { stdio: 'inherit' });
   if (status !== 0) process.exitCode = 1;
   await setUp({ only: 'build' });
   const programs = spawnSync(process.execPath, [vitest, 'run', '--project', 'gpu', 'test/gpu/cuda-program.test.ts'], {

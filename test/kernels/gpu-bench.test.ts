@@ -1,0 +1,86 @@
+/** The benchmark of a card (test/gpu/gpu_bench.cpp) on the emulated machine: that it runs, what it writes, and that MEASURED.md says what was measured and nothing else. */
+import { execFile } from 'node:child_process';
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { promisify } from 'node:util';
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { measuredPage, readMeasurements, renderPage, type BenchReport } from '../bench/gpu-measured.ts';
+import { exportModel, testModels } from '../gpu/exported-models.ts';
+import { buildKernelTarget } from './build-target.ts';
+
+const run = promisify(execFile);
+
+describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('benchmark of a card, on the emulated machine', () => {
+  const folder = mkdtempSync(join(tmpdir(), 'shardmesh-bench-'));
+  let binary: string;
+  beforeAll(async () => {
+    binary = await buildKernelTarget('gpu_bench');
+  }, 600_000);
+  afterAll(() => rmSync(folder, { recursive: true }));
+
+  const bench = async (...args: string[]): Promise<BenchReport> => {
+    const file = join(folder, 'bench.json');
+    await run(binary, ['--json', file, ...args], { timeout: 100_000 });
+    return JSON.parse(readFileSync(file, 'utf8')) as BenchReport;
+  };
+
+  it('gpu bench - measures each part, and says of nothing that a floor was met', async () => {
+    const model = join(folder, 'model.jsonl');
+    writeFileSync(model, exportModel({ ...testModels[1]!, cuts: testModels[1]!.cuts.slice(0, 1) }));
+    const { card, ceilings, rows, floors } = await bench('--tries', '1', '--tiny', model);
+    expect(card.emulated).toBe(true);
+    expect(Object.values(ceilings).every((value) => value > 0)).toBe(true);
+    expect(rows.filter((row) => row.skipped !== undefined)).toEqual([]);
+    expect(new Set(rows.map((row) => row.part))).toEqual(
+      new Set([
+        'decode product',
+        'prefill product',
+        'paged decode',
+        'prefill attention',
+        'other',
+        'decode step',
+        'between steps',
+      ]),
+    );
+    expect(floors.map((floor) => floor.met)).toEqual(floors.map(() => null));
+  });
+
+  it('gpu bench - MEASURED.md is what the files of measured cards say, row for row', async () => {
+    const { floors } = await bench('--floors');
+    expect(readFileSync(measuredPage, 'utf8')).toBe(renderPage(readMeasurements(), floors));
+    expect(readMeasurements().some((report) => report.card.emulated)).toBe(false);
+  });
+
+  it('gpu bench - a page says which floors a card missed, and what was not measured', async () => {
+    const { floors } = await bench('--floors');
+    const [first, second] = floors;
+    const report: BenchReport = {
+      card: {
+        name: 'a card',
+        sm: 90,
+        multiprocessors: 3,
+        driver: 'CUDA 13.0',
+        memoryBytes: 2 ** 30,
+        l2Bytes: 2 ** 20,
+        emulated: false,
+      },
+      date: '2030-01-02',
+      ceilings: { copyBytes: 1e12, readBytes: 1e12, int8Operations: 1e15, bf16Operations: 1e15 },
+      rows: [
+        { part: 'decode product', what: 'of a test', us: 2, bytes: 1e6, operations: 0, limit: 'copy bandwidth', share: 0.5 },
+        { part: 'decode step', what: 'of another', skipped: 'no room' },
+      ],
+      floors: [
+        { ...first!, value: 41.5, met: false },
+        { ...second!, value: 99, met: true },
+      ],
+    };
+    const page = renderPage([report], floors);
+    expect(page).toContain(`| ${first!.name} | ≥ 75 % of copy bandwidth |  | 41.5 (below the floor) |`);
+    expect(page).toContain(`| ${second!.name} | ≥ 55 % of copy bandwidth |  | 99.0 |`);
+    expect(page.match(/\| not measured \|/g)).toHaveLength(floors.length - 2);
+    expect(page).toContain('| decode product | of a test | 2.00 | 500 GB/s | 50.0 % of copy bandwidth |');
+    expect(page).toContain('| decode step | of another | not measured: no room |  |  |');
+  });
+});
