@@ -59,6 +59,8 @@ export interface ExecutorOptions {
   wire?: WireType;
   /** Bytes of room in front of the payload of each frame that leaves, in the same memory, for a header; absent: 0. */
   frameGap?: number;
+  /** For `cuda`: what `shardmesh tune` wrote for cards of this host; absent: what is built in. It changes no bit. */
+  cudaTuning?: string;
 }
 
 /** Largest number of blocks that fits, before anything is allocated. */

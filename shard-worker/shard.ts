@@ -29,6 +29,8 @@ export interface LoadShardOptions {
   /** Used where the assignment names no cores. */
   cores: number[];
   threads: number;
+  /** `ExecutorOptions.cudaTuning`, null: there is none. */
+  cudaTuning: string | null;
   callbacks: ExecutorCallbacks;
   /** Nobody wants to hear of the end of a step but who has its result to send. */
   quietSteps: boolean;
@@ -125,7 +127,7 @@ function executorOptions(
   assign: Assign,
   program: Program,
   kvBlocks: number,
-  own: Pick<LoadShardOptions, 'cores' | 'threads' | 'quietSteps'>,
+  own: Pick<LoadShardOptions, 'cores' | 'threads' | 'quietSteps' | 'cudaTuning'>,
 ): ExecutorOptions {
   const cores = assign.cores.length ? assign.cores : own.cores;
   const kind = assign.executor === 'reference' || assign.executor === 'cuda' ? assign.executor : 'cpu';
@@ -144,5 +146,6 @@ function executorOptions(
     sequencesMax: assign.sequencesMax,
     quietSteps: own.quietSteps && !sendsResults(assign),
     frameGap: frameHeaderBytes,
+    ...(kind === 'cuda' && own.cudaTuning !== null ? { cudaTuning: own.cudaTuning } : {}),
   };
 }

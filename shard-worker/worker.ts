@@ -43,6 +43,8 @@ export interface WorkerOptions {
   /** Pinned to, one compute thread each; empty: `threads` threads, not pinned. */
   cores: number[];
   threads: number;
+  /** What `shardmesh tune` wrote on this host (kernels/cuda/tuning.ts); absent or null: nothing. */
+  cudaTuning?: string | null;
   openSlice: LoadShardOptions['openSlice'];
   /** Where peers reach this worker by gRPC and tcp, and its certificate. */
   listener: GrpcListener;
@@ -307,7 +309,7 @@ export class ShardWorker {
   }
 
   #loadShard(assign: Assign, key: string): Promise<Shard> {
-    const { addon, cores, threads, openSlice } = this.#options;
+    const { addon, cores, threads, cudaTuning = null, openSlice } = this.#options;
     const abort = new AbortController();
     let reportedAt = 0;
     const onProgress: LoadShardOptions['onProgress'] = (bytesDone, bytesTotal, source) => {
@@ -321,6 +323,7 @@ export class ShardWorker {
       addon,
       cores,
       threads,
+      cudaTuning,
       callbacks: this.#callbacks(),
       openSlice,
       quietSteps: !this.#options.logSteps,

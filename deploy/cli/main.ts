@@ -20,6 +20,7 @@ const commands: Record<string, () => Promise<Command>> = {
   enroll: async () => (await import('./enroll.ts')).enrollCommand(),
   bench: async () => (await import('./bench.ts')).benchCommand(),
   keys: async () => (await import('./keys.ts')).keysCommand(),
+  tune: async () => (await import('./tune.ts')).tuneCommand(),
   doctor: async () => (await import('./doctor.ts')).doctorCommand(),
 };
 

@@ -6,6 +6,7 @@ import { dirname } from 'node:path';
 import { stopMessage } from '../../coordinator/mesh/worker-processes.ts';
 import { createLog } from '../../coordinator/observe/log.ts';
 import { loadAddon } from '../../kernels/index.ts';
+import { readTuning } from '../../kernels/cuda/tuning.ts';
 import { defaultCacheDirectory } from '../../kernels/model-file/cache-directory.ts';
 import { isLoopback, ownAddressTowards, parseAddress, type Address } from '../../protocol/addresses.ts';
 import { readCredentials, writeCredentials } from '../../protocol/credentials.ts';
@@ -101,6 +102,7 @@ async function runWorker({
     frameTransport,
     cores: cores ?? [],
     threads: cores?.length ?? availableParallelism(),
+    cudaTuning: cuda ? readTuning(defaultCacheDirectory()) : null,
     listener,
     facts: {
       hostId: hostId(),

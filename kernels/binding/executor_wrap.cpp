@@ -204,6 +204,8 @@ class ExecutorWrap : public Napi::ObjectWrap<ExecutorWrap> {
     if (!ranks.IsUndefined()) config.ranks_per_stage = integers_of(ranks, "options.ranksPerStage", 1, kRanksMax);
     const Napi::Value wire = options.Get("wire");
     if (!wire.IsUndefined()) config.wire = wire_type_of(wire, "options.wire");
+    const Napi::Value tuning = options.Get("cudaTuning");
+    if (!tuning.IsUndefined()) config.cuda_tuning = text_of(tuning, "options.cudaTuning");
     state_->self = {config.program.stage, config.program.rank};
     state_->on_step = Napi::Persistent(function_of(callbacks.Get("onStep"), "callbacks.onStep"));
     state_->on_frame = Napi::Persistent(function_of(callbacks.Get("onFrame"), "callbacks.onFrame"));

@@ -5,6 +5,7 @@
 // Rope of q and k and the store into the cache are one launch, at the place of store_kv; so are a norm or activation and the quantising of what it makes. Products that share an input are launches of their own.
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 
 #include "../runner/cuda_part.h"
@@ -12,6 +13,7 @@
 #include "attention_plan.h"
 #include "operations.h"
 #include "runtime.h"
+#include "tuning.h"
 #include "weight_layout.h"
 
 namespace shardmesh {
@@ -19,12 +21,7 @@ namespace {
 
 using namespace cuda;
 
-// Above this linear_prefill takes over from linear_decode; either gives the same bits.
-constexpr int kDecodeTokensMax = 64;
-// A sequence with at most this many rows in a step has its context split over the card.
-constexpr int kSplitRowsMax = 8;
 constexpr int kSlotsMax = 4096;
-constexpr int kAttentionWarps = 16;  // of a multiprocessor
 constexpr uint32_t kNothingFound = 0xffffffffu;
 
 [[noreturn]] void refuse(const std::string& what) { throw std::runtime_error("executor kind 'cuda': " + what); }
@@ -64,6 +61,7 @@ class CudaDevice final : public Device {
   struct CardMatrix {
     Memory data;
     int phase = 0;
+    ProductTuning tuning{};
   };
   struct CardBuffer {
     Memory values, groups;  // groups: its quantised form
@@ -77,6 +75,7 @@ class CudaDevice final : public Device {
   struct AttentionShape {
     const Operation* like;
     std::vector<HeadRun> host_runs;
+    AttentionTuning tuning;
     Memory runs;
     AttentionPlan plan;
     const int32_t* first_slot = nullptr;  // on the card, of this step
@@ -106,9 +105,13 @@ class CudaDevice final : public Device {
   }
   bool broken() const { return !problem_.fault.empty(); }
   Product product(const Operation& o, int subtree_count, const Subtree* subtrees, float* out, int64_t out_stride, int64_t subtree_stride) const;
-  void run(const Product& product) { queue(product.tokens <= kDecodeTokensMax ? linear_decode(product, stream_) : linear_prefill(product, stream_)); }
+  void run(const Operation& o, const Product& product) {
+    const int decode_tokens_max = matrices_[static_cast<size_t>(o.weight)].tuning.decode_tokens_max;
+    queue(product.tokens <= decode_tokens_max ? linear_decode(product, stream_) : linear_prefill(product, stream_));
+  }
 
   Card card_facts_{};
+  std::optional<Tuning> tuning_;  // while memory is planned
   Stream stream_ = nullptr;
   std::vector<CardMatrix> matrices_;  // by weight
   std::vector<Memory> vectors_;       // by weight
@@ -128,6 +131,11 @@ CudaDevice::CudaDevice(const Shard& shard) : Device(shard) {
   if (const std::string absent = find_card(&card_facts_); !absent.empty()) refuse(absent);
   queues_ = finds_candidates_ = true;
   check_program();
+  try {
+    tuning_.emplace(card_facts_.sm, card_facts_.name, shard.config().cuda_tuning);
+  } catch (const std::exception& error) {
+    refuse(std::string(error.what()) + " (run `shardmesh tune` again, or remove its file)");
+  }
   plan_attention_shapes();
   plan_memory();
   if (const Problem problem = open_stream(&stream_)) refuse(std::string("no stream: ") + problem);
@@ -188,7 +196,7 @@ void CudaDevice::plan_attention_shapes() {
     if (o.kind != OperationKind::Attention) continue;
     const bool known = std::any_of(shapes_.begin(), shapes_.end(), [&](const AttentionShape& s) { return s.like->kv_head == o.kv_head && s.like->window == o.window; });
     if (known) continue;
-    AttentionShape shape{&o, head_runs(o.heads, o.kv_head.data()), {}, {}, nullptr, nullptr, nullptr};
+    AttentionShape shape{&o, head_runs(o.heads, o.kv_head.data()), tuning_->attention(o.head_size), {}, {}, nullptr, nullptr, nullptr};
     shapes_.push_back(std::move(shape));
   }
 }
@@ -209,7 +217,10 @@ void CudaDevice::plan_memory() {
   for (size_t i = 0; i < p.weights.size(); i++) {
     const MatrixSource source = shard_.source_of(static_cast<int>(i), nullptr);
     if (p.weights[i].use == WeightUse::Vector) vectors_[i] = Memory(Place::Card, static_cast<size_t>(source.columns) * 4, kWeights);
-    else matrices_[i].data = Memory(Place::Card, packed_bytes(source), kWeights);
+    else {
+      matrices_[i].data = Memory(Place::Card, packed_bytes(source), kWeights);
+      matrices_[i].tuning = tuning_->product(source.type, static_cast<int64_t>(matrices_[i].data.size()));
+    }
   }
   kv_ = Memory(Place::Card, static_cast<size_t>(p.kv.layers) * static_cast<size_t>(c.kv_blocks) * shard_.kv_layout().block_bytes, "the KV cache (kvBlocks, --kv-cache-bytes)");
 
@@ -367,7 +378,7 @@ void CudaDevice::plan_step(const StepRows& rows) {
   }
   at = (at + static_cast<size_t>(blocks) * 4 + 15) / 16 * 16;
   for (AttentionShape& shape : shapes_) {
-    plan_attention(rows, shape.host_runs, shape.like->window, {kSplitRowsMax, kSlotsMax}, &shape.plan);
+    plan_attention(rows, shape.host_runs, shape.like->window, {shape.tuning.split_rows_max, kSlotsMax}, &shape.plan);
     const int32_t count = static_cast<int32_t>(shape.plan.work.size());
     shape.first_slot = put(shape.plan.first_slot.data(), shape.plan.first_slot.size());
     shape.work = put(shape.plan.work.data(), shape.plan.work.size());
@@ -449,7 +460,7 @@ Product CudaDevice::product(const Operation& o, int subtree_count, const Subtree
   return {slice.type,        slice.rows.size(), slice.columns.size(), matrix.phase,
           matrix.data.as<uint8_t>(), card(o.in).groups.as<ActivationGroup>(), rows_of(o.in), static_cast<int>(o.segments.size()),
           o.segments.data(), subtree_count,     subtrees,             vector(o.bias),
-          out,               out_stride,        subtree_stride};
+          out,               out_stride,        subtree_stride,       matrix.tuning.decode_tiles};
 }
 
 void CudaDevice::products(const std::vector<int>& operations) {
@@ -457,7 +468,7 @@ void CudaDevice::products(const std::vector<int>& operations) {
     if (broken()) return;
     const Operation& o = operation(index);
     const Subtree whole{0, static_cast<int>(o.segments.size())};
-    run(product(o, 1, &whole, values(o.out), shard_.buffer(o.out).stride, 0));
+    run(o, product(o, 1, &whole, values(o.out), shard_.buffer(o.out).stride, 0));
   }
 }
 
@@ -467,7 +478,7 @@ void CudaDevice::partial_product(int index, uint8_t* block) {
   if (broken()) return;
   const Operation& o = operation(index);
   const std::vector<Subtree>& subtrees = shard_.own_subtrees(index);
-  run(product(o, static_cast<int>(subtrees.size()), subtrees.data(), sums_.as<float>(), o.width, rows_->tokens * o.width));
+  run(o, product(o, static_cast<int>(subtrees.size()), subtrees.data(), sums_.as<float>(), o.width, rows_->tokens * o.width));
   if (program().ranks > 1 && !broken()) queue(copy_to_host(partial_, sums_.as<void>(), subtrees.size() * static_cast<size_t>(rows_->tokens) * static_cast<size_t>(o.width) * 4, stream_));
 }
 
@@ -525,7 +536,7 @@ void CudaDevice::attention(const Operation& o) {
   const uint8_t* layer = kv_.as<uint8_t>() + static_cast<size_t>(o.layer) * static_cast<size_t>(shard_.config().kv_blocks) * shard_.kv_layout().block_bytes;
   const AttentionStep step{values(o.in),          shard_.buffer(o.in).stride, values(o.out), shard_.buffer(o.out).stride, o.heads,          static_cast<float>(o.scale), o.window, shard_.kv_layout(),
                            layer,                 device_rows_,               shape.runs.as<HeadRun>(), shape.work,       shape.work_count, partials_.as<float>(),       shape.first_slot};
-  queue(cuda::attention(step, card_facts_.multiprocessors * kAttentionWarps, stream_));
+  queue(cuda::attention(step, card_facts_.multiprocessors * shape.tuning.warps, stream_));
   if (!broken() && shape.plan.first_slot.back() > 0) queue(attention_join(step, stream_));
 }
 

@@ -65,9 +65,10 @@ Problem linear_decode(const Product& product, Stream stream) {
   Problem problem = nullptr;
   with_format(product.type, [&](auto format) {
     using F = decltype(format);
-    if (plan.tiles == 1) problem = launch_tiles<F, 1>(plan, stream);
-    else if (plan.tiles == 2) problem = launch_tiles<F, 2>(plan, stream);
-    else if (plan.tiles <= 4) problem = launch_tiles<F, 4>(plan, stream);
+    const int tiles = plan.tiles < product.decode_tiles ? plan.tiles : product.decode_tiles;
+    if (tiles == 1) problem = launch_tiles<F, 1>(plan, stream);
+    else if (tiles == 2) problem = launch_tiles<F, 2>(plan, stream);
+    else if (tiles <= 4) problem = launch_tiles<F, 4>(plan, stream);
     else problem = launch_tiles<F, 8>(plan, stream);
   });
   return problem;

@@ -59,6 +59,7 @@ struct Product {
   const float* bias;         // [rows] or null
   float* out;                // as LinearArguments::out
   int64_t out_stride, subtree_stride;
+  int decode_tiles = 8;      // tiles of 8 tokens that a block of linear_decode walks at most: 1, 2, 4 or 8 (tuning.h)
 };
 // For few tokens: a block is a strip of 16 rows, a warp a segment.
 Problem linear_decode(const Product& product, Stream stream);

@@ -32,6 +32,7 @@ struct ExecutorConfig {
   bool quiet_steps = false;   // steps end silently: they are counted, no event tells of them (traced ones excepted)
   std::vector<int> ranks_per_stage;  // empty: every stage has the program's number of ranks
   WireType wire = WireType::F32;     // of reductions and hidden states, the same on all ranks of the mesh
+  std::string cuda_tuning;           // what `shardmesh tune` wrote (kernels/cuda/tuning.h), for cuda; empty: what is built in
 };
 
 struct SlotSampling {

@@ -21,6 +21,13 @@ bool met(const Floor& f) { return f.value && (f.at_least ? *f.value >= f.floor :
 
 }  // namespace
 
+std::string today() {
+  char date[32];
+  const std::time_t now = std::time(nullptr);
+  std::strftime(date, sizeof date, "%Y-%m-%d", std::gmtime(&now));
+  return date;
+}
+
 double Report::share(const Row& row) const {
   if (row.us <= 0) return 0;
   if (row.limit == Limit::Copy && ceilings.copy > 0) return row.bytes / (row.us * 1e-6) / ceilings.copy;
@@ -59,12 +66,9 @@ void Report::print_floors() const {
 void Report::write_json(const std::string& path) const {
   FILE* file = std::fopen(path.c_str(), "w");
   if (!file) throw std::runtime_error(path + ": cannot be written");
-  char date[32];
-  const std::time_t now = std::time(nullptr);
-  std::strftime(date, sizeof date, "%Y-%m-%d", std::gmtime(&now));
   std::fprintf(file, "{\n\"card\": {\"name\": %s, \"sm\": %d, \"multiprocessors\": %d, \"driver\": %s, \"memoryBytes\": %zu, \"l2Bytes\": %zu, \"emulated\": %s},\n", quoted(card.name).c_str(),
                card.sm, card.multiprocessors, quoted(card.driver).c_str(), card.memory_bytes, card.l2_bytes, card.emulated ? "true" : "false");
-  std::fprintf(file, "\"date\": \"%s\",\n\"ceilings\": {\"copyBytes\": %.6g, \"readBytes\": %.6g, \"int8Operations\": %.6g, \"bf16Operations\": %.6g},\n\"rows\": [\n", date, ceilings.copy,
+  std::fprintf(file, "\"date\": \"%s\",\n\"ceilings\": {\"copyBytes\": %.6g, \"readBytes\": %.6g, \"int8Operations\": %.6g, \"bf16Operations\": %.6g},\n\"rows\": [\n", today().c_str(), ceilings.copy,
                ceilings.read, ceilings.int8, ceilings.bf16);
   for (size_t i = 0; i < rows.size(); i++) {
     const Row& r = rows[i];

@@ -32,6 +32,9 @@ struct Floor {
   std::optional<double> aim, value;
 };
 
+// YYYY-MM-DD
+std::string today();
+
 struct Report {
   CardFacts card;
   Ceilings ceilings;
@@ -42,7 +45,7 @@ struct Report {
   double share(const Row& row) const;  // of its limit; 0 without one
   const Row* find(const std::string& part, const std::string& what) const;
   void print_floors() const;
-  // Throws std::runtime_error when the file cannot be written. `date`: as the caller says it.
+  // Throws std::runtime_error when the file cannot be written.
   void write_json(const std::string& path) const;
 };
 

@@ -4,6 +4,8 @@
 //     --quick     one format, fewer batches
 //     --tiny      shapes for the emulated machine: shows that it runs, measures nothing
 //     --floors    prints the floors' names and limits, needs no card
+//     --tuning FILE  with what --tune wrote
+//     --tune FILE    measures what kernels are launched with, and writes it as tuning_table.h has it; nothing else
 //
 // Buffers that a kernel reads are taken in turns, together more than four times the L2 cache, so that each repetition finds it cold; values are random.
 #include <algorithm>
@@ -11,12 +13,15 @@
 #include <cmath>
 #include <cstdarg>
 #include <cstring>
+#include <fstream>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <thread>
 
 #include "../../kernels/cuda/attention_plan.h"
+#include "../../kernels/cuda/tuning.h"
 #include "../../kernels/cuda/weight_layout.h"
 #include "../kernels/test_matrix.h"
 #include "bench_report.h"
@@ -32,7 +37,7 @@ using cuda::Stream;
 namespace {
 
 struct Options {
-  std::string json;
+  std::string json, tune, tuning;  // tuning: the file's text
   int tries = 9;
   bool quick = false, tiny = false, floors = false;
   std::vector<std::string> models;
@@ -61,13 +66,15 @@ std::string text(const char* format, ...) {
 
 class Bench {
  public:
-  Bench(const Options& options, Report* report) : options_(options), report_(*report), SM_(report->card.multiprocessors) {}
+  Bench(const Options& options, Report* report) : options_(options), report_(*report), tuning_(report->card.sm, report->card.name, options.tuning), SM_(report->card.multiprocessors) {}
 
   void ceilings();
   void products();
   void attention();
   void others();
   void steps();
+  // Throws std::runtime_error when the card cannot be measured or the file not be written.
+  void tune(const std::string& path);
 
  private:
   // Copies of `bytes` bytes that together do not fit four L2 caches.
@@ -85,12 +92,15 @@ class Bench {
   }
 
   void products_of(const std::string& matrix_name, TensorType type, int64_t rows, int64_t columns, const std::vector<int>& decode, const std::vector<int>& prefill);
+  std::string tune_product(TensorType type, int64_t columns, int64_t rows, int64_t bytes_max);
+  std::string tune_attention(int head_size);
   void paged_decode(int head_size, int heads, int kv_heads, int sequences, int context);
   void prefill_attention(int head_size, int heads, int kv_heads, int tokens);
   void steps_of(const ExportedModel& model);
 
   const Options& options_;
   Report& report_;
+  const cuda::Tuning tuning_;
   const int SM_;
 };
 
@@ -143,40 +153,50 @@ CardMatrix card_matrix(TensorType type, int64_t rows, int64_t columns, int copie
   return matrix;
 }
 
+// A product of up to `tokens_max` tokens: the matrix in turns, segments as a column-parallel product has them.
+struct ProductScene {
+  TensorType type;
+  int64_t rows, columns;
+  CardMatrix matrix;
+  std::vector<int> segments;
+  Memory in, out;
+
+  ProductScene(TensorType of, int64_t rows_, int64_t columns_, int copies, int tokens_max) : type(of), rows(rows_), columns(columns_), matrix(card_matrix(of, rows_, columns_, copies)) {
+    const int groups = static_cast<int>(columns / 32), count = std::min(8, (groups + 7) / 8);
+    for (int i = 0, end = 0; i < count; i++) segments.push_back(end += groups / count + (i < groups % count ? 1 : 0));
+    Random random(3);
+    const Memory x = on_card(make_activations(static_cast<size_t>(tokens_max * columns), Values::Random, random));
+    in = Memory(Place::Card, cuda::activation_bytes(tokens_max, columns), "the benchmark");
+    out = Memory(Place::Card, static_cast<size_t>(tokens_max * rows) * 4, "the benchmark");
+    time_us(1, 1, [&](int, Stream s) { return cuda::quantize(x.as<float>(), columns, tokens_max, columns, in.as<cuda::ActivationGroup>(), s); });
+  }
+
+  template <typename Launcher>
+  Problem queue(const Launcher& launcher, int tokens, int tiles, int i, Stream stream) const {
+    const Subtree whole{0, static_cast<int>(segments.size())};
+    const uint8_t* weight = matrix.copies[static_cast<size_t>(i) % matrix.copies.size()].as<uint8_t>();
+    return launcher(cuda::Product{type, rows, columns, matrix.phase, weight, in.as<cuda::ActivationGroup>(), tokens, whole.count, segments.data(), 1, &whole, nullptr, out.as<float>(), rows, 0, tiles}, stream);
+  }
+};
+
 // "1 token", "16 tokens"
 std::string tokens_text(int tokens) { return text("%d token%s", tokens, tokens == 1 ? "" : "s"); }
 
 void Bench::products_of(const std::string& matrix_name, TensorType type, int64_t rows, int64_t columns, const std::vector<int>& decode, const std::vector<int>& prefill) {
-  CardMatrix matrix;
-  std::vector<int> segments;
-  const int groups = static_cast<int>(columns / 32), segment_count = std::min(8, (groups + 7) / 8);
-  for (int i = 0, end = 0; i < segment_count; i++) segments.push_back(end += groups / segment_count + (i < groups % segment_count ? 1 : 0));
-  const Subtree whole{0, segment_count};
-  const int most = std::max(decode.empty() ? 1 : decode.back(), prefill.empty() ? 1 : prefill.back());
-  Memory in, out;
+  const size_t bytes = cuda::packed_bytes({type, rows, columns, 0, 0, nullptr});
+  const int tiles = tuning_.product(type, static_cast<int64_t>(bytes)).decode_tiles;
+  std::unique_ptr<ProductScene> scene;
   std::string problem;
   try {
-    Random random(3);
-    const MatrixSource shape{type, rows, columns, 0, 0, nullptr};
-    matrix = card_matrix(type, rows, columns, copies(cuda::packed_bytes(shape)));
-    const Memory x = on_card(make_activations(static_cast<size_t>(most * columns), Values::Random, random));
-    in = Memory(Place::Card, cuda::activation_bytes(most, columns), "the benchmark");
-    out = Memory(Place::Card, static_cast<size_t>(most * rows) * 4, "the benchmark");
-    time_us(1, 1, [&](int, Stream s) { return cuda::quantize(x.as<float>(), columns, most, columns, in.as<cuda::ActivationGroup>(), s); });
+    scene = std::make_unique<ProductScene>(type, rows, columns, copies(bytes), std::max(decode.empty() ? 1 : decode.back(), prefill.empty() ? 1 : prefill.back()));
   } catch (const std::exception& error) {
     problem = error.what();
   }
   const auto measure = [&](const char* part, int tokens, auto launcher, Limit limit) {
-    Row r{part, matrix_name + ", " + tokens_text(tokens), 0, static_cast<double>(matrix.bytes + cuda::activation_bytes(tokens, columns)) + 4.0 * tokens * static_cast<double>(rows),
+    Row r{part, matrix_name + ", " + tokens_text(tokens), 0, static_cast<double>(bytes + cuda::activation_bytes(tokens, columns)) + 4.0 * tokens * static_cast<double>(rows),
           2.0 * tokens * static_cast<double>(rows) * static_cast<double>(columns), limit, problem};
-    if (!problem.empty()) return report_.add(std::move(r));
-    row(std::move(r), [&] {
-      return time_us(repetitions(matrix.bytes), options_.tries, [&](int i, Stream s) {
-        return launcher(cuda::Product{type, rows, columns, matrix.phase, matrix.copies[static_cast<size_t>(i) % matrix.copies.size()].template as<uint8_t>(), in.as<cuda::ActivationGroup>(), tokens, segment_count,
-                                      segments.data(), 1, &whole, nullptr, out.as<float>(), rows, 0},
-                        s);
-      });
-    });
+    if (!scene) return report_.add(std::move(r));
+    row(std::move(r), [&] { return time_us(repetitions(bytes), options_.tries, [&](int i, Stream s) { return scene->queue(launcher, tokens, tiles, i, s); }); });
   };
   for (const int tokens : decode) measure("decode product", tokens, cuda::linear_decode, Limit::Copy);
   for (const int tokens : prefill) measure("prefill product", tokens, cuda::linear_prefill, Limit::Int8);
@@ -275,16 +295,16 @@ struct AttentionScene {
   }
 };
 
-constexpr cuda::SplitLimits kSplit{8, 4096};
-constexpr int kAttentionWarps = 16;
+constexpr int kSlotsMax = 4096;
 
 void Bench::paged_decode(int head_size, int heads, int kv_heads, int sequences, int context) {
   AttentionScene scene(head_size, heads, kv_heads, sequences, context, 1, 16);
   Row r{"paged decode", text("D %d, %d/%d heads, %d x %d tokens, %.0f MB", head_size, heads, kv_heads, sequences, context, static_cast<double>(scene.kv_bytes) / 1e6), 0,
         static_cast<double>(scene.kv_bytes), 4.0 * head_size * heads * sequences * context, Limit::Copy, ""};
   row(std::move(r), [&] {
-    scene.to_card(copies(scene.kv_bytes), kSplit);
-    return time_us(repetitions(scene.kv_bytes), options_.tries, [&](int i, Stream s) { return scene.queue(i, SM_ * kAttentionWarps, s); });
+    const cuda::AttentionTuning tuning = tuning_.attention(head_size);
+    scene.to_card(copies(scene.kv_bytes), {tuning.split_rows_max, kSlotsMax});
+    return time_us(repetitions(scene.kv_bytes), options_.tries, [&](int i, Stream s) { return scene.queue(i, SM_ * tuning.warps, s); });
   });
 }
 
@@ -292,8 +312,9 @@ void Bench::prefill_attention(int head_size, int heads, int kv_heads, int tokens
   AttentionScene scene(head_size, heads, kv_heads, 1, tokens, tokens, 16);
   Row r{"prefill attention", text("D %d, %d/%d heads, %d tokens", head_size, heads, kv_heads, tokens), 0, 0, 2.0 * head_size * heads * tokens * (tokens + 1.0), Limit::Int8, ""};
   row(std::move(r), [&] {
-    scene.to_card(2, kSplit);
-    return time_us(options_.tiny ? 1 : 8, options_.tries, [&](int i, Stream s) { return scene.queue(i, SM_ * kAttentionWarps, s); });
+    const cuda::AttentionTuning tuning = tuning_.attention(head_size);
+    scene.to_card(2, {tuning.split_rows_max, kSlotsMax});
+    return time_us(options_.tiny ? 1 : 8, options_.tries, [&](int i, Stream s) { return scene.queue(i, SM_ * tuning.warps, s); });
   });
 }
 
@@ -378,6 +399,7 @@ void Bench::steps_of(const ExportedModel& model) {
   const int prompt = options_.tiny ? 5 : model.prompt_tokens, decode = options_.tiny ? 2 : 64;
   const std::vector<int> batches = options_.tiny ? std::vector<int>{1, 2} : std::vector<int>{1, 8, 32, 128};
   MeshOptions mesh_options;
+  mesh_options.cuda_tuning = options_.tuning;
   mesh_options.sequences_max = batches.back();
   mesh_options.step_tokens_max = options_.tiny ? 32 : 2048;
   mesh_options.kv_blocks = batches.back() * ((prompt + decode) / mesh_options.block_tokens + 1);
@@ -438,6 +460,106 @@ void Bench::steps() {
   for (const std::string& file : options_.models) steps_of(read_exported_model(file));
 }
 
+// ---------------------------------------------------------------- tuning
+
+// Index of the choice whose times, each beside the best of its column, are smallest together. times[choice][column].
+size_t best_choice(const std::vector<std::vector<double>>& times) {
+  size_t best = 0;
+  double least = 1e300;
+  for (size_t choice = 0; choice < times.size(); choice++) {
+    double sum = 0;
+    for (size_t column = 0; column < times[choice].size(); column++) {
+      double fastest = times[0][column];
+      for (const std::vector<double>& other : times) fastest = std::min(fastest, other[column]);
+      sum += times[choice][column] / fastest;
+    }
+    if (sum < least) {
+      least = sum;
+      best = choice;
+    }
+  }
+  return best;
+}
+
+// A row of "products": tiles of a decode block by batches of 16, 32 and 64 tokens, then how many tokens linear_decode stays ahead for.
+std::string Bench::tune_product(TensorType type, int64_t columns, int64_t rows, int64_t bytes_max) {
+  const size_t bytes = cuda::packed_bytes({type, rows, columns, 0, 0, nullptr});
+  const ProductScene scene(type, rows, columns, copies(bytes), cuda::kDecodeTokensMaxChoices[std::size(cuda::kDecodeTokensMaxChoices) - 1]);
+  const auto time = [&](auto launcher, int tokens, int tiles) {
+    return time_us(repetitions(bytes), options_.tries, [&](int i, Stream s) { return scene.queue(launcher, tokens, tiles, i, s); });
+  };
+  std::vector<std::vector<double>> times;
+  for (const int tiles : cuda::kDecodeTilesChoices) {
+    times.emplace_back();
+    for (const int tokens : {16, 32, 64}) times.back().push_back(time(cuda::linear_decode, tokens, tiles));
+  }
+  const int tiles = cuda::kDecodeTilesChoices[best_choice(times)];
+  int tokens_max = cuda::kDecodeTokensMaxChoices[0];
+  for (const int tokens : cuda::kDecodeTokensMaxChoices) {
+    if (time(cuda::linear_decode, tokens, tiles) > time(cuda::linear_prefill, tokens, tiles)) break;
+    tokens_max = tokens;
+  }
+  return text("{\"type\": \"%s\", \"bytesMax\": %s, \"decodeTokensMax\": %d, \"decodeTiles\": %d}", name_of(type), bytes_max ? std::to_string(bytes_max).c_str() : "null", tokens_max, tiles);
+}
+
+// A row of "attention": warps by one long and many short contexts, then how many rows of a sequence splitting pays for.
+std::string Bench::tune_attention(int head_size) {
+  const int heads = options_.tiny ? 2 : 32, kv_heads = options_.tiny ? 1 : 8, context = options_.tiny ? 270 : 4096, count = options_.tiny ? 1 : 20;
+  std::vector<std::vector<double>> times(std::size(cuda::kAttentionWarpsChoices));
+  for (const int sequences : options_.tiny ? std::vector<int>{1} : std::vector<int>{1, 32}) {
+    AttentionScene scene(head_size, heads, kv_heads, sequences, context, 1, 16);
+    scene.to_card(copies(scene.kv_bytes), {1, kSlotsMax});
+    for (size_t i = 0; i < times.size(); i++)
+      times[i].push_back(time_us(count, options_.tries, [&](int r, Stream s) { return scene.queue(r, SM_ * cuda::kAttentionWarpsChoices[i], s); }));
+  }
+  const int warps = cuda::kAttentionWarpsChoices[best_choice(times)];
+  int split = cuda::kSplitRowsChoices[0];
+  for (const int rows : cuda::kSplitRowsChoices) {
+    double us[2];
+    for (const int splits : {0, 1}) {
+      AttentionScene scene(head_size, heads, kv_heads, options_.tiny ? 1 : 4, context, rows, 16);
+      scene.to_card(copies(scene.kv_bytes), {splits * rows, kSlotsMax});
+      us[splits] = time_us(count, options_.tries, [&](int r, Stream s) { return scene.queue(r, SM_ * warps, s); });
+    }
+    if (us[1] > us[0]) break;
+    split = rows;
+  }
+  return text("{\"headSize\": %d, \"splitRowsMax\": %d, \"warps\": %d}", head_size, split, warps);
+}
+
+void Bench::tune(const std::string& path) {
+  std::vector<std::string> products, attentions;
+  if (options_.tiny) {
+    products.push_back(tune_product(TensorType::Q4_1, 128, 48, 0));
+  } else {
+    for (const TensorType type : kTypes) {
+      const double row_bytes = static_cast<double>(cuda::packed_bytes({type, 64, 4096, 0, 0, nullptr})) / 64;
+      if (row_bytes == 0) continue;
+      // Measured at half of the largest that a row is for, and at 64 MB for what is larger still.
+      for (const int64_t bytes_max : {int64_t{4} << 20, int64_t{16} << 20, int64_t{0}}) {
+        const double bytes = bytes_max ? static_cast<double>(bytes_max) / 2 : 64e6;
+        products.push_back(tune_product(type, 4096, static_cast<int64_t>(bytes / row_bytes / 64 + 1) * 64, bytes_max));
+        std::printf("%s\n", products.back().c_str());
+        std::fflush(stdout);
+      }
+    }
+  }
+  for (const int head_size : options_.tiny ? std::vector<int>{64} : std::vector<int>{64, 128, 256}) {
+    attentions.push_back(tune_attention(head_size));
+    std::printf("%s\n", attentions.back().c_str());
+  }
+  const auto joined = [](const std::vector<std::string>& rows) {
+    std::string all;
+    for (const std::string& row : rows) all += (all.empty() ? "    " : ",\n    ") + row;
+    return all;
+  };
+  FILE* file = std::fopen(path.c_str(), "w");
+  if (!file) throw std::runtime_error(path + ": cannot be written");
+  std::fprintf(file, "{\"version\": 1, \"cards\": [{\n  \"sm\": %d, \"card\": \"%s\", \"measured\": \"%s\",\n  \"products\": [\n%s\n  ],\n  \"attention\": [\n%s\n  ]\n}]}\n", report_.card.sm,
+               report_.card.name.c_str(), today().c_str(), joined(products).c_str(), joined(attentions).c_str());
+  if (std::fclose(file) != 0) throw std::runtime_error(path + ": cannot be written");
+}
+
 // ---------------------------------------------------------------- floors
 
 // The aims for an H100; what they need is found among the rows by name.
@@ -483,6 +605,13 @@ void hold_floors(Report* report) {
   floors.push_back({"between steps, median", "us", false, 10, {}, us("between steps", "step-135m, batch 1, p50", 1)});
 }
 
+std::string text_of_file(const std::string& path) {
+  std::ifstream in(path);
+  const std::string all(std::istreambuf_iterator<char>(in), {});
+  if (all.empty()) throw std::runtime_error(path + ": cannot be read, or is empty");
+  return all;
+}
+
 Options parse(int argc, char** argv) {
   Options options;
   for (int i = 1; i < argc; i++) {
@@ -493,10 +622,12 @@ Options parse(int argc, char** argv) {
     };
     if (given == "--json") options.json = value();
     else if (given == "--tries") options.tries = std::stoi(value());
+    else if (given == "--tune") options.tune = value();
+    else if (given == "--tuning") options.tuning = text_of_file(value());
     else if (given == "--quick") options.quick = true;
     else if (given == "--tiny") options.tiny = true;
     else if (given == "--floors") options.floors = true;
-    else if (given[0] == '-') throw std::runtime_error("unknown option " + given + "; options: --json FILE --tries N --quick --tiny --floors");
+    else if (given[0] == '-') throw std::runtime_error("unknown option " + given + "; options: --json FILE --tries N --quick --tiny --floors --tune FILE --tuning FILE");
     else options.models.push_back(given);
   }
   if (options.tries < 1) throw std::runtime_error("--tries must be above 0");
@@ -507,7 +638,7 @@ Options parse(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   try {
-    const Options options = parse(argc, argv);
+    Options options = parse(argc, argv);
     Report report;
     if (!options.floors) {
       if (const std::string absent = find_bench_card(&report.card); !absent.empty()) {
@@ -518,7 +649,15 @@ int main(int argc, char** argv) {
       std::printf("card %s, sm_%d, %d multiprocessors, L2 %zu KB, driver %s%s\n", card.name.c_str(), card.sm, card.multiprocessors, card.l2_bytes >> 10, card.driver.c_str(),
                   card.emulated ? "; EMULATED, no figure means anything" : "");
       flush_denormals();
+      if (card.emulated) {
+        options.tiny = true;
+        options.tries = 1;
+      }
       Bench bench(options, &report);
+      if (!options.tune.empty()) {
+        bench.tune(options.tune);
+        return 0;
+      }
       bench.ceilings();
       bench.products();
       bench.attention();

@@ -27,6 +27,7 @@ LocalMesh::LocalMesh(const ExportedModel& model, const ExportedCut& cut, const K
     config.step_tokens_max = options.step_tokens_max;
     config.sequences_max = options.sequences_max;
     config.quiet_steps = options.quiet;
+    config.cuda_tuning = options.cuda_tuning;
     ExecutorEvents events;
     events.done = [this, rank](StepDone&& done) {
       if (on_done) on_done(rank->address, done);

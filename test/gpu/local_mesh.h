@@ -16,6 +16,7 @@ struct MeshOptions {
   int threads = 1;  // of a rank that a CPU computes
   int kv_blocks = 64, block_tokens = 16, step_tokens_max = 512, sequences_max = 16;
   bool quiet = false;  // steps end silently (StepTotals counts them)
+  std::string cuda_tuning;
 };
 
 // What a rank is told of the others.

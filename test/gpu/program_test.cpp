@@ -1,9 +1,10 @@
 // Exported programs (exported_model.h) through the CUDA executor, without Node, against the reference executor by memcmp: the matrix of cuts, chunks and mixed ranks, and a
 // rank that is killed in the middle of a step. Linked with the kernels of a card (test/gpu) or with the emulated machine (test/kernels).
 //
-//   program_test [--small] FILE...     prints "ok NAME", "FAIL NAME: what" or "skip REASON", a line each; exit status 1 when one failed
+//   program_test [--small] [--no-kill] FILE...; program_test --tuning MODEL [FILE]     each prints "ok NAME", "FAIL NAME: what" or "skip REASON", a line each; exit status 1 when one failed
 //     --small      short prompts, one chunking a cut: for compute-sanitizer and the emulated machine
 //     --no-kill    without the rank that is killed (compute-sanitizer follows no child)
+//     --tuning     one model with every value and row that tuning may choose, and those of FILE (kernels/cuda/tuning.h)
 #include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -12,10 +13,13 @@
 #include <chrono>
 #include <cstdio>
 #include <cstring>
+#include <fstream>
+#include <iterator>
 #include <set>
 #include <stdexcept>
 #include <thread>
 
+#include "../../kernels/cuda/tuning.h"
 #include "../../kernels/runner/cuda_part.h"
 #include "workload.h"
 
@@ -48,7 +52,7 @@ std::string difference(const std::vector<uint8_t>& want, const std::vector<uint8
 }
 
 struct Settings {
-  bool small = false, kill = true;
+  bool small = false, kill = true, tuning = false;
   int prompt(const ExportedModel& model) const { return small ? std::min(40, model.prompt_tokens) : model.prompt_tokens; }
   int decode() const { return small ? 3 : 12; }
   // So many that a rank is killed before they are over.
@@ -63,8 +67,10 @@ MeshOptions options_for(const Workload& workload) {
   return options;
 }
 
-std::vector<uint8_t> results_of(const ExportedModel& model, const ExportedCut& cut, const LocalMesh::KindOf& kind_of, const Workload& workload, int chunk) {
-  const MeshOptions options = options_for(workload);
+std::vector<uint8_t> results_of(const ExportedModel& model, const ExportedCut& cut, const LocalMesh::KindOf& kind_of, const Workload& workload, int chunk,
+                                const std::string& cuda_tuning = "") {
+  MeshOptions options = options_for(workload);
+  options.cuda_tuning = cuda_tuning;
   LocalMesh mesh(model, cut, kind_of, options);
   mesh.open_segments();
   mesh.connect({});
@@ -184,6 +190,52 @@ std::string check_kill(const std::string& file, const ExportedModel& model, cons
   return difference(want, run_workload(mesh, workload, 17, options, kPatientMs));
 }
 
+// ---------------------------------------------------------------- tuning
+
+std::string tuning_text(const cuda::ProductTuning& product, const cuda::AttentionTuning& attention) {
+  return "{\"version\": 1, \"cards\": [{\"sm\": null, \"card\": null, \"measured\": null, \"products\": [{\"type\": null, \"bytesMax\": null, \"decodeTokensMax\": " +
+         std::to_string(product.decode_tokens_max) + ", \"decodeTiles\": " + std::to_string(product.decode_tiles) + "}], \"attention\": [{\"headSize\": null, \"splitRowsMax\": " +
+         std::to_string(attention.split_rows_max) + ", \"warps\": " + std::to_string(attention.warps) + "}]}]}";
+}
+
+struct TuningCase {
+  cuda::ProductTuning product;
+  cuda::AttentionTuning attention;
+};
+
+// Every value that `shardmesh tune` chooses from at least once, every row of the built-in table and of `file` as if it fitted everything, and a file that is all of it.
+std::vector<TuningCase> tuning_cases(const std::string& file) {
+  std::vector<TuningCase> cases;
+  const auto pick = [](const auto& choices, size_t i) { return choices[i % std::size(choices)]; };
+  for (size_t i = 0; i < 5; i++)
+    cases.push_back({{pick(cuda::kDecodeTokensMaxChoices, i), pick(cuda::kDecodeTilesChoices, i)}, {pick(cuda::kSplitRowsChoices, 4 - i), pick(cuda::kAttentionWarpsChoices, i)}});
+  for (const std::string& text : {std::string(cuda::kTuningTable), file}) {
+    if (text.empty()) continue;
+    for (const cuda::TuningRows& rows : cuda::parse_tuning(text))
+      for (size_t i = 0; i < std::max(rows.products.size(), rows.attention.size()); i++)
+        cases.push_back({rows.products[std::min(i, rows.products.size() - 1)].tuning, rows.attention[std::min(i, rows.attention.size() - 1)].tuning});
+  }
+  return cases;
+}
+
+void check_tuning(const std::string& model_file, const std::string& tuning_file, const Settings& settings) {
+  const ExportedModel model = read_exported_model(model_file);
+  std::string file;
+  if (!tuning_file.empty()) {
+    std::ifstream in(tuning_file);
+    file.assign(std::istreambuf_iterator<char>(in), {});
+    if (file.empty()) throw std::runtime_error(tuning_file + ": cannot be read, or is empty");
+  }
+  // The longest prompt, whatever --small says: a context is split from its second span on.
+  const Workload workload = Workload::mixed(model, model.prompt_tokens, settings.decode());
+  const std::vector<uint8_t> want = results_of(model, model.cuts.front(), all_of("reference"), workload, 1000);
+  for (const TuningCase& c : tuning_cases(file))
+    test_case(model.name + " - decode products up to " + std::to_string(c.product.decode_tokens_max) + " tokens in blocks of " + std::to_string(c.product.decode_tiles) + " tiles, contexts split for " +
+                  std::to_string(c.attention.split_rows_max) + " rows, " + std::to_string(c.attention.warps) + " warps of attention: the reference's bits",
+              [&] { return difference(want, results_of(model, model.cuts.front(), all_of("cuda"), workload, 27, tuning_text(c.product, c.attention))); });
+  if (!file.empty()) test_case(model.name + " - the file's own choices: the reference's bits", [&] { return difference(want, results_of(model, model.cuts.front(), all_of("cuda"), workload, 27, file)); });
+}
+
 // ---------------------------------------------------------------- the matrix
 
 void check_model(const std::string& file, const Settings& settings) {
@@ -222,10 +274,11 @@ int main(int argc, char** argv) {
     const std::string given = argv[i];
     if (given == "--small") settings.small = true;
     else if (given == "--no-kill") settings.kill = false;
+    else if (given == "--tuning") settings.tuning = true;
     else files.push_back(given);
   }
   if (files.empty()) {
-    std::fprintf(stderr, "program_test: no file; usage: program_test [--small] [--no-kill] FILE...\n");
+    std::fprintf(stderr, "program_test: no file; usage: program_test [--small] [--no-kill] FILE... | program_test --tuning MODEL [FILE]\n");
     return 2;
   }
   const CudaFacts facts = cuda_facts();
@@ -237,6 +290,10 @@ int main(int argc, char** argv) {
   const auto began = std::chrono::steady_clock::now();
   for (const std::string& file : files) {
     try {
+      if (settings.tuning) {
+        check_tuning(files.front(), files.size() > 1 ? files[1] : "", settings);
+        break;
+      }
       check_model(file, settings);
     } catch (const std::exception& error) {
       test_case(file, [&] { return error.what(); });

@@ -46,7 +46,11 @@ if [ $tests = 1 ]; then
   fi
 fi
 if [ $bench = 1 ]; then
-  step bench "$here/gpu_bench" --json "$results/bench.json" "$here"/programs/step-*.jsonl
+  step tune "$here/gpu_bench" --tune "$results/tuning.json"
+  if [ -s "$results/tuning.json" ]; then
+    step tuned-programs "$here/program_test" --tuning "$1" "$results/tuning.json"
+    step bench "$here/gpu_bench" --tuning "$results/tuning.json" --json "$results/bench.json" "$here"/programs/step-*.jsonl
+  fi
   if command -v python3 > /dev/null; then
     step rivals python3 "$here/rivals.py" "$results/rivals.json"
   else

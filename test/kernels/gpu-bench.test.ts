@@ -5,6 +5,8 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { promisify } from 'node:util';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { tune } from '../../deploy/cli/tune.ts';
+import { readTuning, tunedAt, tuningPath } from '../../kernels/cuda/tuning.ts';
 import { measuredPage, readMeasurements, renderPage, type BenchReport } from '../bench/gpu-measured.ts';
 import { exportModel, testModels } from '../gpu/exported-models.ts';
 import { buildKernelTarget } from './build-target.ts';
@@ -44,6 +46,55 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('benchma
       ]),
     );
     expect(floors.map((floor) => floor.met)).toEqual(floors.map(() => null));
+  });
+
+  it("shardmesh tune - keeps what it measured, and programs run with it have the reference's bits", async () => {
+    const before = process.env['SHARDMESH_CACHE'];
+    process.env['SHARDMESH_CACHE'] = folder;
+    try {
+      expect(readTuning(folder)).toBeNull();
+      const other = {
+        version: 1,
+        cards: [{ sm: 90, card: 'another card', measured: '2030-01-01', products: [], attention: [] }],
+      };
+      writeFileSync(tuningPath(folder), JSON.stringify(other));
+      tune(binary);
+      tune(binary); // in place of what the first run left
+    } finally {
+      if (before === undefined) delete process.env['SHARDMESH_CACHE'];
+      else process.env['SHARDMESH_CACHE'] = before;
+    }
+    const text = readTuning(folder)!;
+    expect((JSON.parse(text) as { cards: { card: string }[] }).cards.map(({ card }) => card)).toEqual([
+      'emulated CUDA machine',
+      'another card',
+    ]);
+    expect(tunedAt(text, 'another card')).toBe('2030-01-01');
+    expect(tunedAt(text, 'emulated CUDA machine')).toMatch(/^20\d\d-\d\d-\d\d$/);
+    expect(tunedAt(text, 'a card that is not here')).toBeNull();
+
+    const model = join(folder, 'tuned.jsonl');
+    const shape = testModels[1]!;
+    writeFileSync(model, exportModel({ ...shape, promptTokens: 60 }));
+    const { stdout } = await run(await buildKernelTarget('gpu_program_test'), ['--small', '--tuning', model, tuningPath(folder)]);
+    expect(stdout).toContain(`ok ${shape.name} - the file's own choices: the reference's bits`);
+    expect(stdout).not.toContain('FAIL');
+    const broken = join(folder, 'broken.json');
+    writeFileSync(broken, text.replace(/"decodeTiles": \d/, '"decodeTiles": 3'));
+    const failed = await run(binary.replace(/gpu_bench$/, 'gpu_program_test'), ['--small', '--tuning', model, broken]).catch(
+      (error: unknown) => error as { stdout: string },
+    );
+    expect(failed.stdout).toContain('tuning.cards[0].products[0].decodeTiles');
+  });
+
+  it('shardmesh tune - says what is missing, and changes nothing without a card', async () => {
+    expect(() => tune(join(folder, 'nothing'))).toThrow('run npm run build:cuda first');
+    process.env['SHARDMESH_EMULATED_CARD_ABSENT'] = 'no NVIDIA driver here';
+    try {
+      expect(() => tune(binary)).toThrow('no card here to tune for; nothing was changed');
+    } finally {
+      delete process.env['SHARDMESH_EMULATED_CARD_ABSENT'];
+    }
   });
 
   it('gpu bench - MEASURED.md is what the files of measured cards say, row for row', async () => {

@@ -66,6 +66,13 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('exporte
     expect(second).toMatch(/^FAIL llama-k-quants-d64 - 2 ranks, CUDA, chunks of 70: .* is not the reference's$/);
   });
 
+  it("exported program - every value that tuning chooses from, and every row of the built-in table, has the reference's bits", async () => {
+    const found = await lines('--small', '--tuning', exported('qwen2-blocks-of-32-d32-window'));
+    expect(found.length).toBeGreaterThanOrEqual(6);
+    for (const line of found)
+      expect(line).toMatch(/^ok qwen2-blocks-of-32-d32-window - decode products up to .*: the reference's bits$/);
+  });
+
   it('exported program - a file that is cut short, or names a tensor it does not have, is refused by name', async () => {
     const text = exportModel(testModels[0]!);
     const broken = async (name: string, content: string) => {

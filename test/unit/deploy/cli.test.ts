@@ -15,7 +15,7 @@ const examplesOf = (command: Command): string[] =>
 
 describe('command line', () => {
   test('command line - has the commands it should have', () => {
-    expect(names).toEqual(['serve', 'worker', 'plan', 'models', 'trace', 'enroll', 'bench', 'keys', 'doctor']);
+    expect(names).toEqual(['serve', 'worker', 'plan', 'models', 'trace', 'enroll', 'bench', 'keys', 'tune', 'doctor']);
     expect(leaves(program).map(({ path }) => path.join(' '))).toEqual([
       'serve',
       'worker',
@@ -28,6 +28,7 @@ describe('command line', () => {
       'enroll',
       'bench',
       'keys',
+      'tune',
       'doctor',
     ]);
   });
@@ -56,6 +57,7 @@ describe('command line', () => {
         'keys',
         'enroll',
         'bench',
+        'tune',
       ]),
     );
   });
@@ -77,7 +79,7 @@ describe('command line', () => {
 
   test('command line - loads one command alone, and none by the name of something else', async () => {
     expect((await shardmeshProgram('worker')).commands.map((command) => command.name())).toEqual(['worker']);
-    expect((await shardmeshProgram('constructor')).commands).toHaveLength(9);
+    expect((await shardmeshProgram('constructor')).commands).toHaveLength(10);
   });
 
   test('command line - plan takes every option of serve', () => {
