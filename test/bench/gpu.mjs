@@ -10,12 +10,14 @@ import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 import { buildCuda, cardFolder } from '../../deploy/setup/build-cuda.mjs';
 import { exportModel, testModels } from '../gpu/exported-models.ts';
+import { cudaReadme, memoryTable } from '../gpu/memory-table.ts';
 import { buildKernelTarget } from '../kernels/build-target.ts';
 import { measuredFolder, measuredPage, readMeasurements, renderPage } from './gpu-measured.ts';
 
 const { values } = parseArgs({
   options: {
     emulated: { type: 'boolean' },
+    memory: { type: 'boolean' },
     from: { type: 'string' },
     rivals: { type: 'string' },
     help: { type: 'boolean' },
@@ -26,6 +28,7 @@ if (values.help) {
 
   (none)              measures this machine's card
   --from FILE         takes the bench.json that card/run.sh left on another machine;  --rivals FILE: its rivals.json
+  --memory            writes the memory table of kernels/cuda/README.md; needs no card
   --emulated          the same program on the emulated machine, tiny shapes: shows that it runs, measures nothing
 
 Example: npm run bench:gpu -- --from results/bench.json`);
@@ -48,6 +51,13 @@ function keep(benchFile, rivalsFile) {
 
 if (values.from) {
   keep(values.from, values.rivals);
+} else if (values.memory) {
+  const table = await memoryTable(await buildKernelTarget('gpu_bench'));
+  const page = readFileSync(cudaReadme, 'utf8');
+  writeFileSync(
+    cudaReadme,
+    page.replace(/(<!-- memory -->\n)[^]*(<!-- \/memory -->)/, (_, begin, end) => `${begin}${table}${end}`),
+  );
 } else if (values.emulated) {
   const folder = mkdtempSync(join(tmpdir(), 'shardmesh-bench-'));
   const model = join(folder, 'model.jsonl');

@@ -4,6 +4,7 @@
  */
 import { smallModel, type SmallShape } from '../kernels/small-model.ts';
 import type { KvType } from '../../kernels/programs/index.ts';
+import type { TensorType } from '../../kernels/programs/program.ts';
 
 /** How a model is cut: shares of the ranks of a stage, and stages. */
 export interface ExportedCut {
@@ -30,7 +31,7 @@ const allCuts: ExportedCut[] = [
   { name: '2 ranks by 2 stages', tp: 2, pp: 2 },
 ];
 
-const typesOf = (type: 'Q4_0' | 'Q4_1' | 'Q4_K'): SmallShape['types'] => ({
+export const typesOf = (type: TensorType): SmallShape['types'] => ({
   q: type,
   k: type,
   v: type,

@@ -4,6 +4,7 @@
 //     --quick     one format, fewer batches
 //     --tiny      shapes for the emulated machine: shows that it runs, measures nothing
 //     --floors    prints the floors' names and limits, needs no card
+//     --memory FILE...   what each model takes on a card, a JSON object a line; needs no card
 //     --tuning FILE  with what --tune wrote
 //     --tune FILE    measures what kernels are launched with, and writes it as tuning_table.h has it; nothing else
 //
@@ -39,7 +40,7 @@ namespace {
 struct Options {
   std::string json, tune, tuning;  // tuning: the file's text
   int tries = 9;
-  bool quick = false, tiny = false, floors = false;
+  bool quick = false, tiny = false, floors = false, memory = false;
   std::vector<std::string> models;
 };
 
@@ -377,10 +378,11 @@ void Bench::others() {
 
 // ---------------------------------------------------------------- decode steps
 
-double matrix_bytes(const Program& program) {
+// Packed, with or without embeddings that are only looked up by row.
+double matrix_bytes(const Program& program, bool embeddings) {
   double bytes = 0;
   for (const WeightSlice& slice : program.weights) {
-    if (slice.use != WeightUse::Matrix) continue;
+    if (slice.use == WeightUse::Vector || (slice.use == WeightUse::Embedding && !embeddings)) continue;
     const SliceShape shape = slice_shape(slice);
     bytes += static_cast<double>(cuda::packed_bytes({slice.type, shape.rows, shape.columns, shape.skip, shape.row_bytes, nullptr}));
   }
@@ -421,7 +423,7 @@ void Bench::steps_of(const ExportedModel& model) {
     };
   for (const int batch : batches) {
     const double kv = static_cast<double>(batch) * (prompt + decode / 2.0) * static_cast<double>(kv_bytes_per_block(program, mesh_options.block_tokens)) / mesh_options.block_tokens;
-    Row r{"decode step", named(batch), 0, matrix_bytes(program) + kv, 0, Limit::Copy, problem};
+    Row r{"decode step", named(batch), 0, matrix_bytes(program, false) + kv, 0, Limit::Copy, problem};
     if (!mesh) {
       report_.add(std::move(r));
       continue;
@@ -605,6 +607,14 @@ void hold_floors(Report* report) {
   floors.push_back({"between steps, median", "us", false, 10, {}, us("between steps", "step-135m, batch 1, p50", 1)});
 }
 
+void print_memory(const std::string& path) {
+  const ExportedModel model = read_exported_model(path);
+  const Program& program = model.cuts.front().programs.front();
+  constexpr int kBlockTokens = 16;
+  std::printf("{\"name\": \"%s\", \"weightBytes\": %.0f, \"kvBytesPerToken\": %.0f}\n", model.name.c_str(), matrix_bytes(program, true),
+              static_cast<double>(kv_bytes_per_block(program, kBlockTokens)) / kBlockTokens);
+}
+
 std::string text_of_file(const std::string& path) {
   std::ifstream in(path);
   const std::string all(std::istreambuf_iterator<char>(in), {});
@@ -627,6 +637,7 @@ Options parse(int argc, char** argv) {
     else if (given == "--quick") options.quick = true;
     else if (given == "--tiny") options.tiny = true;
     else if (given == "--floors") options.floors = true;
+    else if (given == "--memory") options.memory = true;
     else if (given[0] == '-') throw std::runtime_error("unknown option " + given + "; options: --json FILE --tries N --quick --tiny --floors --tune FILE --tuning FILE");
     else options.models.push_back(given);
   }
@@ -639,6 +650,10 @@ Options parse(int argc, char** argv) {
 int main(int argc, char** argv) {
   try {
     Options options = parse(argc, argv);
+    if (options.memory) {
+      for (const std::string& file : options.models) print_memory(file);
+      return 0;
+    }
     Report report;
     if (!options.floors) {
       if (const std::string absent = find_bench_card(&report.card); !absent.empty()) {

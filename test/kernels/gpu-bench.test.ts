@@ -9,6 +9,7 @@ import { tune } from '../../deploy/cli/tune.ts';
 import { readTuning, tunedAt, tuningPath } from '../../kernels/cuda/tuning.ts';
 import { measuredPage, readMeasurements, renderPage, type BenchReport } from '../bench/gpu-measured.ts';
 import { exportModel, testModels } from '../gpu/exported-models.ts';
+import { cudaReadme, memoryTable } from '../gpu/memory-table.ts';
 import { buildKernelTarget } from './build-target.ts';
 
 const run = promisify(execFile);
@@ -101,6 +102,12 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('benchma
     const { floors } = await bench('--floors');
     expect(readFileSync(measuredPage, 'utf8')).toBe(renderPage(readMeasurements(), floors));
     expect(readMeasurements().some((report) => report.card.emulated)).toBe(false);
+  });
+
+  it('gpu bench - the memory table of kernels/cuda/README.md is what the programs say', async () => {
+    const table = await memoryTable(binary);
+    expect(table.split('\n')[2]).toMatch(/^\| SmolLM2 135M( \| 0\.\d+){2} \| - \| - \| 0\.\d+ \| \d/);
+    expect(readFileSync(cudaReadme, 'utf8')).toContain(`<!-- memory -->\n${table}<!-- /memory -->`);
   });
 
   it('gpu bench - a page says which floors a card missed, and what was not measured', async () => {
