@@ -23,6 +23,13 @@ export interface CudaCard {
   /** 80: compute capability 8.0. */
   sm: number;
   memoryBytes: number;
+  multiprocessors: number;
+  /** Of its memory, a second, by clock and bus; 0: unknown. */
+  bandwidthBytes: number;
+  /** Most that it may take; 0: unknown. */
+  powerWatts: number;
+  /** Version of the driver; empty: unknown. */
+  driver: string;
 }
 
 /** The card that an executor of kind `cuda` would use, or why there is none, in one line. */

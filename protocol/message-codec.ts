@@ -166,7 +166,17 @@ const workerFacts = record<WorkerFacts>({
   cores: integer(0, 1 << 16),
   memoryBytes: count,
   executor: name,
-  device: nullable(record<NonNullable<WorkerFacts['device']>>({ name, sm: integer(0, 9_999), memoryBytes: count })),
+  device: nullable(
+    record<NonNullable<WorkerFacts['device']>>({
+      name,
+      sm: integer(0, 9_999),
+      memoryBytes: count,
+      multiprocessors: integer(0, 1 << 16),
+      bandwidthBytes: amount,
+      powerWatts: amount,
+      driver: name,
+    }),
+  ),
   arithmetic: name,
   grpcAddress: address,
   tcpAddress: address,

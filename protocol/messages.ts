@@ -17,7 +17,18 @@ export interface WorkerFacts {
   /** What computes here; `auto`: whatever the coordinator says. */
   executor: string;
   /** The card of a `cuda` worker. */
-  device: { name: string; sm: number; memoryBytes: number } | null;
+  device: {
+    name: string;
+    sm: number;
+    memoryBytes: number;
+    multiprocessors: number;
+    /** Of its memory, a second; 0: unknown. */
+    bandwidthBytes: number;
+    /** Most that it may take; 0: unknown. */
+    powerWatts: number;
+    /** Empty: unknown. */
+    driver: string;
+  } | null;
   /** `BuildInfo.arithmetic`: workers that differ must not share a placement. */
   arithmetic: string;
   /** host:port of the worker's gRPC server (links). */

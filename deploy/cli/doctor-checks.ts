@@ -8,6 +8,7 @@ import { promisify } from 'node:util';
 import { startBroker } from '../../coordinator/mesh/broker.ts';
 import { findNatsServer } from '../../coordinator/mesh/nats-server.ts';
 import { buildCommand, loadAddon, type CpuFeatures, type CudaFacts } from '../../kernels/index.ts';
+import { readTuning, tunedAt } from '../../kernels/cuda/tuning.ts';
 import { defaultCacheDirectory } from '../../kernels/model-file/cache-directory.ts';
 import { catalogue } from '../../kernels/model-file/catalogue.ts';
 import { cachedModel } from '../../kernels/model-file/download.ts';
@@ -83,8 +84,17 @@ export function checkCpu({ model, isas, cores }: CpuFeatures): Finding {
 }
 
 /** A machine without a card is as good as any: it is only told. */
-export function checkCuda({ card, absent }: CudaFacts): Finding {
-  return ok(card ? `${card.name}, sm_${card.sm}, ${gibibytes(card.memoryBytes)}` : `none: ${absent}`);
+export function checkCuda({ card, absent }: CudaFacts, tuned: string | null): Finding {
+  if (!card) return ok(`none: ${absent}`);
+  const { name, sm, multiprocessors, memoryBytes, bandwidthBytes, powerWatts, driver } = card;
+  const known = [
+    `${name}, sm_${sm}, ${multiprocessors} multiprocessors, ${gibibytes(memoryBytes)}`,
+    bandwidthBytes > 0 ? `${(bandwidthBytes / 1e9).toFixed(0)} GB/s` : null,
+    powerWatts > 0 ? `${powerWatts.toFixed(0)} W` : null,
+    driver ? `driver ${driver}` : null,
+    tuned ? `tuned ${tuned}` : 'not tuned (shardmesh tune)',
+  ];
+  return ok(known.filter((part) => part !== null).join(', '));
 }
 
 export function checkHugePages(mode: CpuFeatures['hugePages']): Finding {
@@ -172,7 +182,7 @@ export function localChecks({ model, port }: DoctorOptions): Check[] {
       ? [
           { what: 'cpu', run: () => checkCpu(features) },
           { what: 'huge pages', run: () => checkHugePages(features.hugePages) },
-          { what: 'cuda', run: () => checkCuda(loadAddon().cudaFacts()) },
+          { what: 'cuda', run: () => cudaCard(cache) },
         ]
       : []),
     {
@@ -192,6 +202,11 @@ export function localChecks({ model, port }: DoctorOptions): Check[] {
 
 /** Of the machine, or what the container may have of it. */
 const totalMemory = (): number => Math.min(totalmem(), process.constrainedMemory() || Infinity);
+
+function cudaCard(cache: string): Finding {
+  const facts = loadAddon().cudaFacts();
+  return checkCuda(facts, facts.card && tunedAt(readTuning(cache), facts.card.name));
+}
 
 function addon(): Finding {
   try {

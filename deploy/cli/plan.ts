@@ -13,7 +13,7 @@ import {
 import type { LinkSpeed, MachineSpeed } from '../../coordinator/planner/speed-model.ts';
 import { findNatsServer } from '../../coordinator/mesh/nats-server.ts';
 import { startBroker } from '../../coordinator/mesh/broker.ts';
-import { loadAddon, type Addon } from '../../kernels/index.ts';
+import { loadAddon, type Addon, type CudaFacts } from '../../kernels/index.ts';
 import { defaultCacheDirectory } from '../../kernels/model-file/cache-directory.ts';
 import type { ModelFacts } from '../../kernels/model-file/model-facts.ts';
 import { openModel } from '../../kernels/model-file/model-file.ts';
@@ -99,6 +99,17 @@ function addonOrNull(): Addon | null {
   }
 }
 
+/** Why there is no prediction for a card, and what its facts alone say. */
+export function noPlanForCards(cuda: CudaFacts | null, { tensors }: Pick<ModelFacts, 'tensors'>): string {
+  const reason =
+    '--executor cuda: plan predicts from measured speeds, and no speed of our kernels on a card is known (kernels/cuda/MEASURED.md)';
+  if (!cuda?.card) return `${reason}; here there is none anyway: ${cuda?.absent ?? 'the native addon is not built'}`;
+  const { name, bandwidthBytes } = cuda.card;
+  if (bandwidthBytes === 0) return reason;
+  const bytes = tensors.reduce((sum, tensor) => sum + tensor.bytes, 0);
+  return `${reason}; ${name} reads ${(bandwidthBytes / 1e9).toFixed(0)} GB/s by its own facts, so no token of this model takes less than ${((bytes / bandwidthBytes) * 1e3).toPrecision(2)} ms on it`;
+}
+
 /** Measures what can be measured in about a second. */
 async function measureMachine(
   values: OptionValues,
@@ -106,8 +117,7 @@ async function measureMachine(
   addon: Addon | null,
 ): Promise<{ machine: MachineSpeed; basis: Basis[] }> {
   const basis: Basis[] = [];
-  if (values.executor === 'cuda')
-    throw new ShardmeshError('config_invalid', '--executor cuda: plan measures processors and knows no speed of a card yet');
+  if (values.executor === 'cuda') throw new ShardmeshError('config_invalid', noPlanForCards(addon?.cudaFacts() ?? null, facts));
   const cores = values.cores ?? addon?.cpuFeatures().cores ?? Array.from({ length: availableParallelism() }, (_, core) => core);
   let kernels: MeasuredKernels | null = null;
   let reduction: LinkSpeed | null = null;

@@ -102,6 +102,10 @@ Napi::Value cuda_facts_object(const Napi::CallbackInfo& info) {
   card.Set("name", facts.name);
   card.Set("sm", facts.sm);
   card.Set("memoryBytes", static_cast<double>(facts.memory_bytes));
+  card.Set("multiprocessors", facts.multiprocessors);
+  card.Set("bandwidthBytes", facts.bandwidth_bytes);
+  card.Set("powerWatts", facts.power_watts);
+  card.Set("driver", facts.driver);
   object.Set("card", card);
   return object;
 }

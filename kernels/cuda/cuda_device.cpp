@@ -583,6 +583,10 @@ CudaFacts cuda_facts() {
     facts.name = card.name;
     facts.sm = card.sm;
     facts.memory_bytes = card.memory_bytes;
+    facts.multiprocessors = card.multiprocessors;
+    facts.bandwidth_bytes = card.bandwidth_bytes;
+    facts.power_watts = card.power_watts;
+    facts.driver = card.driver;
   }
   return facts;
 }

@@ -5,6 +5,8 @@
 
 #include <stdexcept>
 
+#include "nvml.h"
+
 namespace shardmesh::cuda {
 namespace {
 
@@ -31,6 +33,15 @@ std::string find_card(Card* card) {
   cudaDeviceProp properties;
   if (const cudaError_t read = cudaGetDeviceProperties(&properties, 0); read != cudaSuccess) return std::string("the card's properties cannot be read: ") + cudaGetErrorString(read);
   *card = {properties.name, properties.major * 10 + properties.minor, properties.multiProcessorCount, properties.totalGlobalMem};
+  int kilohertz = 0, bits = 0;
+  char bus_id[32] = "";
+  if (cudaDeviceGetAttribute(&kilohertz, cudaDevAttrMemoryClockRate, 0) == cudaSuccess && cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, 0) == cudaSuccess)
+    card->bandwidth_bytes = 2.0 * 1000.0 * kilohertz * (bits / 8.0);  // two transfers a cycle
+  if (cudaDeviceGetPCIBusId(bus_id, sizeof bus_id, 0) == cudaSuccess) {
+    const ManagementFacts facts = management_facts(bus_id);
+    card->power_watts = facts.power_watts;
+    card->driver = facts.driver;
+  }
   if (card->sm < 80) return card->name + " is sm_" + std::to_string(card->sm) + "; sm_80 or later is needed";
   return "";
 }

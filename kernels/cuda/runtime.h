@@ -15,6 +15,10 @@ struct Card {
   int sm;               // 80: compute capability 8.0
   int multiprocessors;
   size_t memory_bytes;
+  // Of no use to kernels; 0 and "": unknown.
+  double bandwidth_bytes = 0;  // of its memory, a second, by clock and bus
+  double power_watts = 0;      // most that it may take
+  std::string driver = {};
 };
 
 // The first card that this process may use. "" or one line: what was looked for, and which driver is needed.

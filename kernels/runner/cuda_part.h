@@ -13,6 +13,9 @@ struct CudaFacts {
   std::string name;
   int sm = 0;          // 80: compute capability 8.0
   uint64_t memory_bytes = 0;
+  int multiprocessors = 0;
+  double bandwidth_bytes = 0, power_watts = 0;  // a second; 0: unknown
+  std::string driver;                           // empty: unknown
 };
 CudaFacts cuda_facts();
 

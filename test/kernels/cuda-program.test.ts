@@ -13,6 +13,21 @@ const load = async (target: string): Promise<Addon> => loadAddonFrom(`${await bu
 describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('cuda executor on the emulated machine', () => {
   describeCudaPrograms(() => load('shardmesh_cuda_emulated'));
 
+  it('cuda executor - tells the facts of its card', async () => {
+    expect((await load('shardmesh_cuda_emulated')).cudaFacts()).toEqual({
+      card: {
+        name: 'emulated CUDA machine',
+        sm: 80,
+        memoryBytes: 8 * 2 ** 30,
+        multiprocessors: 2,
+        bandwidthBytes: 1e9,
+        powerWatts: 5,
+        driver: 'none',
+      },
+      absent: null,
+    });
+  });
+
   it('cuda executor - says in one line that there is no card, and that a build has no CUDA part', async () => {
     const start = (addon: Addon) => TinyMesh.start({ addon, kind: 'cuda' });
     const emulated = await load('shardmesh_cuda_emulated');

@@ -46,7 +46,7 @@ uint64_t digest(const void* data, size_t bytes) {  // FNV-1a over words
 std::string find_card(Card* card) {
   // Tests ask for a machine without a card.
   if (const char* absent = std::getenv("SHARDMESH_EMULATED_CARD_ABSENT")) return absent;
-  *card = {"emulated CUDA machine", 80, 2, size_t{8} << 30};
+  *card = {"emulated CUDA machine", 80, 2, size_t{8} << 30, 1e9, 5, "none"};
   return "";
 }
 

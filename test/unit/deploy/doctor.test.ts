@@ -58,9 +58,24 @@ describe('doctor', () => {
   });
 
   test('doctor - names the card, or says why there is none', () => {
-    const card = { name: 'Some Card', sm: 90, memoryBytes: 80 * GiB };
-    expect(checkCuda({ card, absent: null })).toEqual({ status: 'ok', value: 'Some Card, sm_90, 80.0 GiB' });
-    expect(checkCuda({ card: null, absent: 'no driver' })).toEqual({ status: 'ok', value: 'none: no driver' });
+    const bare = {
+      name: 'Some Card',
+      sm: 90,
+      memoryBytes: 80 * GiB,
+      multiprocessors: 132,
+      bandwidthBytes: 0,
+      powerWatts: 0,
+      driver: '',
+    };
+    const card = { ...bare, bandwidthBytes: 3.352e12, powerWatts: 700, driver: '580.95.05' };
+    const value = (found: typeof card, tuned: string | null) => checkCuda({ card: found, absent: null }, tuned);
+    const first = 'Some Card, sm_90, 132 multiprocessors, 80.0 GiB';
+    expect(value(card, '2030-01-02')).toEqual({
+      status: 'ok',
+      value: `${first}, 3352 GB/s, 700 W, driver 580.95.05, tuned 2030-01-02`,
+    });
+    expect(value(bare, null)).toEqual({ status: 'ok', value: `${first}, not tuned (shardmesh tune)` });
+    expect(checkCuda({ card: null, absent: 'no driver' }, null)).toEqual({ status: 'ok', value: 'none: no driver' });
   });
 
   test('doctor - huge pages are worth a line to switch them on', () => {
