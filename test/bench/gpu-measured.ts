@@ -37,6 +37,9 @@ export interface BenchReport {
     driver: string;
     memoryBytes: number;
     l2Bytes: number;
+    /** As the card says; 0: unknown. */
+    bandwidthBytes: number;
+    powerWatts: number;
     emulated: boolean;
   };
   date: string;
@@ -66,7 +69,7 @@ function rowCells({ part, what, us, bytes, operations, limit, share, skipped }: 
 
 function cardSection({ card, date, ceilings: c, rows, rivals }: BenchReport): string {
   const head = ['part', 'what', 'µs', 'rate', 'share'];
-  const facts = `${card.multiprocessors} multiprocessors, ${(card.memoryBytes / 2 ** 30).toFixed(0)} GiB, L2 ${(card.l2Bytes / 2 ** 20).toFixed(0)} MiB, driver for ${card.driver}`;
+  const facts = `${card.multiprocessors} multiprocessors, ${(card.memoryBytes / 2 ** 30).toFixed(0)} GiB, L2 ${(card.l2Bytes / 2 ** 20).toFixed(0)} MiB, ${(card.bandwidthBytes / 1e9).toFixed(0)} GB/s by its own facts, ${card.powerWatts.toFixed(0)} W, driver ${card.driver}`;
   const most = `copy ${digits(c.copyBytes / 1e9)} GB/s, read ${digits(c.readBytes / 1e9)} GB/s, int8 ${digits(c.int8Operations / 1e12)} TOPS, bf16 ${digits(c.bf16Operations / 1e12)} TFLOP/s (mma.sync)`;
   const beside = rivals
     ? `\nBeside it PyTorch ${rivals.torch} (CUDA ${rivals.cuda}):\n\n${table(head, rivals.rows.map(rowCells))}`

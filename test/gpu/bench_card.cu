@@ -35,7 +35,9 @@ std::string find_bench_card(CardFacts* facts) {
   check(cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, 0), "L2 size");
   check(cudaDriverGetVersion(&driver), "driver version");
   facts->l2_bytes = static_cast<size_t>(l2);
-  facts->driver = "CUDA " + std::to_string(driver / 1000) + "." + std::to_string(driver % 1000 / 10);
+  facts->driver = (card.driver.empty() ? "" : card.driver + ", ") + "CUDA " + std::to_string(driver / 1000) + "." + std::to_string(driver % 1000 / 10);
+  facts->bandwidth_bytes = card.bandwidth_bytes;
+  facts->power_watts = card.power_watts;
   return "";
 }
 

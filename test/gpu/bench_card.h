@@ -14,6 +14,7 @@ struct CardFacts {
   std::string name, driver;
   int sm = 0, multiprocessors = 0;
   size_t l2_bytes = 0, memory_bytes = 0;
+  double bandwidth_bytes = 0, power_watts = 0;  // as the card says; 0: unknown
   bool emulated = false;
 };
 // "" or why there is none.

@@ -9,7 +9,7 @@ namespace shardmesh::bench {
 std::string find_bench_card(CardFacts* facts) {
   cuda::Card card{};
   if (const std::string absent = cuda::find_card(&card); !absent.empty()) return absent;
-  *facts = {card.name, "none", card.sm, card.multiprocessors, 16 << 10, card.memory_bytes, true};
+  *facts = {card.name, "none", card.sm, card.multiprocessors, 16 << 10, card.memory_bytes, card.bandwidth_bytes, card.power_watts, true};
   return "";
 }
 

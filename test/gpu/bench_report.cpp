@@ -66,8 +66,8 @@ void Report::print_floors() const {
 void Report::write_json(const std::string& path) const {
   FILE* file = std::fopen(path.c_str(), "w");
   if (!file) throw std::runtime_error(path + ": cannot be written");
-  std::fprintf(file, "{\n\"card\": {\"name\": %s, \"sm\": %d, \"multiprocessors\": %d, \"driver\": %s, \"memoryBytes\": %zu, \"l2Bytes\": %zu, \"emulated\": %s},\n", quoted(card.name).c_str(),
-               card.sm, card.multiprocessors, quoted(card.driver).c_str(), card.memory_bytes, card.l2_bytes, card.emulated ? "true" : "false");
+  std::fprintf(file, "{\n\"card\": {\"name\": %s, \"sm\": %d, \"multiprocessors\": %d, \"driver\": %s, \"memoryBytes\": %zu, \"l2Bytes\": %zu, \"bandwidthBytes\": %.6g, \"powerWatts\": %.6g, \"emulated\": %s},\n", quoted(card.name).c_str(),
+               card.sm, card.multiprocessors, quoted(card.driver).c_str(), card.memory_bytes, card.l2_bytes, card.bandwidth_bytes, card.power_watts, card.emulated ? "true" : "false");
   std::fprintf(file, "\"date\": \"%s\",\n\"ceilings\": {\"copyBytes\": %.6g, \"readBytes\": %.6g, \"int8Operations\": %.6g, \"bf16Operations\": %.6g},\n\"rows\": [\n", today().c_str(), ceilings.copy,
                ceilings.read, ceilings.int8, ceilings.bf16);
   for (size_t i = 0; i < rows.size(); i++) {

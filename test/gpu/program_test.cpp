@@ -90,13 +90,13 @@ struct Child {
   Child(const std::string& file, const std::string& cut, int rank, bool small) {
     int down[2], up[2];
     if (pipe(down) != 0 || pipe(up) != 0) throw std::runtime_error("no pipe");
+    const std::string number = std::to_string(rank);
     pid = fork();
     if (pid < 0) throw std::runtime_error("no process");
     if (pid == 0) {
       dup2(down[0], 0);
       dup2(up[1], 1);
       for (const int fd : {down[0], down[1], up[0], up[1]}) close(fd);
-      const std::string number = std::to_string(rank);
       execl("/proc/self/exe", "program_test", "--rank", number.c_str(), cut.c_str(), file.c_str(), small ? "small" : "whole", nullptr);
       _exit(127);
     }

@@ -121,6 +121,8 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('benchma
         driver: 'CUDA 13.0',
         memoryBytes: 2 ** 30,
         l2Bytes: 2 ** 20,
+        bandwidthBytes: 3e12,
+        powerWatts: 700,
         emulated: false,
       },
       date: '2030-01-02',
@@ -139,6 +141,9 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('benchma
     expect(page).toContain(`| ${second!.name} | ≥ 55 % of copy bandwidth |  | 99.0 |`);
     expect(page.match(/\| not measured \|/g)).toHaveLength(floors.length - 2);
     expect(page).toContain('| decode product | of a test | 2.00 | 500 GB/s | 50.0 % of copy bandwidth |');
+    expect(page).toContain(
+      '## a card (sm_90), 2030-01-02\n3 multiprocessors, 1 GiB, L2 1 MiB, 3000 GB/s by its own facts, 700 W, driver CUDA 13.0.',
+    );
     expect(page).toContain('| decode step | of another | not measured: no room |  |  |');
   });
 });

@@ -4,7 +4,15 @@ import { noPlanForCards } from '../../../deploy/cli/plan.ts';
 describe('plan', () => {
   const tensor = (bytes: number) => ({ name: 'w', type: 'Q4_0' as const, shape: [32], offset: 0, bytes });
   const facts = { tensors: [tensor(4e9), tensor(0.5e9)] };
-  const card = { name: 'Some Card', sm: 90, memoryBytes: 8e10, multiprocessors: 132, bandwidthBytes: 3e12, powerWatts: 700, driver: '' };
+  const card = {
+    name: 'Some Card',
+    sm: 90,
+    memoryBytes: 8e10,
+    multiprocessors: 132,
+    bandwidthBytes: 3e12,
+    powerWatts: 700,
+    driver: '',
+  };
 
   test('plan - predicts nothing for a card, and says what its memory alone allows', () => {
     expect(noPlanForCards({ card, absent: null }, facts)).toMatch(
