@@ -31,8 +31,9 @@ if [ ! -e "$1" ]; then
   exit 2
 fi
 if [ $tests = 1 ]; then
-  step kernels-linear "$here/cuda_linear_test"
-  step kernels-step "$here/cuda_step_test"
+  for program in "$here"/cuda_*_test; do
+    step "$(basename "$program")" "$program"
+  done
   step programs "$here/program_test" "$@"
   # A card without profiling rights, a missing tool: the tool says so before the program's first line.
   if ! command -v compute-sanitizer > /dev/null; then
