@@ -14,13 +14,17 @@ struct Dots {
   using Query = int16_t;
   using Weight = int16_t;
   static constexpr int lanes_max = 6;
+  static constexpr bool kAsksAhead = false;
 
   SHARDMESH_LANES void store_query(Query* p, Lanes::I x) { Lanes::store_int16(p, x); }
-  SHARDMESH_LANES void store_weight(Weight* p, Lanes::I x) { Lanes::store_int16(p, x); }
+  SHARDMESH_LANES void store_weights(Weight* p, const Lanes::I* x) {
+    for (int b = 0; b < 4; b++) Lanes::store_int16(p + 16 * b, x[b]);
+  }
+  SHARDMESH_LANES void sum_keys(const uint8_t* const*, int, int, int, int32_t*) {}  // not needed here
 
-  // dots[l * 64 + 16 * b + t] = sum_d q[l * D + d] * K[d, t] of subblock b, for subblocks [from, to) and l < L. `sums` is not needed here.
+  // dots[l * 64 + 16 * b + t] = sum_d q[l * D + d] * K[d, t] of subblock b, for subblocks [from, to) and l < L.
   template <int L>
-  SHARDMESH_LANES void scores(const uint8_t* const* keys, int from, int to, int D, const Query* q, const int32_t*, int32_t* dots) {
+  SHARDMESH_LANES void scores(const uint8_t* const* keys, const uint8_t* const*, int from, int to, int D, const Query* q, const int32_t*, int32_t* dots) {
     constexpr int V = registers(L);
     for (int b = from; b < to; b++) {
       SHARDMESH_UNROLL
@@ -39,7 +43,7 @@ struct Dots {
 
   // o[l * D + d] = fma(float(sum_j u[l * 64 + j] * V[j, d]), sw[l], o[l * D + d] * c[l]) over the tokens j of subblocks [from, to).
   template <int L>
-  SHARDMESH_LANES void values(const uint8_t* const* values, int from, int to, int D, const Weight* u, const float* sw, const float* c, float* o) {
+  SHARDMESH_LANES void values(const uint8_t* const* values, const uint8_t* const*, int from, int to, int D, const Weight* u, const float* sw, const float* c, float* o) {
     constexpr int V = registers(L);
     for (int d = 0; d < D; d += 4 * V) {
       __m256i acc[L][V];

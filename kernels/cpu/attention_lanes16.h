@@ -1,10 +1,11 @@
 // Attention over the paged KV cache and the writing of K and V into it, 16 lanes wide. Built three times: attention_{portable,avx2,avx512}.cpp include `Lanes`
 // (lanes16_*.h), `Dots` (attention_dots_*.h) and then this.
 //
-// Unit of work: a **tile**, some adjacent rows of one sequence times query heads of one KV head. A (row, head) pair of a tile is a **lane**; all lanes share every
-// load of K and V. Lanes are ordered by row, then head, so the lanes that a step of 64 keys concerns (causal border, window) are adjacent.
+// Unit of work: a **tile**, either some adjacent rows of one sequence times query heads of one KV head, or one row times the query heads of several KV heads. A
+// (row, head) pair of a tile is a **lane**; lanes of one KV head share every load of K and V. Lanes are ordered by row, then head, so the lanes that a step of 64
+// keys concerns (causal border, window) are adjacent, and so are those of a KV head.
 //
-//   for each step of 64 positions:   scores (Dots, or an fp32 chain for f16 K)  ->  softmax of each lane, weights  ->  values (Dots, or an fp32 chain for f16 V)
+//   for each step of 64 positions:   scores (Dots, or an fp32 chain for f16 K)  ->  softmax of all lanes, weights  ->  values (Dots, or an fp32 chain for f16 V)
 //   at each border of 256:           the span's (m, l, o) is folded into the lane's total
 //
 // Masked keys: subblocks without an unmasked key are never read (they may lie beyond the block table); masked slots of others are selected away.
@@ -24,11 +25,14 @@ constexpr int kTileLanes = 32;
 constexpr int kTileRows = 16;
 constexpr int kStepKeys = 64;
 constexpr int kSpanSteps = 4;
-constexpr int kSoftmaxLanes = 3;  // side by side: what registers hold
+constexpr int kBatchLanes = 16;  // lanes whose maxima, sums and scales are one register
+constexpr int kRowHeads = 16;    // query heads of a tile of one row
+constexpr size_t kRowStepBytes = 40 << 10;  // K and V of a step of a tile of one row, so that the next step's have room beside them
 
-// Rows [row, row + rows) of one sequence, query heads [head, head + heads) of KV head `kv`; of these rows * heads lanes, [from, to) are this part's.
+// Rows [row, row + rows) of one sequence, query heads [head, head + heads) of one KV head, or of several when rows is 1; of these rows * heads lanes, [from, to) are
+// this part's.
 struct Tile {
-  int sequence, row, rows, head, heads, kv;
+  int sequence, row, rows, head, heads;
   int from, to;
 };
 
@@ -36,9 +40,8 @@ struct Scratch {
   Dots::Query* q;   // [kTileLanes][D]
   float* span;      // [kTileLanes][D] o of the running span
   float* total;     // [kTileLanes][D] o of the spans folded so far
-  int32_t* dots;    // [kTileLanes][64] integer scores; fp32 chains for f16 K
-  Dots::Weight* u;  // [kTileLanes][64]
-  float* w;         // [kTileLanes][64] softmax weights for f16 V
+  float* s;         // [kTileLanes][64] of a step: int32 dots or fp32 chains, then scores, then weights times value scales (f16 V: weights)
+  Dots::Weight* u;  // [kTileLanes][64] in the order of Dots
 };
 
 SHARDMESH_LANES size_t scratch_at(int head_size, uint8_t* base, Scratch* out) {
@@ -49,22 +52,13 @@ SHARDMESH_LANES size_t scratch_at(int head_size, uint8_t* base, Scratch* out) {
     offset += (bytes + 63) / 64 * 64;
     return at;
   };
-  const size_t q = take(lanes * D * sizeof(Dots::Query)), span = take(lanes * D * 4), total = take(lanes * D * 4), dots = take(lanes * kStepKeys * 4),
-               u = take(lanes * kStepKeys * sizeof(Dots::Weight)), w = take(lanes * kStepKeys * 4);
+  const size_t q = take(lanes * D * sizeof(Dots::Query)), span = take(lanes * D * 4), total = take(lanes * D * 4), scores = take(lanes * kStepKeys * 4),
+               u = take(lanes * kStepKeys * sizeof(Dots::Weight));
   if (out)
     *out = {reinterpret_cast<Dots::Query*>(base + q), reinterpret_cast<float*>(base + span), reinterpret_cast<float*>(base + total),
-            reinterpret_cast<int32_t*>(base + dots), reinterpret_cast<Dots::Weight*>(base + u), reinterpret_cast<float*>(base + w)};
+            reinterpret_cast<float*>(base + scores), reinterpret_cast<Dots::Weight*>(base + u)};
   return offset;
 }
-
-// Where the four subblocks of a step lie. Only [from, to) are set.
-struct StepBlocks {
-  int from, to;
-  const uint8_t* keys[4];
-  const uint8_t* values[4];
-  const float* key_scales[4];  // int8 K only
-  const float* value_scales[4];  // int8 V only
-};
 
 SHARDMESH_LANES const uint8_t* subblock_of(const KvLayout& kv, const uint8_t* cache, const int32_t* block_table, int64_t position, int head) {
   const int64_t block = position / kv.block_tokens, inside = position % kv.block_tokens;
@@ -72,26 +66,48 @@ SHARDMESH_LANES const uint8_t* subblock_of(const KvLayout& kv, const uint8_t* ca
          inside / 16 * static_cast<int64_t>(kv.subblock_bytes);
 }
 
-SHARDMESH_LANES void find_blocks(const AttentionArguments& a, const int32_t* block_table, int kv_head, int64_t start, StepBlocks* out) {
+// Where the four subblocks of a step lie.
+struct Step {
+  int from, to;           // those with an unmasked key
+  const uint8_t* at[4];   // of KV head 0; outside [from, to) as at[from], whose scales may be read
+};
+
+SHARDMESH_LANES Step find_step(const AttentionArguments& a, const int32_t* block_table, int64_t start, int from, int to) {
   const KvLayout& kv = *a.layout;
-  for (int b = out->from; b < out->to; b++) {
-    const uint8_t* p = subblock_of(kv, a.cache, block_table, start + 16 * b, kv_head);
-    out->keys[b] = p;
-    out->values[b] = p + kv.key_bytes;
-    const float* scales = reinterpret_cast<const float*>(p + kv.key_bytes + kv.value_bytes);
-    out->key_scales[b] = scales;
-    out->value_scales[b] = kv.key == KeyType::Int8 ? scales + 16 : scales;
+  Step step{from, to, {}};
+  const uint32_t first = static_cast<uint32_t>(start) + 16u * static_cast<uint32_t>(from), tokens = static_cast<uint32_t>(kv.block_tokens);
+  uint32_t block = first / tokens, inside = first % tokens;
+  for (int b = from; b < to; b++) {
+    step.at[b] = a.cache + static_cast<int64_t>(block_table[block]) * static_cast<int64_t>(kv.block_bytes) + inside / 16 * kv.subblock_bytes;
+    inside += 16;
+    if (inside == tokens) {
+      block++;
+      inside = 0;
+    }
   }
+  for (int b = 0; b < 4; b++)
+    if (b < from || b >= to) step.at[b] = step.at[from];
+  return step;
 }
 
-// Another step's first lines: hardware prefetch does not cross from one block to the next.
-SHARDMESH_LANES void prefetch_step(const AttentionArguments& a, const int32_t* block_table, int kv_head, int64_t start, int64_t last) {
-  for (int b = 0; b < 4 && start + 16 * b <= last; b++) {
-    const uint8_t* p = subblock_of(*a.layout, a.cache, block_table, start + 16 * b, kv_head);
-    for (int line = 0; line < 8; line++) __builtin_prefetch(p + 64 * line, 0, 3);
-    p += a.layout->key_bytes;
-    for (int line = 0; line < 8; line++) __builtin_prefetch(p + 64 * line, 0, 3);
+// K or V of one KV head in a step, and what lies there in the step after it, to be asked for in passing (or, where nothing comes, the same again).
+struct StepOperand {
+  int from, to;
+  const uint8_t* at[4];
+  const uint8_t* next[4];
+};
+
+SHARDMESH_LANES StepOperand operand_of(const Step& step, const Step& next, size_t offset, size_t next_offset) {
+  StepOperand x{step.from, step.to, {}, {}};
+  for (int b = 0; b < 4; b++) {
+    x.at[b] = step.at[b] + offset;
+    x.next[b] = next.at[b] + next_offset;
   }
+  return x;
+}
+
+SHARDMESH_LANES void prefetch_bytes(const uint8_t* p, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 3);
 }
 
 // chains[l * 64 + 16 * b + t] = fma(q[l][d], K[d, t], chain), d ascending from 0, K in half precision.
@@ -120,17 +136,17 @@ SHARDMESH_LANES void half_scores_tile(const uint8_t* const* keys, int D, const f
 }
 
 template <int L, int B>
-SHARDMESH_LANES void half_scores_range(const StepBlocks& blocks, int D, const float* const* q, float* chains) {
-  int b = blocks.from;
-  for (; b + B <= blocks.to; b += B) half_scores_tile<L, B>(blocks.keys + b, D, q, chains + 16 * b);
-  for (; b < blocks.to; b++) half_scores_tile<L, 1>(blocks.keys + b, D, q, chains + 16 * b);
+SHARDMESH_LANES void half_scores_range(const StepOperand& keys, int D, const float* const* q, float* chains) {
+  int b = keys.from;
+  for (; b + B <= keys.to; b += B) half_scores_tile<L, B>(keys.at + b, D, q, chains + 16 * b);
+  for (; b < keys.to; b++) half_scores_tile<L, 1>(keys.at + b, D, q, chains + 16 * b);
 }
 
-static __attribute__((noinline)) void half_scores(const StepBlocks& blocks, int D, const float* const* q, int lanes, float* chains) {
+static __attribute__((noinline)) void half_scores(const StepOperand& keys, int D, const float* const* q, int lanes, float* chains) {
   int l = 0;
-  for (; l + 4 <= lanes; l += 4) half_scores_range<4, 1>(blocks, D, q + l, chains + l * kStepKeys);
-  for (; l + 2 <= lanes; l += 2) half_scores_range<2, 2>(blocks, D, q + l, chains + l * kStepKeys);
-  if (l < lanes) half_scores_range<1, 4>(blocks, D, q + l, chains + l * kStepKeys);
+  for (; l + 4 <= lanes; l += 4) half_scores_range<4, 1>(keys, D, q + l, chains + l * kStepKeys);
+  for (; l + 2 <= lanes; l += 2) half_scores_range<2, 2>(keys, D, q + l, chains + l * kStepKeys);
+  if (l < lanes) half_scores_range<1, 4>(keys, D, q + l, chains + l * kStepKeys);
 }
 
 // Lanes in groups of equal size, at most Dots::lanes_max, so that no group is left with a single lane.
@@ -141,45 +157,47 @@ struct LaneGroups {
 };
 
 template <int L>
-static __attribute__((noinline)) void integer_scores_of(const StepBlocks& blocks, int D, const Dots::Query* q, const int32_t* sums, int32_t* dots) {
-  Dots::scores<L>(blocks.keys, blocks.from, blocks.to, D, q, sums, dots);
+static __attribute__((noinline)) void integer_scores_of(const StepOperand& keys, int D, const Dots::Query* q, const int32_t* sums, int32_t* dots) {
+  Dots::scores<L>(keys.at, keys.next, keys.from, keys.to, D, q, sums, dots);
 }
 
-SHARDMESH_LANES void integer_scores(const StepBlocks& blocks, int D, const Dots::Query* q, const int32_t* sums, int lanes, int32_t* dots) {
+static __attribute__((noinline)) void integer_scores(const StepOperand& keys, int D, const Dots::Query* q, int lanes, int32_t* dots) {
+  alignas(64) int32_t sums[kStepKeys];
+  Dots::sum_keys(keys.at, keys.from, keys.to, D, sums);
   const LaneGroups groups(lanes);
   for (int g = 0; g < groups.groups; g++) {
     const int l = groups.start(g), count = groups.start(g + 1) - l;
     const Dots::Query* query = q + static_cast<int64_t>(l) * D;
     int32_t* out = dots + l * kStepKeys;
     switch (count) {
-      case 1: integer_scores_of<1>(blocks, D, query, sums + l, out); break;
-      case 2: integer_scores_of<2>(blocks, D, query, sums + l, out); break;
-      case 3: integer_scores_of<3>(blocks, D, query, sums + l, out); break;
-      case 4: integer_scores_of<4>(blocks, D, query, sums + l, out); break;
-      case 5: integer_scores_of<5>(blocks, D, query, sums + l, out); break;
-      default: integer_scores_of<6>(blocks, D, query, sums + l, out); break;
+      case 1: integer_scores_of<1>(keys, D, query, sums, out); break;
+      case 2: integer_scores_of<2>(keys, D, query, sums, out); break;
+      case 3: integer_scores_of<3>(keys, D, query, sums, out); break;
+      case 4: integer_scores_of<4>(keys, D, query, sums, out); break;
+      case 5: integer_scores_of<5>(keys, D, query, sums, out); break;
+      default: integer_scores_of<6>(keys, D, query, sums, out); break;
     }
   }
 }
 
 template <int L>
-static __attribute__((noinline)) void weighted_values_of(const StepBlocks& blocks, int D, const Dots::Weight* u, const float* sw, const float* c, float* o) {
-  Dots::values<L>(blocks.values, blocks.from, blocks.to, D, u, sw, c, o);
+static __attribute__((noinline)) void weighted_values_of(const StepOperand& values, int D, const Dots::Weight* u, const float* sw, const float* c, float* o) {
+  Dots::values<L>(values.at, values.next, values.from, values.to, D, u, sw, c, o);
 }
 
-SHARDMESH_LANES void weighted_values(const StepBlocks& blocks, int D, const Dots::Weight* u, const float* sw, const float* c, int lanes, float* o) {
+SHARDMESH_LANES void weighted_values(const StepOperand& values, int D, const Dots::Weight* u, const float* sw, const float* c, int lanes, float* o) {
   const LaneGroups groups(lanes);
   for (int g = 0; g < groups.groups; g++) {
     const int l = groups.start(g), count = groups.start(g + 1) - l;
     const Dots::Weight* weights = u + l * kStepKeys;
     float* out = o + static_cast<int64_t>(l) * D;
     switch (count) {
-      case 1: weighted_values_of<1>(blocks, D, weights, sw + l, c + l, out); break;
-      case 2: weighted_values_of<2>(blocks, D, weights, sw + l, c + l, out); break;
-      case 3: weighted_values_of<3>(blocks, D, weights, sw + l, c + l, out); break;
-      case 4: weighted_values_of<4>(blocks, D, weights, sw + l, c + l, out); break;
-      case 5: weighted_values_of<5>(blocks, D, weights, sw + l, c + l, out); break;
-      default: weighted_values_of<6>(blocks, D, weights, sw + l, c + l, out); break;
+      case 1: weighted_values_of<1>(values, D, weights, sw + l, c + l, out); break;
+      case 2: weighted_values_of<2>(values, D, weights, sw + l, c + l, out); break;
+      case 3: weighted_values_of<3>(values, D, weights, sw + l, c + l, out); break;
+      case 4: weighted_values_of<4>(values, D, weights, sw + l, c + l, out); break;
+      case 5: weighted_values_of<5>(values, D, weights, sw + l, c + l, out); break;
+      default: weighted_values_of<6>(values, D, weights, sw + l, c + l, out); break;
     }
   }
 }
@@ -187,7 +205,7 @@ SHARDMESH_LANES void weighted_values(const StepBlocks& blocks, int D, const Dots
 // o[l * D + d] = fma(w[l * 64 + j], V[j, d], o[l * D + d]) over the keys [from[l], to[l]) of the step, ascending, o times c[l] before; V in half precision. Lanes
 // share the loads of the keys that all of them see.
 template <int L>
-static __attribute__((noinline)) void half_values_of(const StepBlocks& blocks, int D, const float* w, const int* from, const int* to, const float* c, float* o) {
+static __attribute__((noinline)) void half_values_of(const StepOperand& values, int D, const float* w, const int* from, const int* to, const float* c, float* o) {
   constexpr int V = L <= 2 ? 2 : 1;
   int low = 0, high = kStepKeys;
   for (int l = 0; l < L; l++) {
@@ -196,7 +214,7 @@ static __attribute__((noinline)) void half_values_of(const StepBlocks& blocks, i
   }
   if (high < low) high = low;
   for (int d = 0; d < D; d += 16 * V) {
-    const auto load = [&](int j, int v) { return Lanes::load_half(reinterpret_cast<const uint16_t*>(blocks.values[j / 16]) + static_cast<int64_t>(j % 16) * D + d + 16 * v); };
+    const auto load = [&](int j, int v) { return Lanes::load_half(reinterpret_cast<const uint16_t*>(values.at[j / 16]) + static_cast<int64_t>(j % 16) * D + d + 16 * v); };
     Lanes::F acc[L][V];
     SHARDMESH_UNROLL
     for (int l = 0; l < L; l++) {
@@ -228,255 +246,302 @@ static __attribute__((noinline)) void half_values_of(const StepBlocks& blocks, i
   }
 }
 
-static __attribute__((noinline)) void half_values(const StepBlocks& blocks, int D, const float* w, const int* from, const int* to, const float* c, int lanes, float* o) {
+static __attribute__((noinline)) void half_values(const StepOperand& values, int D, const float* w, const int* from, const int* to, const float* c, int lanes, float* o) {
   int l = 0;
-  for (; l + 4 <= lanes; l += 4) half_values_of<4>(blocks, D, w + l * kStepKeys, from + l, to + l, c + l, o + static_cast<int64_t>(l) * D);
-  for (; l + 2 <= lanes; l += 2) half_values_of<2>(blocks, D, w + l * kStepKeys, from + l, to + l, c + l, o + static_cast<int64_t>(l) * D);
-  if (l < lanes) half_values_of<1>(blocks, D, w + l * kStepKeys, from + l, to + l, c + l, o + static_cast<int64_t>(l) * D);
+  for (; l + 4 <= lanes; l += 4) half_values_of<4>(values, D, w + l * kStepKeys, from + l, to + l, c + l, o + static_cast<int64_t>(l) * D);
+  for (; l + 2 <= lanes; l += 2) half_values_of<2>(values, D, w + l * kStepKeys, from + l, to + l, c + l, o + static_cast<int64_t>(l) * D);
+  if (l < lanes) half_values_of<1>(values, D, w + l * kStepKeys, from + l, to + l, c + l, o + static_cast<int64_t>(l) * D);
 }
 
-// Running softmax of one lane within a span.
-struct LaneState {
-  float m, l;
-  float sw, decay;  // of the last step: scale of the u8 weights, factor on o
+// Softmax of the running span and totals of the spans before it, of each lane. Batches of kBatchLanes may reach behind the last lane.
+struct alignas(64) LaneStates {
+  float m[kTileLanes + kBatchLanes], l[kTileLanes + kBatchLanes];
+  float total_m[kTileLanes + kBatchLanes], total_l[kTileLanes + kBatchLanes];  // -inf and 0 before the first span
+  float decay[kTileLanes + kBatchLanes];  // of the last step: factor on o
+  float sw[kTileLanes + kBatchLanes];     // of the last step: scale of the u8 weights
+  float factor[kTileLanes + kBatchLanes];  // of scores: rn(sq * scale) for int8 K, scale for f16 K
+  int first_key[kTileLanes], end_key[kTileLanes];  // unmasked keys of the step
+  size_t head_bytes[kTileLanes];                   // offset of the lane's KV head in a block
 };
 
-// Softmax over a step of L adjacent lanes, whose keys [begin, end) of the step's 64 are unmasked (begin < end): updates m and l, writes the u8 weights and their scale,
-// or for f16 V the weights as they are into `half_weights`. All: begin = 0 and end = 64. A lane is one long chain of instructions (scores, maximum, exp, sum, maximum,
-// weights), so several go side by side.
-template <bool All, int L>
-SHARDMESH_LANES void softmax_step(const StepBlocks& blocks, bool int8_keys, int begin, int end, const int32_t* dots, const float* scale, LaneState* state, Dots::Weight* u,
-                                  float* half_weights) {
+// What a step has for its lanes: where scales lie in a subblock, from the head's start.
+struct StepScales {
+  const Step& step;
+  size_t key, value;
+};
+
+// Scores of L adjacent lanes in place of their dots (or chains); top[l]: their maxima, lane by lane. All: every key of the step is unmasked.
+template <bool IntegerKeys, bool All, int L>
+SHARDMESH_LANES void score_lanes(const StepScales& scales, const LaneStates& state, int lane, float* s, Lanes::F* top) {
   using F = Lanes::F;
-  const F none = Lanes::set(-INFINITY), zero = Lanes::set(0.0f);
-  const auto absent = [&](int b) { return !All && (b < blocks.from || b >= blocks.to); };  // nothing there to be read
-  Lanes::M open[4];
-  F s[L][4], top[L];
+  const F none = Lanes::set(-INFINITY);
   SHARDMESH_UNROLL
-  for (int l = 0; l < L; l++) top[l] = none;
-  SHARDMESH_UNROLL
-  for (int b = 0; b < 4; b++) {
-    if (!All) open[b] = Lanes::range(begin - 16 * b, end - 16 * b);
-    if (absent(b)) {
-      SHARDMESH_UNROLL
-      for (int l = 0; l < L; l++) s[l][b] = none;
-      continue;
-    }
-    F key_scales = zero;
-    if (int8_keys) key_scales = Lanes::load(blocks.key_scales[b]);
-    SHARDMESH_UNROLL
-    for (int l = 0; l < L; l++) {
-      const int32_t* from = dots + l * kStepKeys + 16 * b;
-      const F factor = Lanes::set(scale[l]);
-      if (int8_keys)
-        s[l][b] = Lanes::mul(Lanes::to_float(Lanes::load_int(from)), Lanes::mul(key_scales, factor));
-      else
-        s[l][b] = Lanes::mul(Lanes::load(reinterpret_cast<const float*>(from)), factor);
-      if (!All) s[l][b] = Lanes::select(open[b], s[l][b], none);
-      top[l] = Lanes::max(top[l], s[l][b]);
-    }
-  }
-  float highest[L];
-  SHARDMESH_UNROLL
-  for (int l = 0; l < L; l++) highest[l] = Lanes::highest(top[l]);
   for (int l = 0; l < L; l++) {
-    state[l].decay = 1.0f;
-    if (highest[l] > state[l].m) {
-      const float c = exp_fixed(state[l].m - highest[l]);
-      state[l].l = state[l].l * c;
-      state[l].decay = c;
-      state[l].m = highest[l];
+    const F factor = Lanes::set(state.factor[lane + l]);
+    F score[4];
+    SHARDMESH_UNROLL
+    for (int b = 0; b < 4; b++) {
+      float* at = s + (lane + l) * kStepKeys + 16 * b;
+      if (IntegerKeys) {
+        const F key_scales = Lanes::load(reinterpret_cast<const float*>(scales.step.at[b] + state.head_bytes[lane + l] + scales.key));
+        score[b] = Lanes::mul(Lanes::to_float(Lanes::load_int(at)), Lanes::mul(key_scales, factor));
+      } else {
+        score[b] = Lanes::mul(Lanes::load(at), factor);
+      }
+      if (!All) score[b] = Lanes::select(Lanes::range(state.first_key[lane + l] - 16 * b, state.end_key[lane + l] - 16 * b), score[b], none);
+      Lanes::store(at, score[b]);
     }
+    top[l] = Lanes::max(Lanes::max(score[0], score[1]), Lanes::max(score[2], score[3]));
   }
+}
+
+// Weights of L adjacent lanes in place of their scores, times value scales for int8 V; sum[l]: the weights' sum, lane by lane, top[l]: maxima of what is left in place.
+template <bool IntegerValues, bool All, int L>
+SHARDMESH_LANES void weigh_lanes(const StepScales& scales, const LaneStates& state, int lane, float* s, Lanes::F* sum, Lanes::F* top) {
+  using F = Lanes::F;
   F w[L][4];
   SHARDMESH_UNROLL
   for (int b = 0; b < 4; b++)
     SHARDMESH_UNROLL
-    for (int l = 0; l < L; l++) {
-      w[l][b] = zero;
-      if (absent(b)) continue;
-      w[l][b] = exp_lanes(Lanes::sub(s[l][b], Lanes::set(state[l].m)));
-      if (!All) w[l][b] = Lanes::select(open[b], w[l][b], zero);
-    }
+    for (int l = 0; l < L; l++) w[l][b] = exp_of_negative(Lanes::sub(Lanes::load(s + (lane + l) * kStepKeys + 16 * b), Lanes::set(state.m[lane + l])));  // 0 for -inf
   SHARDMESH_UNROLL
-  for (int l = 0; l < L; l++) state[l].l = state[l].l + Lanes::halving_sum(Lanes::add(Lanes::add(w[l][0], w[l][2]), Lanes::add(w[l][1], w[l][3])));
-  if (half_weights) {
-    SHARDMESH_UNROLL
-    for (int l = 0; l < L; l++)
-      SHARDMESH_UNROLL
-      for (int b = 0; b < 4; b++) Lanes::store(half_weights + l * kStepKeys + 16 * b, w[l][b]);
-    return;
-  }
-  F largest[L];
-  SHARDMESH_UNROLL
-  for (int l = 0; l < L; l++) largest[l] = zero;
-  SHARDMESH_UNROLL
-  for (int b = 0; b < 4; b++) {
-    if (absent(b)) continue;
-    const F value_scales = Lanes::load(blocks.value_scales[b]);
-    SHARDMESH_UNROLL
-    for (int l = 0; l < L; l++) {
-      w[l][b] = Lanes::mul(w[l][b], value_scales);
-      if (!All) w[l][b] = Lanes::select(open[b], w[l][b], zero);
-      largest[l] = Lanes::max(largest[l], w[l][b]);
-    }
-  }
-  float X[L];
-  SHARDMESH_UNROLL
-  for (int l = 0; l < L; l++) X[l] = Lanes::highest(largest[l]);
   for (int l = 0; l < L; l++) {
-    if (!(X[l] >= kQuantizableMin)) {
-      state[l].sw = -0.0f;  // fma(0, -0, o) is o, whatever its sign
-      std::memset(u + l * kStepKeys, 0, kStepKeys * sizeof(Dots::Weight));
-      continue;
-    }
-    state[l].sw = X[l] / 255.0f;
-    const F inverse = Lanes::set(255.0f / X[l]);
+    sum[l] = Lanes::add(Lanes::add(w[l][0], w[l][2]), Lanes::add(w[l][1], w[l][3]));
     SHARDMESH_UNROLL
-    for (int b = 0; b < 4; b++) Dots::store_weight(u + l * kStepKeys + 16 * b, Lanes::to_int(Lanes::mul(w[l][b], inverse)));
+    for (int b = 0; b < 4; b++) {
+      if (IntegerValues) {
+        w[l][b] = Lanes::mul(w[l][b], Lanes::load(reinterpret_cast<const float*>(scales.step.at[b] + state.head_bytes[lane + l] + scales.value)));
+        if (!All) w[l][b] = Lanes::select(Lanes::range(state.first_key[lane + l] - 16 * b, state.end_key[lane + l] - 16 * b), w[l][b], Lanes::set(0.0f));
+      }
+      Lanes::store(s + (lane + l) * kStepKeys + 16 * b, w[l][b]);
+    }
+    if (IntegerValues) top[l] = Lanes::max(Lanes::max(w[l][0], w[l][1]), Lanes::max(w[l][2], w[l][3]));
   }
 }
 
-// One lane over its whole context.
-struct LaneTotal {
-  float m, l;
-  bool any;      // `total` holds folded spans
-  bool started;  // the running span has had a step
-};
+// Softmax of one step of lanes [lane, lane + count), count <= kBatchLanes, each with an unmasked key: updates m and l, sets decay, and for int8 V writes u and sw.
+// One lane is a long chain of instructions (scores, maximum, exp, sum, maximum, weights), so all lanes take each part of it together, and what is one number a lane
+// is one register for all.
+template <bool IntegerKeys, bool IntegerValues>
+static __attribute__((noinline)) void softmax_step(const StepScales& scales, LaneStates& state, int lane, int count, float* s, Dots::Weight* u) {
+  using F = Lanes::F;
+  const F zero = Lanes::set(0.0f);
+  F pairs[kBatchLanes / 2], sums[kBatchLanes / 2];
+  for (int i = 0; i < kBatchLanes / 2; i++) pairs[i] = sums[i] = zero;
+  const auto whole = [&](int i) { return state.first_key[i] == 0 && state.end_key[i] == kStepKeys; };
 
-// Left fold: (m, l, o) of the spans so far with those of the next.
-SHARDMESH_LANES void fold_span(LaneTotal* total, const LaneState& next, float* o, const float* next_o, int D) {
-  if (!total->any) {
-    total->m = next.m;
-    total->l = next.l;
-    total->any = true;
-    std::memcpy(o, next_o, static_cast<size_t>(D) * 4);
-    return;
+  for (int i = 0; i < count; i += 2) {
+    F top[2];
+    const int at = lane + i;
+    if (i + 1 == count) {
+      if (whole(at)) score_lanes<IntegerKeys, true, 1>(scales, state, at, s, top);
+      else score_lanes<IntegerKeys, false, 1>(scales, state, at, s, top);
+      top[1] = top[0];
+    } else if (whole(at) && whole(at + 1)) {
+      score_lanes<IntegerKeys, true, 2>(scales, state, at, s, top);
+    } else {
+      score_lanes<IntegerKeys, false, 2>(scales, state, at, s, top);
+    }
+    pairs[i / 2] = Lanes::pair_max(top[0], top[1]);
   }
-  const float n = total->m < next.m ? next.m : total->m, a = exp_fixed(total->m - n), b = exp_fixed(next.m - n);
-  total->l = total->l * a + next.l * b;
-  total->m = n;
-  const Lanes::F fa = Lanes::set(a), fb = Lanes::set(b);
-  for (int d = 0; d < D; d += 16) Lanes::store(o + d, Lanes::add(Lanes::mul(Lanes::load(o + d), fa), Lanes::mul(Lanes::load(next_o + d), fb)));
+  {
+    const F highest = Lanes::each_max(pairs), m = Lanes::load(state.m + lane), next = Lanes::select(Lanes::greater(highest, m), highest, m);
+    const F c = exp_of_negative(Lanes::sub(m, next));  // exactly 1 where m stays
+    Lanes::store(state.m + lane, next);
+    Lanes::store(state.l + lane, Lanes::mul(Lanes::load(state.l + lane), c));
+    Lanes::store(state.decay + lane, c);
+  }
+
+  for (int i = 0; i < count; i += 2) {
+    F sum[2], top[2];
+    const int at = lane + i;
+    if (i + 1 == count) {
+      if (whole(at)) weigh_lanes<IntegerValues, true, 1>(scales, state, at, s, sum, top);
+      else weigh_lanes<IntegerValues, false, 1>(scales, state, at, s, sum, top);
+      sum[1] = sum[0];
+      if (IntegerValues) top[1] = top[0];
+    } else if (whole(at) && whole(at + 1)) {
+      weigh_lanes<IntegerValues, true, 2>(scales, state, at, s, sum, top);
+    } else {
+      weigh_lanes<IntegerValues, false, 2>(scales, state, at, s, sum, top);
+    }
+    sums[i / 2] = Lanes::pair_sum(sum[0], sum[1]);
+    if (IntegerValues) pairs[i / 2] = Lanes::pair_max(top[0], top[1]);
+  }
+  Lanes::store(state.l + lane, Lanes::add(Lanes::load(state.l + lane), Lanes::each_sum(sums)));
+  if (!IntegerValues) return;
+
+  const F largest = Lanes::each_max(pairs), least = Lanes::set(kQuantizableMin);
+  const Lanes::M counts = Lanes::greater(largest, Lanes::set(0x1.fffffep-101f));  // largest >= kQuantizableMin
+  // Where nothing counts: u = 0, and fma(0, -0, o) is o, whatever its sign.
+  Lanes::store(state.sw + lane, Lanes::select(counts, Lanes::div(largest, Lanes::set(255.0f)), Lanes::set(-0.0f)));
+  alignas(64) float inverse[kBatchLanes];
+  Lanes::store(inverse, Lanes::select(counts, Lanes::div(Lanes::set(255.0f), Lanes::max(largest, least)), zero));
+  for (int i = 0; i < count; i++) {
+    const F by = Lanes::set(inverse[i]);
+    const float* x = s + (lane + i) * kStepKeys;
+    Lanes::I v[4];
+    SHARDMESH_UNROLL
+    for (int b = 0; b < 4; b++) v[b] = Lanes::to_int(Lanes::mul(Lanes::load(x + 16 * b), by));
+    Dots::store_weights(u + (lane + i) * kStepKeys, v);
+  }
 }
 
-// Quantises one head of q; returns the scale (0 when all values count as zero), *sum = sum of the integers.
-SHARDMESH_LANES float quantize_query(const float* x, int D, Dots::Query* q, int32_t* sum) {
+// Left fold of lanes [from, to): (m, l, o) of the spans so far with those of the running one. `first`: bit i is set where lane i has none so far.
+SHARDMESH_LANES void fold_spans(LaneStates& state, int from, int to, uint32_t first, float* total, const float* span, int D) {
+  using F = Lanes::F;
+  for (int lane = from; lane < to; lane += kBatchLanes) {
+    alignas(64) float decay[2][kBatchLanes];
+    const int count = to - lane < kBatchLanes ? to - lane : kBatchLanes;
+    const F m = Lanes::load(state.total_m + lane), next_m = Lanes::load(state.m + lane), n = Lanes::select(Lanes::greater(next_m, m), next_m, m);
+    const F a = exp_of_negative(Lanes::sub(m, n)), b = exp_of_negative(Lanes::sub(next_m, n));
+    Lanes::store_first(state.total_l + lane, Lanes::add(Lanes::mul(Lanes::load(state.total_l + lane), a), Lanes::mul(Lanes::load(state.l + lane), b)), count);
+    Lanes::store_first(state.total_m + lane, n, count);
+    Lanes::store(decay[0], a);
+    Lanes::store(decay[1], b);
+    for (int i = 0; i < count; i++) {
+      float* o = total + static_cast<int64_t>(lane + i) * D;
+      const float* next_o = span + static_cast<int64_t>(lane + i) * D;
+      if (first >> (lane + i) & 1) {
+        std::memcpy(o, next_o, static_cast<size_t>(D) * 4);
+        continue;
+      }
+      const F fa = Lanes::set(decay[0][i]), fb = Lanes::set(decay[1][i]);
+      for (int d = 0; d < D; d += 16) Lanes::store(o + d, Lanes::add(Lanes::mul(Lanes::load(o + d), fa), Lanes::mul(Lanes::load(next_o + d), fb)));
+    }
+  }
+}
+
+// Quantises one head of q; returns the scale (0 when all values count as zero).
+SHARDMESH_LANES float quantize_query(const float* x, int D, Dots::Query* q) {
   const float amax = largest_magnitude(x, D);
-  *sum = 0;
   if (!(amax >= kQuantizableMin)) {
-    std::memset(q, 0, static_cast<size_t>(D) * sizeof(Dots::Query));
+    for (int d = 0; d < D; d += 16) Dots::store_query(q + d, Lanes::set_int(0));
     return 0.0f;
   }
   const Lanes::F inverse = Lanes::set(127.0f / amax);
-  for (int d = 0; d < D; d += 16) {
-    const Lanes::I v = Lanes::to_int(Lanes::mul(Lanes::load(x + d), inverse));
-    *sum += Lanes::sum_int(v);
-    Dots::store_query(q + d, v);
-  }
+  for (int d = 0; d < D; d += 16) Dots::store_query(q + d, Lanes::to_int(Lanes::mul(Lanes::load(x + d), inverse)));
   return amax / 127.0f;
 }
 
 SHARDMESH_LANES int64_t oldest_key(int64_t position, int window) { return window > 0 && position >= window ? position - window + 1 : 0; }
 
-// The first step of a tile.
-SHARDMESH_LANES void prefetch_tile(const AttentionArguments& a, const Tile& tile) {
-  const int64_t row = tile.row + tile.from / tile.heads, last = tile.row + (tile.to - 1) / tile.heads;
-  prefetch_step(a, a.rows->block_tables + a.rows->block_offsets[tile.sequence], tile.kv, oldest_key(a.rows->positions[row], a.window) / kStepKeys * kStepKeys, a.rows->positions[last]);
+// The tile's step at `start`, as far as its rows reach.
+SHARDMESH_LANES Step step_ahead(const AttentionArguments& a, const Tile& tile, int64_t start, int64_t last) {
+  const int64_t left = last - start;
+  return find_step(a, a.rows->block_tables + a.rows->block_offsets[tile.sequence], start, 0, left >= kStepKeys ? 4 : static_cast<int>(left / 16) + 1);
 }
+
+SHARDMESH_LANES Step first_step_of(const AttentionArguments& a, const Tile& tile) {
+  const int64_t row = tile.row + tile.from / tile.heads, last = tile.row + (tile.to - 1) / tile.heads;
+  return step_ahead(a, tile, oldest_key(a.rows->positions[row], a.window) / kStepKeys * kStepKeys, a.rows->positions[last]);
+}
+
+// Adjacent lanes of one KV head.
+struct Bundle {
+  int from, to;
+  size_t head_bytes;  // offset of the KV head in a block
+};
 
 // `next`: the tile that this thread takes after this one, or null; its first keys and values are asked for in good time.
 static __attribute__((noinline)) void attend_tile(const AttentionArguments& a, const Tile& tile, const Tile* next, const Scratch& scratch) {
-  const bool int8_keys = a.layout->key == KeyType::Int8, int8_values = a.layout->value == ValueType::Int8;
-  const int D = a.layout->head_size, lanes = tile.to - tile.from;
+  const KvLayout& layout = *a.layout;
+  const bool int8_keys = layout.key == KeyType::Int8, int8_values = layout.value == ValueType::Int8;
+  const int D = layout.head_size, lanes = tile.to - tile.from;
   if (lanes < 1) return;
   const int32_t* block_table = a.rows->block_tables + a.rows->block_offsets[tile.sequence];
 
   int64_t position[kTileLanes], oldest[kTileLanes];
   const float* q[kTileLanes];
-  float scale[kTileLanes];  // rn(sq * scale) for int8 K, scale for f16 K
-  int32_t sums[kTileLanes];
-  LaneState state[kTileLanes];
-  LaneTotal total[kTileLanes];
-  float sw[kTileLanes], decay[kTileLanes];
-  int first_key[kTileLanes], end_key[kTileLanes];  // unmasked keys of the step
+  LaneStates state{};
+  Bundle bundles[kRowHeads];
+  int bundle_count = 0;
   for (int i = 0; i < lanes; i++) {
     const int64_t row = tile.row + (tile.from + i) / tile.heads, head = tile.head + (tile.from + i) % tile.heads;
     position[i] = a.rows->positions[row];
     oldest[i] = oldest_key(position[i], a.window);
     q[i] = a.q + row * a.q_stride + head * D;
-    scale[i] = int8_keys ? quantize_query(q[i], D, scratch.q + static_cast<int64_t>(i) * D, &sums[i]) * a.scale : a.scale;
-    total[i] = {-INFINITY, 0.0f, false, false};
+    state.factor[i] = int8_keys ? quantize_query(q[i], D, scratch.q + static_cast<int64_t>(i) * D) * a.scale : a.scale;
+    state.total_m[i] = -INFINITY;
+    state.total_l[i] = 0.0f;
+    state.head_bytes[i] = static_cast<size_t>(a.kv_head[head]) * layout.head_bytes;
+    if (i == 0 || state.head_bytes[i] != bundles[bundle_count - 1].head_bytes) bundles[bundle_count++] = {i, i, state.head_bytes[i]};
+    bundles[bundle_count - 1].to = i + 1;
   }
 
   const int64_t first_step = oldest[0] / kStepKeys, last_step = position[lanes - 1] / kStepKeys;
+  const size_t key_scales = layout.key_bytes + layout.value_bytes, value_scales = int8_keys ? key_scales + 64 : key_scales;
   int begin = 0, end = 0;  // lanes with an unmasked key in the step
+  int open = 0;            // the first lane with a span that is not folded
+  uint32_t unfolded = 0xffffffffu;  // bit i: lane i has folded no span
+  const auto fold = [&](int to) {
+    fold_spans(state, open, to, unfolded, scratch.total, scratch.span, D);
+    for (int i = open; i < to; i++) unfolded &= ~(1u << i);
+  };
   for (int64_t step = first_step; step <= last_step; step++) {
-    if (step % kSpanSteps == 0) {
-      for (int i = begin; i < end; i++) {
-        if (total[i].started) fold_span(&total[i], state[i], scratch.total + static_cast<int64_t>(i) * D, scratch.span + static_cast<int64_t>(i) * D, D);
-        total[i].started = false;
-      }
-    }
     const int64_t start = step * kStepKeys;
+    const bool border = step % kSpanSteps == 0;
+    if (border) fold(end);
     while (position[begin] < start) begin++;
+    int fresh = border ? begin : end;  // lanes from here on begin a span
     while (end < lanes && oldest[end] < start + kStepKeys) end++;
+    if (border) open = begin;
 
-    StepBlocks blocks;
     const int64_t low = oldest[begin] > start ? oldest[begin] - start : 0, high = position[end - 1] - start;
-    blocks.from = static_cast<int>(low / 16);
-    blocks.to = high >= kStepKeys ? 4 : static_cast<int>(high / 16) + 1;
-    find_blocks(a, block_table, tile.kv, start, &blocks);
-    if (step < last_step) prefetch_step(a, block_table, tile.kv, start + kStepKeys, position[lanes - 1]);
-    else if (next) prefetch_tile(a, *next);
-
-    const int active = end - begin;
-    int32_t* dots = scratch.dots + begin * kStepKeys;
-    if (int8_keys)
-      integer_scores(blocks, D, scratch.q + static_cast<int64_t>(begin) * D, sums + begin, active, dots);
-    else
-      half_scores(blocks, D, q + begin, active, reinterpret_cast<float*>(dots));
-
+    const Step here = find_step(a, block_table, start, static_cast<int>(low / 16), high >= kStepKeys ? 4 : static_cast<int>(high / 16) + 1);
+    const bool last = step == last_step;
+    const Step ahead = !last ? step_ahead(a, tile, start + kStepKeys, position[lanes - 1]) : next ? first_step_of(a, *next) : here;
+    const size_t shift = last && next ? static_cast<size_t>(a.kv_head[next->head + next->from % next->heads]) * layout.head_bytes - state.head_bytes[0] : 0;
+    for (; fresh < end; fresh++) {
+      state.m[fresh] = -INFINITY;
+      state.l[fresh] = 0.0f;
+      std::memset(scratch.span + static_cast<int64_t>(fresh) * D, 0, static_cast<size_t>(D) * 4);
+    }
     for (int i = begin; i < end; i++) {
-      if (!total[i].started) {
-        state[i] = {-INFINITY, 0.0f, 0.0f, 1.0f};
-        std::memset(scratch.span + static_cast<int64_t>(i) * D, 0, static_cast<size_t>(D) * 4);
-        total[i].started = true;
+      state.first_key[i] = oldest[i] > start ? static_cast<int>(oldest[i] - start) : 0;
+      state.end_key[i] = position[i] - start >= kStepKeys ? kStepKeys : static_cast<int>(position[i] - start) + 1;
+    }
+
+    // visit(operand at `offset` of a subblock, first lane, lanes) for each bundle's active lanes. What Dots does not ask for in passing is asked for here.
+    const auto each_bundle = [&](size_t offset, size_t bytes, bool in_passing, auto visit) {
+      for (int n = 0; n < bundle_count; n++) {
+        const Bundle& bundle = bundles[n];
+        const int from = bundle.from > begin ? bundle.from : begin, to = bundle.to < end ? bundle.to : end;
+        if (from >= to) continue;
+        const StepOperand operand = operand_of(here, ahead, bundle.head_bytes + offset, bundle.head_bytes + shift + offset);
+        for (int b = ahead.from; b < ahead.to; b++)
+          if (!in_passing || b < here.from || b >= here.to) prefetch_bytes(operand.next[b], bytes);
+        visit(operand, from, to - from);
       }
-      first_key[i] = oldest[i] > start ? static_cast<int>(oldest[i] - start) : 0;
-      end_key[i] = position[i] - start >= kStepKeys ? kStepKeys : static_cast<int>(position[i] - start) + 1;
+    };
+    each_bundle(0, layout.key_bytes, int8_keys && Dots::kAsksAhead, [&](const StepOperand& keys, int lane, int count) {
+      if (int8_keys) integer_scores(keys, D, scratch.q + static_cast<int64_t>(lane) * D, count, reinterpret_cast<int32_t*>(scratch.s) + lane * kStepKeys);
+      else half_scores(keys, D, q + lane, count, scratch.s + lane * kStepKeys);
+    });
+    if (layout.scale_bytes > 0)
+      for (int n = 0; n < bundle_count; n++)
+        for (int b = ahead.from; b < ahead.to; b++) prefetch_bytes(ahead.at[b] + bundles[n].head_bytes + shift + key_scales, layout.scale_bytes);
+    const StepScales scales{here, key_scales, value_scales};
+    for (int lane = begin; lane < end; lane += kBatchLanes) {
+      const int count = end - lane < kBatchLanes ? end - lane : kBatchLanes;
+      if (int8_keys && int8_values) softmax_step<true, true>(scales, state, lane, count, scratch.s, scratch.u);
+      else if (int8_keys) softmax_step<true, false>(scales, state, lane, count, scratch.s, scratch.u);
+      else if (int8_values) softmax_step<false, true>(scales, state, lane, count, scratch.s, scratch.u);
+      else softmax_step<false, false>(scales, state, lane, count, scratch.s, scratch.u);
     }
-    for (int i = begin; i < end;) {
-      const auto sees_all = [&](int lane) { return lane < end && first_key[lane] == 0 && end_key[lane] == kStepKeys; };
-      const int32_t* lane_dots = scratch.dots + i * kStepKeys;
-      Dots::Weight* u = scratch.u + i * kStepKeys;
-      float* w = int8_values ? nullptr : scratch.w + i * kStepKeys;
-      int run = 0;
-      while (run < kSoftmaxLanes + 2 && sees_all(i + run)) run++;
-      const int count = run == 0 ? 1 : run == kSoftmaxLanes + 1 ? 2 : run < kSoftmaxLanes ? run : kSoftmaxLanes;  // four go two and two
-      if (run == 0) softmax_step<false, 1>(blocks, int8_keys, first_key[i], end_key[i], lane_dots, scale + i, state + i, u, w);
-      else if (count == 1) softmax_step<true, 1>(blocks, int8_keys, 0, kStepKeys, lane_dots, scale + i, state + i, u, w);
-      else if (count == 2) softmax_step<true, 2>(blocks, int8_keys, 0, kStepKeys, lane_dots, scale + i, state + i, u, w);
-      else softmax_step<true, 3>(blocks, int8_keys, 0, kStepKeys, lane_dots, scale + i, state + i, u, w);
-      i += count;
-    }
-    for (int i = begin; i < end; i++) {
-      sw[i] = state[i].sw;
-      decay[i] = state[i].decay;
-    }
-    float* o = scratch.span + static_cast<int64_t>(begin) * D;
-    if (int8_values)
-      weighted_values(blocks, D, scratch.u + begin * kStepKeys, sw + begin, decay + begin, active, o);
-    else
-      half_values(blocks, D, scratch.w + begin * kStepKeys, first_key + begin, end_key + begin, decay + begin, active, o);
+    each_bundle(layout.key_bytes, layout.value_bytes, int8_values && Dots::kAsksAhead, [&](const StepOperand& values, int lane, int count) {
+      float* o = scratch.span + static_cast<int64_t>(lane) * D;
+      if (int8_values) weighted_values(values, D, scratch.u + lane * kStepKeys, state.sw + lane, state.decay + lane, count, o);
+      else half_values(values, D, scratch.s + lane * kStepKeys, state.first_key + lane, state.end_key + lane, state.decay + lane, count, o);
+    });
   }
 
+  fold(lanes);
   for (int i = 0; i < lanes; i++) {
-    float* o = scratch.total + static_cast<int64_t>(i) * D;
-    if (total[i].started) fold_span(&total[i], state[i], o, scratch.span + static_cast<int64_t>(i) * D, D);
+    const float* o = scratch.total + static_cast<int64_t>(i) * D;
     const int64_t row = tile.row + (tile.from + i) / tile.heads, head = tile.head + (tile.from + i) % tile.heads;
     float* out = a.out + row * a.out_stride + head * D;
-    const Lanes::F inverse = Lanes::set(1.0f / total[i].l);
+    const Lanes::F inverse = Lanes::set(1.0f / state.total_l[i]);
     for (int d = 0; d < D; d += 16) Lanes::store(out + d, Lanes::mul(Lanes::load(o + d), inverse));
   }
 }
@@ -484,15 +549,27 @@ static __attribute__((noinline)) void attend_tile(const AttentionArguments& a, c
 // Calls visit(tile) for every tile: sequences, then KV heads, then rows.
 template <typename Visit>
 SHARDMESH_LANES void each_tile(const AttentionArguments& a, Visit visit) {
+  const auto heads_of_kv = [&](int head) {
+    int heads = 1;
+    while (head + heads < a.heads && heads < kTileLanes && a.kv_head[head + heads] == a.kv_head[head]) heads++;
+    return heads;
+  };
+  const size_t step_bytes = kStepKeys / 16 * a.layout->subblock_bytes;
   for (int s = 0; s < a.rows->sequences; s++) {
+    const bool one_row = a.rows->first_row[s + 1] - a.rows->first_row[s] == 1;
     for (int head = 0; head < a.heads;) {
-      int heads = 1;
-      while (head + heads < a.heads && heads < kTileLanes && a.kv_head[head + heads] == a.kv_head[head]) heads++;
+      int heads = heads_of_kv(head);
+      if (one_row)
+        for (size_t bytes = 2 * step_bytes; head + heads < a.heads && bytes <= kRowStepBytes; bytes += step_bytes) {
+          const int more = heads_of_kv(head + heads);
+          if (heads + more > kRowHeads) break;
+          heads += more;
+        }
       int rows = kTileLanes / heads;
       if (rows > kTileRows) rows = kTileRows;
       for (int row = a.rows->first_row[s]; row < a.rows->first_row[s + 1]; row += rows) {
         const int left = a.rows->first_row[s + 1] - row, count = left < rows ? left : rows;
-        visit(Tile{s, row, count, head, heads, a.kv_head[head], 0, count * heads});
+        visit(Tile{s, row, count, head, heads, 0, count * heads});
       }
       head += heads;
     }

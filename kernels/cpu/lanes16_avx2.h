@@ -92,16 +92,27 @@ struct Lanes {
     h = _mm_add_ps(h, _mm_movehl_ps(h, h));
     return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
   }
+  SHARDMESH_LANES F pair_max(F x, F y) { return {_mm256_max_ps(x.a, x.b), _mm256_max_ps(y.a, y.b)}; }
+  SHARDMESH_LANES F pair_sum(F x, F y) { return {_mm256_add_ps(x.a, x.b), _mm256_add_ps(y.a, y.b)}; }
+  SHARDMESH_LANES F each_max(const F* pairs) {
+    const auto max = [](__m256 x, __m256 y) { return _mm256_max_ps(x, y); };
+    return {eight_by(pairs, max), eight_by(pairs + 4, max)};
+  }
+  SHARDMESH_LANES F each_sum(const F* pairs) {
+    const auto add = [](__m256 x, __m256 y) { return _mm256_add_ps(x, y); };
+    return {eight_by(pairs, add), eight_by(pairs + 4, add)};
+  }
+  template <class Join>
+  SHARDMESH_LANES __m256 eight_by(const F* pairs, Join join) {
+    const auto quarters = [&](__m256 x, __m256 y) { return join(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31)); };
+    const __m256 p = quarters(pairs[0].a, pairs[2].a), q = quarters(pairs[0].b, pairs[2].b), r = quarters(pairs[1].a, pairs[3].a), s = quarters(pairs[1].b, pairs[3].b);
+    const __m256 x = join(_mm256_shuffle_ps(p, q, 0x44), _mm256_shuffle_ps(p, q, 0xee)), y = join(_mm256_shuffle_ps(r, s, 0x44), _mm256_shuffle_ps(r, s, 0xee));
+    return join(_mm256_shuffle_ps(x, y, 0x88), _mm256_shuffle_ps(x, y, 0xdd));
+  }
 
   SHARDMESH_LANES I set_int(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
   SHARDMESH_LANES I bit_and(I x, I y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
   SHARDMESH_LANES I max_int(I x, I y) { return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)}; }
-  SHARDMESH_LANES int32_t sum_int(I x) {
-    const __m256i s = _mm256_add_epi32(x.a, x.b);
-    __m128i h = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
-    h = _mm_add_epi32(h, _mm_shuffle_epi32(h, 0x4e));
-    return _mm_cvtsi128_si32(_mm_add_epi32(h, _mm_shuffle_epi32(h, 0xb1)));
-  }
   SHARDMESH_LANES int32_t highest_int(I x) {
     const __m256i s = _mm256_max_epi32(x.a, x.b);
     __m128i h = _mm_max_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
@@ -112,9 +123,9 @@ struct Lanes {
   SHARDMESH_LANES F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
   SHARDMESH_LANES I to_int(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
   SHARDMESH_LANES I bits(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
-  SHARDMESH_LANES F power_of_two(I n) {
-    const __m256i bias = _mm256_set1_epi32(127);
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n.a, bias), 23)), _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n.b, bias), 23))};
+  SHARDMESH_LANES F scale_where(M m, F x, I n) {
+    const auto scale = [](__m256 x, __m256i n) { return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), _mm256_slli_epi32(n, 23))); };
+    return {_mm256_and_ps(m.a, scale(x.a, n.a)), _mm256_and_ps(m.b, scale(x.b, n.b))};
   }
 
   SHARDMESH_LANES M greater(F x, F y) { return {_mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ)}; }

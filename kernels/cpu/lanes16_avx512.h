@@ -36,6 +36,9 @@ struct Lanes {
     _mm512_mask_storeu_epi8(p, 0x1111111111111111ull << byte, _mm512_sll_epi32(x, _mm_cvtsi32_si128(8 * byte)));
   }
   SHARDMESH_LANES void store_uint8(uint8_t* p, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x)); }
+  SHARDMESH_LANES void store_uint8_quads(uint8_t* p, I a, I b, I c, I d) {
+    _mm512_storeu_si512(p, _mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d)));
+  }
   SHARDMESH_LANES I broadcast4(const void* p) {
     int32_t x;
     std::memcpy(&x, p, 4);
@@ -64,12 +67,35 @@ struct Lanes {
     h = _mm_add_ps(h, _mm_movehl_ps(h, h));
     return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
   }
+  SHARDMESH_LANES F pair_max(F a, F b) { return pair_by(a, b, max); }
+  SHARDMESH_LANES F pair_sum(F a, F b) { return pair_by(a, b, add); }
+  SHARDMESH_LANES F each_max(const F* pairs) { return each_by(pairs, max); }
+  SHARDMESH_LANES F each_sum(const F* pairs) { return each_by(pairs, add); }
+  template <class Join>
+  SHARDMESH_LANES F pair_by(F a, F b, Join join) {
+    return join(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  }
+  template <class Join>
+  SHARDMESH_LANES F each_by(const F* pairs, Join join) {
+    F four[4], eight[2];  // a lane has a quarter, then half of one
+    SHARDMESH_UNROLL
+    for (int i = 0; i < 4; i++) four[i] = join(_mm512_shuffle_f32x4(pairs[2 * i], pairs[2 * i + 1], 0x88), _mm512_shuffle_f32x4(pairs[2 * i], pairs[2 * i + 1], 0xdd));
+    SHARDMESH_UNROLL
+    for (int i = 0; i < 2; i++) eight[i] = join(_mm512_shuffle_ps(four[2 * i], four[2 * i + 1], 0x44), _mm512_shuffle_ps(four[2 * i], four[2 * i + 1], 0xee));
+    const F mixed = join(_mm512_shuffle_ps(eight[0], eight[1], 0x88), _mm512_shuffle_ps(eight[0], eight[1], 0xdd));  // lane 4 * i + j at 4 * j + i
+    return _mm512_permutex2var_ps(mixed, _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), mixed);
+  }
 
   SHARDMESH_LANES I set_int(int32_t x) { return _mm512_set1_epi32(x); }
   SHARDMESH_LANES I bit_and(I x, I y) { return _mm512_and_si512(x, y); }
   SHARDMESH_LANES I bit_xor(I x, I y) { return _mm512_xor_si512(x, y); }
+  SHARDMESH_LANES void hold([[maybe_unused]] I& x) {
+#ifdef __AVX512F__  // else emulated
+    __asm__("" : "+v"(x));
+#endif
+  }
+  SHARDMESH_LANES I sub_int(I x, I y) { return _mm512_sub_epi32(x, y); }
   SHARDMESH_LANES I max_int(I x, I y) { return _mm512_max_epi32(x, y); }
-  SHARDMESH_LANES int32_t sum_int(I x) { return _mm512_reduce_add_epi32(x); }
   SHARDMESH_LANES void sum_two(I x, I y, int32_t* first, int32_t* second) {
     const __m256i a = _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1)), b = _mm256_add_epi32(_mm512_castsi512_si256(y), _mm512_extracti64x4_epi64(y, 1));
     const __m256i pairs = _mm256_hadd_epi32(a, b);
@@ -84,7 +110,7 @@ struct Lanes {
   SHARDMESH_LANES F to_float(I x) { return _mm512_cvtepi32_ps(x); }
   SHARDMESH_LANES I to_int(F x) { return _mm512_cvtps_epi32(x); }
   SHARDMESH_LANES I bits(F x) { return _mm512_castps_si512(x); }
-  SHARDMESH_LANES F power_of_two(I n) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23)); }
+  SHARDMESH_LANES F scale_where(M m, F x, I n) { return _mm512_castsi512_ps(_mm512_maskz_add_epi32(m, _mm512_castps_si512(x), _mm512_slli_epi32(n, 23))); }
 
   SHARDMESH_LANES M greater(F x, F y) { return _mm512_cmp_ps_mask(x, y, _CMP_GT_OQ); }
   SHARDMESH_LANES M range(int from, int to) {

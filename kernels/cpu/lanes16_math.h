@@ -8,11 +8,10 @@
 namespace shardmesh {
 namespace {
 
-// exp_fixed of arithmetic.h in every lane, the same bits.
-SHARDMESH_LANES Lanes::F exp_lanes(Lanes::F x) {
+// exp_fixed of arithmetic.h in every lane, the same bits, for x up to 88. A power of two times the polynomial is a sum of exponents: it is never subnormal.
+SHARDMESH_LANES Lanes::F exp_of_negative(Lanes::F x) {
   using L = Lanes;
   const L::M keep = L::greater(x, L::set(-87.0f));
-  x = L::min(x, L::set(88.0f));
   const L::I whole = L::to_int(L::mul(x, L::set(1.44269504088896341f)));
   const L::F n = L::to_float(whole);
   L::F r = L::fma(n, L::set(-0.693145751953125f), x);
@@ -25,8 +24,10 @@ SHARDMESH_LANES Lanes::F exp_lanes(Lanes::F x) {
   p = L::fma(p, r, L::set(5.0000001201e-1f));
   p = L::fma(p, L::mul(r, r), r);
   p = L::add(p, L::set(1.0f));
-  return L::select(keep, L::mul(p, L::power_of_two(whole)), L::set(0.0f));
+  return L::scale_where(keep, p, whole);
 }
+
+SHARDMESH_LANES Lanes::F exp_lanes(Lanes::F x) { return exp_of_negative(Lanes::min(x, Lanes::set(88.0f))); }
 
 // Largest |x| of n values, n a multiple of 16.
 SHARDMESH_LANES float largest_magnitude(const float* x, int n) {

@@ -60,6 +60,15 @@ struct Lanes {
     for (int i = 0; i < 16; i++) p[4 * i + byte] = bytes[i];
   }
   SHARDMESH_LANES void store_uint8(uint8_t* p, I x) { store_int8(reinterpret_cast<int8_t*>(p), x); }
+  // Lanes 4 * i to 4 * i + 3 of vector k (0: a .. 3: d) to p + 16 * i + 4 * k. Values must be 0..255.
+  SHARDMESH_LANES void store_uint8_quads(uint8_t* p, I a, I b, I c, I d) {
+    const I x[4] = {a, b, c, d};
+    for (int k = 0; k < 4; k++) {
+      uint8_t bytes[16];
+      store_uint8(bytes, x[k]);
+      for (int i = 0; i < 4; i++) std::memcpy(p + 16 * i + 4 * k, bytes + 4 * i, 4);
+    }
+  }
   // The same four bytes in every lane.
   SHARDMESH_LANES I broadcast4(const void* p) {
     int32_t x;
@@ -108,11 +117,47 @@ struct Lanes {
     store(v, a);
     return shardmesh::halving_sum(v, 16);
   }
+  // Maxima or halving sums of many vectors at once. First each vector i's lanes are joined at distance 8: pair 2 * k and 2 * k + 1 is one vector. Then all eight
+  // pairs give one vector, whose lane i is the maximum, or the halving sum (distance 8, 4, 2, 1), of vector i.
+  SHARDMESH_LANES F pair_max(F a, F b) {
+    return pair_by(a, b, [](float x, float y) { return x > y ? x : y; });
+  }
+  SHARDMESH_LANES F pair_sum(F a, F b) {
+    return pair_by(a, b, [](float x, float y) { return x + y; });
+  }
+  SHARDMESH_LANES F each_max(const F* pairs) {
+    return each_by(pairs, [](float x, float y) { return x > y ? x : y; });
+  }
+  SHARDMESH_LANES F each_sum(const F* pairs) {
+    return each_by(pairs, [](float x, float y) { return x + y; });
+  }
+  template <class Join>
+  SHARDMESH_LANES F pair_by(F a, F b, Join join) {
+    float r[16];
+    for (int i = 0; i < 8; i++) {
+      r[i] = join(a[i], a[i + 8]);
+      r[8 + i] = join(b[i], b[i + 8]);
+    }
+    return load(r);
+  }
+  template <class Join>
+  SHARDMESH_LANES F each_by(const F* pairs, Join join) {
+    float v[8][16], r[16];
+    for (int k = 0; k < 8; k++) store(v[k], pairs[k]);
+    for (int i = 0; i < 16; i++) {
+      const float* x = v[i / 2] + i % 2 * 8;
+      r[i] = join(join(join(x[0], x[4]), join(x[2], x[6])), join(join(x[1], x[5]), join(x[3], x[7])));
+    }
+    return load(r);
+  }
 
   // --- int32
   SHARDMESH_LANES I set_int(int32_t x) { return I{} + x; }
   SHARDMESH_LANES I bit_and(I a, I b) { return a & b; }
   SHARDMESH_LANES I bit_xor(I a, I b) { return a ^ b; }
+  // Keeps x in a register: else compilers load again at each use.
+  SHARDMESH_LANES void hold(I&) {}
+  SHARDMESH_LANES I sub_int(I a, I b) { return a - b; }
   SHARDMESH_LANES I max_int(I a, I b) { return a > b ? a : b; }
   SHARDMESH_LANES int32_t sum_int(I a) {
     int32_t sum = 0;
@@ -145,8 +190,8 @@ struct Lanes {
   }
   SHARDMESH_LANES I bits(F a) { return reinterpret_cast<I>(a); }
   SHARDMESH_LANES F from_bits(I a) { return reinterpret_cast<F>(a); }
-  // 2^n, n in -126..127; anything for others.
-  SHARDMESH_LANES F power_of_two(I n) { return from_bits((n + 127) << 23); }
+  // x * 2^n where m, else 0; x and the product must be normal numbers where m.
+  SHARDMESH_LANES F scale_where(M m, F x, I n) { return from_bits((bits(x) + (n << 23)) & m); }
 
   // --- truth values
   SHARDMESH_LANES M greater(F a, F b) { return a > b; }

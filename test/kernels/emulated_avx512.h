@@ -25,6 +25,8 @@
 #undef _mm512_cvtps_ph
 #undef _mm512_extractf32x8_ps
 #undef _mm512_extracti64x4_epi64
+#undef _mm512_shuffle_f32x4
+#undef _mm512_shuffle_ps
 #undef _mm512_slli_epi32
 #undef _mm512_srli_epi32
 #undef _mm512_srai_epi32
@@ -181,6 +183,10 @@ SHARDMESH_EMULATED EmulatedInts _mm512_srai_epi32(const EmulatedInts& a, unsigne
 SHARDMESH_EMULATED EmulatedInts _mm512_add_epi32(const EmulatedInts& a, const EmulatedInts& b) {
   return each_int([&](int i) { return s32(u32(a.lane[i]) + u32(b.lane[i])); });
 }
+// 0 where the mask bit is clear.
+SHARDMESH_EMULATED EmulatedInts _mm512_maskz_add_epi32(__mmask16 k, const EmulatedInts& a, const EmulatedInts& b) {
+  return each_int([&](int i) { return k >> i & 1 ? s32(u32(a.lane[i]) + u32(b.lane[i])) : 0; });
+}
 SHARDMESH_EMULATED EmulatedInts _mm512_sub_epi32(const EmulatedInts& a, const EmulatedInts& b) {
   return each_int([&](int i) { return s32(u32(a.lane[i]) - u32(b.lane[i])); });
 }
@@ -321,6 +327,38 @@ SHARDMESH_EMULATED EmulatedFloats _mm512_mask_blend_ps(__mmask16 k, const Emulat
 // Lane idx[3:0] of a, or of b where idx[4] is set; higher bits are ignored.
 SHARDMESH_EMULATED EmulatedFloats _mm512_permutex2var_ps(const EmulatedFloats& a, const EmulatedInts& idx, const EmulatedFloats& b) {
   return each_float([&](int i) { return (idx.lane[i] & 16 ? b : a).lane[idx.lane[i] & 15]; });
+}
+// Quarters of 128 bits: two of a, chosen by imm[1:0] and imm[3:2], then two of b, by imm[5:4] and imm[7:6].
+SHARDMESH_EMULATED EmulatedFloats _mm512_shuffle_f32x4(const EmulatedFloats& a, const EmulatedFloats& b, int imm) {
+  return each_float([&](int i) { return (i < 8 ? a : b).lane[4 * (imm >> (2 * (i / 4)) & 3) + i % 4]; });
+}
+// The same of single lanes, inside each quarter.
+SHARDMESH_EMULATED EmulatedFloats _mm512_shuffle_ps(const EmulatedFloats& a, const EmulatedFloats& b, int imm) {
+  return each_float([&](int i) { return (i % 4 < 2 ? a : b).lane[4 * (i / 4) + (imm >> (2 * (i % 4)) & 3)]; });
+}
+// Inside each quarter: the lanes of a, then those of b, with signed saturation to half their width; the second from int16 to unsigned bytes.
+SHARDMESH_EMULATED EmulatedInts _mm512_packs_epi32(const EmulatedInts& a, const EmulatedInts& b) {
+  int16_t words[32];
+  for (int i = 0; i < 32; i++) {
+    const int32_t x = (i % 8 < 4 ? a : b).lane[4 * (i / 8) + i % 4];
+    words[i] = static_cast<int16_t>(x < -32768 ? -32768 : x > 32767 ? 32767 : x);
+  }
+  EmulatedInts r;
+  std::memcpy(r.lane, words, 64);
+  return r;
+}
+SHARDMESH_EMULATED EmulatedInts _mm512_packus_epi16(const EmulatedInts& a, const EmulatedInts& b) {
+  int16_t words[2][32];
+  std::memcpy(words[0], a.lane, 64);
+  std::memcpy(words[1], b.lane, 64);
+  uint8_t bytes[64];
+  for (int i = 0; i < 64; i++) {
+    const int16_t x = words[i % 16 / 8][8 * (i / 16) + i % 8];
+    bytes[i] = static_cast<uint8_t>(x < 0 ? 0 : x > 255 ? 255 : x);
+  }
+  EmulatedInts r;
+  std::memcpy(r.lane, bytes, 64);
+  return r;
 }
 SHARDMESH_EMULATED __m256i _mm512_castsi512_si256(const EmulatedInts& a) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a.lane)); }
 SHARDMESH_EMULATED __m256i _mm512_extracti64x4_epi64(const EmulatedInts& a, int half) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a.lane + 8 * (half & 1))); }
