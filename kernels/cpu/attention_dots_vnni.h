@@ -79,7 +79,7 @@ struct Dots {
       for (int l = 0; l < L; l++) {
         const Lanes::I x = Lanes::broadcast4(q + l * D + 4 * quad);
         SHARDMESH_UNROLL
-        for (int b = 0; b < B; b++) acc[l][b] = Lanes::dot4(acc[l][b], x, k[b]);
+        for (int b = 0; b < B; b++) Lanes::hold(acc[l][b] = Lanes::dot4(acc[l][b], x, k[b]));
       }
     }
     SHARDMESH_UNROLL
@@ -97,7 +97,7 @@ struct Dots {
       for (int b = 0; b < B; b++) acc[l][b] = Lanes::set_int(0);
     for (int sub = from; sub < to; sub++) {
       const uint8_t *v = values[sub] + 4 * d, *next_v = next[sub] + 4 * d;
-      for (int quad = 0; quad < 4; quad++, v += 4 * D, next_v += 4 * D) {
+      _Pragma("GCC unroll 1") for (int quad = 0; quad < 4; quad++, v += 4 * D, next_v += 4 * D) {
         Lanes::I x[B];
         SHARDMESH_UNROLL
         for (int b = 0; b < B; b++) {
@@ -109,7 +109,7 @@ struct Dots {
         for (int l = 0; l < L; l++) {
           const Lanes::I w = Lanes::broadcast4(u + l * 64 + 16 * quad + 4 * sub);
           SHARDMESH_UNROLL
-          for (int b = 0; b < B; b++) acc[l][b] = Lanes::dot4(acc[l][b], w, x[b]);
+          for (int b = 0; b < B; b++) Lanes::hold(acc[l][b] = Lanes::dot4(acc[l][b], w, x[b]));
         }
       }
     }

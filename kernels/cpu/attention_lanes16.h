@@ -301,9 +301,12 @@ SHARDMESH_LANES void weigh_lanes(const StepScales& scales, const LaneStates& sta
   using F = Lanes::F;
   F w[L][4];
   SHARDMESH_UNROLL
-  for (int b = 0; b < 4; b++)
+  for (int l = 0; l < L; l++) {
+    const F m = Lanes::set(state.m[lane + l]);
     SHARDMESH_UNROLL
-    for (int l = 0; l < L; l++) w[l][b] = exp_of_negative(Lanes::sub(Lanes::load(s + (lane + l) * kStepKeys + 16 * b), Lanes::set(state.m[lane + l])));  // 0 for -inf
+    for (int b = 0; b < 4; b++) w[l][b] = Lanes::sub(Lanes::load(s + (lane + l) * kStepKeys + 16 * b), m);
+  }
+  exp_each<4 * L>(w[0]);  // 0 for -inf
   SHARDMESH_UNROLL
   for (int l = 0; l < L; l++) {
     sum[l] = Lanes::add(Lanes::add(w[l][0], w[l][2]), Lanes::add(w[l][1], w[l][3]));

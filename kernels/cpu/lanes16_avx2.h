@@ -110,6 +110,8 @@ struct Lanes {
     return join(_mm256_shuffle_ps(x, y, 0x88), _mm256_shuffle_ps(x, y, 0xdd));
   }
 
+  template <class Vector>
+  SHARDMESH_LANES void hold(Vector&) {}
   SHARDMESH_LANES I set_int(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
   SHARDMESH_LANES I bit_and(I x, I y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
   SHARDMESH_LANES I max_int(I x, I y) { return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)}; }

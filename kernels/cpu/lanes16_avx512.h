@@ -89,7 +89,8 @@ struct Lanes {
   SHARDMESH_LANES I set_int(int32_t x) { return _mm512_set1_epi32(x); }
   SHARDMESH_LANES I bit_and(I x, I y) { return _mm512_and_si512(x, y); }
   SHARDMESH_LANES I bit_xor(I x, I y) { return _mm512_xor_si512(x, y); }
-  SHARDMESH_LANES void hold([[maybe_unused]] I& x) {
+  template <class Vector>
+  SHARDMESH_LANES void hold([[maybe_unused]] Vector& x) {
 #ifdef __AVX512F__  // else emulated
     __asm__("" : "+v"(x));
 #endif

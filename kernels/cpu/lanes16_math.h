@@ -8,23 +8,37 @@
 namespace shardmesh {
 namespace {
 
-// exp_fixed of arithmetic.h in every lane, the same bits, for x up to 88. A power of two times the polynomial is a sum of exponents: it is never subnormal.
-SHARDMESH_LANES Lanes::F exp_of_negative(Lanes::F x) {
+// exp_fixed of arithmetic.h in every lane of N vectors, in place, the same bits, for x up to 88. Step by step for all of them: a vector alone is a chain of fifteen
+// instructions that each wait for the one before. The power of two is added to the exponent: the product is never subnormal.
+template <int N>
+SHARDMESH_LANES void exp_each(Lanes::F* x) {
   using L = Lanes;
-  const L::M keep = L::greater(x, L::set(-87.0f));
-  const L::I whole = L::to_int(L::mul(x, L::set(1.44269504088896341f)));
-  const L::F n = L::to_float(whole);
-  L::F r = L::fma(n, L::set(-0.693145751953125f), x);
-  r = L::fma(n, L::set(-1.42860682030941723e-6f), r);
-  L::F p = L::set(1.9875691500e-4f);
-  p = L::fma(p, r, L::set(1.3981999507e-3f));
-  p = L::fma(p, r, L::set(8.3334519073e-3f));
-  p = L::fma(p, r, L::set(4.1665795894e-2f));
-  p = L::fma(p, r, L::set(1.6666665459e-1f));
-  p = L::fma(p, r, L::set(5.0000001201e-1f));
-  p = L::fma(p, L::mul(r, r), r);
-  p = L::add(p, L::set(1.0f));
-  return L::scale_where(keep, p, whole);
+  L::M keep[N];
+  L::I whole[N];
+  L::F n[N], p[N];
+#define SHARDMESH_EACH \
+  SHARDMESH_UNROLL     \
+  for (int i = 0; i < N; i++)
+  SHARDMESH_EACH keep[i] = L::greater(x[i], L::set(-87.0f));
+  SHARDMESH_EACH whole[i] = L::to_int(L::mul(x[i], L::set(1.44269504088896341f)));
+  SHARDMESH_EACH n[i] = L::to_float(whole[i]);
+  SHARDMESH_EACH L::hold(x[i] = L::fma(n[i], L::set(-0.693145751953125f), x[i]));
+  SHARDMESH_EACH L::hold(x[i] = L::fma(n[i], L::set(-1.42860682030941723e-6f), x[i]));
+  SHARDMESH_EACH L::hold(p[i] = L::fma(L::set(1.9875691500e-4f), x[i], L::set(1.3981999507e-3f)));
+  SHARDMESH_EACH L::hold(p[i] = L::fma(p[i], x[i], L::set(8.3334519073e-3f)));
+  SHARDMESH_EACH L::hold(p[i] = L::fma(p[i], x[i], L::set(4.1665795894e-2f)));
+  SHARDMESH_EACH L::hold(p[i] = L::fma(p[i], x[i], L::set(1.6666665459e-1f)));
+  SHARDMESH_EACH L::hold(p[i] = L::fma(p[i], x[i], L::set(5.0000001201e-1f)));
+  SHARDMESH_EACH n[i] = L::mul(x[i], x[i]);
+  SHARDMESH_EACH L::hold(p[i] = L::fma(p[i], n[i], x[i]));
+  SHARDMESH_EACH L::hold(p[i] = L::add(p[i], L::set(1.0f)));
+  SHARDMESH_EACH x[i] = L::scale_where(keep[i], p[i], whole[i]);
+#undef SHARDMESH_EACH
+}
+
+SHARDMESH_LANES Lanes::F exp_of_negative(Lanes::F x) {
+  exp_each<1>(&x);
+  return x;
 }
 
 SHARDMESH_LANES Lanes::F exp_lanes(Lanes::F x) { return exp_of_negative(Lanes::min(x, Lanes::set(88.0f))); }

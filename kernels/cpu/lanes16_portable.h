@@ -155,8 +155,9 @@ struct Lanes {
   SHARDMESH_LANES I set_int(int32_t x) { return I{} + x; }
   SHARDMESH_LANES I bit_and(I a, I b) { return a & b; }
   SHARDMESH_LANES I bit_xor(I a, I b) { return a ^ b; }
-  // Keeps x in a register: else compilers load again at each use.
-  SHARDMESH_LANES void hold(I&) {}
+  // Has x in a register here: compilers would load it again at each use, or compute it later.
+  template <class Vector>
+  SHARDMESH_LANES void hold(Vector&) {}
   SHARDMESH_LANES I sub_int(I a, I b) { return a - b; }
   SHARDMESH_LANES I max_int(I a, I b) { return a > b ? a : b; }
   SHARDMESH_LANES int32_t sum_int(I a) {
