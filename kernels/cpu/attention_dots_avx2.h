@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "lines_ahead.h"
+
 namespace shardmesh {
 namespace {
 
@@ -24,7 +26,7 @@ struct Dots {
 
   // dots[l * 64 + 16 * b + t] = sum_d q[l * D + d] * K[d, t] of subblock b, for subblocks [from, to) and l < L.
   template <int L>
-  SHARDMESH_LANES void scores(const uint8_t* const* keys, const uint8_t* const*, int from, int to, int D, const Query* q, const int32_t*, int32_t* dots) {
+  SHARDMESH_LANES void scores(const uint8_t* const* keys, int from, int to, int D, const Query* q, const int32_t*, int32_t* dots, LinesAhead*) {
     constexpr int V = registers(L);
     for (int b = from; b < to; b++) {
       SHARDMESH_UNROLL
@@ -43,7 +45,7 @@ struct Dots {
 
   // o[l * D + d] = fma(float(sum_j u[l * 64 + j] * V[j, d]), sw[l], o[l * D + d] * c[l]) over the tokens j of subblocks [from, to).
   template <int L>
-  SHARDMESH_LANES void values(const uint8_t* const* values, const uint8_t* const*, int from, int to, int D, const Weight* u, const float* sw, const float* c, float* o) {
+  SHARDMESH_LANES void values(const uint8_t* const* values, int from, int to, int D, const Weight* u, const float* sw, const float* c, float* o, LinesAhead*) {
     constexpr int V = registers(L);
     for (int d = 0; d < D; d += 4 * V) {
       __m256i acc[L][V];

@@ -6,6 +6,8 @@
 #pragma once
 #include <cstdint>
 
+#include "lines_ahead.h"
+
 namespace shardmesh {
 namespace {
 
@@ -13,7 +15,7 @@ struct Dots {
   using Query = uint8_t;  // q + 128
   using Weight = uint8_t;
   static constexpr int lanes_max = 6;  // heads or rows that share one load
-  static constexpr bool kAsksAhead = true;  // scores and values ask for what lies at the same place of `next`
+  static constexpr bool kAsksAhead = true;  // scores and values take lines ahead
 
   SHARDMESH_LANES void store_query(Query* p, Lanes::I x) { Lanes::store_uint8(p, Lanes::bit_xor(x, Lanes::set_int(128))); }
   // The 64 weights of a step, 16 of each subblock: quad i of subblock b at p + 4 * (4 * i + b).
@@ -39,29 +41,32 @@ struct Dots {
   }
 
   // dots[l * 64 + 16 * b + t] = sum_d q[l * D + d] * K[d, t] of subblock b, for subblocks [from, to) and l < L.
-  //   keys, next  [4] pointers to a subblock's K      sums  of sum_keys
+  //   keys  [4] pointers to a subblock's K      sums  of sum_keys
   template <int L>
-  SHARDMESH_LANES void scores(const uint8_t* const* keys, const uint8_t* const* next, int from, int to, int D, const Query* q, const int32_t* sums, int32_t* dots) {
-    int b = from;
-    if (to - b == 4) {
-      scores_tile<L, 4>(keys, next, D, q, sums, dots);
-      return;
+  SHARDMESH_LANES void scores(const uint8_t* const* keys, int from, int to, int D, const Query* q, const int32_t* sums, int32_t* dots, LinesAhead* ahead) {
+    keys += from;
+    sums += 16 * from;
+    dots += 16 * from;
+    switch (to - from) {
+      case 1: scores_tile<L, 1>(keys, D, q, sums, dots, ahead); break;
+      case 2: scores_tile<L, 2>(keys, D, q, sums, dots, ahead); break;
+      case 3: scores_tile<L, 3>(keys, D, q, sums, dots, ahead); break;
+      default: scores_tile<L, 4>(keys, D, q, sums, dots, ahead); break;
     }
-    for (; b < to; b++) scores_tile<L, 1>(keys + b, next + b, D, q, sums + 16 * b, dots + 16 * b);
   }
 
   // o[l * D + d] = fma(float(sum_j u[l * 64 + j] * V[j, d]), sw[l], o[l * D + d] * c[l]) over the tokens j of subblocks [from, to).
-  //   values, next  [4] pointers to a subblock's V
+  //   values  [4] pointers to a subblock's V
   template <int L>
-  SHARDMESH_LANES void values(const uint8_t* const* values, const uint8_t* const* next, int from, int to, int D, const Weight* u, const float* sw, const float* c, float* o) {
+  SHARDMESH_LANES void values(const uint8_t* const* values, int from, int to, int D, const Weight* u, const float* sw, const float* c, float* o, LinesAhead* ahead) {
     int d = 0;
-    for (; d + 64 <= D; d += 64) values_tile<L, 4>(values, next, from, to, D, d, u, sw, c, o);
-    for (; d < D; d += 32) values_tile<L, 2>(values, next, from, to, D, d, u, sw, c, o);
+    for (; d + 64 <= D; d += 64) values_tile<L, 4>(values, from, to, D, d, u, sw, c, o, ahead);
+    for (; d < D; d += 32) values_tile<L, 2>(values, from, to, D, d, u, sw, c, o, ahead);
   }
 
  private:
   template <int L, int B>
-  SHARDMESH_LANES void scores_tile(const uint8_t* const* keys, const uint8_t* const* next, int D, const Query* q, const int32_t* sums, int32_t* dots) {
+  SHARDMESH_LANES void scores_tile(const uint8_t* const* keys, int D, const Query* q, const int32_t* sums, int32_t* dots, LinesAhead* ahead) {
     Lanes::I acc[L][B];
     SHARDMESH_UNROLL
     for (int l = 0; l < L; l++)
@@ -73,8 +78,8 @@ struct Dots {
       for (int b = 0; b < B; b++) {
         k[b] = Lanes::load_int(keys[b] + 64 * quad);
         Lanes::hold(k[b]);
-        __builtin_prefetch(next[b] + 64 * quad, 0, 3);
       }
+      ahead->take_four();
       SHARDMESH_UNROLL
       for (int l = 0; l < L; l++) {
         const Lanes::I x = Lanes::broadcast4(q + l * D + 4 * quad);
@@ -89,22 +94,22 @@ struct Dots {
   }
 
   template <int L, int B>
-  SHARDMESH_LANES void values_tile(const uint8_t* const* values, const uint8_t* const* next, int from, int to, int D, int d, const Weight* u, const float* sw, const float* c, float* o) {
+  SHARDMESH_LANES void values_tile(const uint8_t* const* values, int from, int to, int D, int d, const Weight* u, const float* sw, const float* c, float* o, LinesAhead* ahead) {
     Lanes::I acc[L][B];
     SHARDMESH_UNROLL
     for (int l = 0; l < L; l++)
       SHARDMESH_UNROLL
       for (int b = 0; b < B; b++) acc[l][b] = Lanes::set_int(0);
     for (int sub = from; sub < to; sub++) {
-      const uint8_t *v = values[sub] + 4 * d, *next_v = next[sub] + 4 * d;
-      _Pragma("GCC unroll 1") for (int quad = 0; quad < 4; quad++, v += 4 * D, next_v += 4 * D) {
+      const uint8_t* v = values[sub] + 4 * d;
+      _Pragma("GCC unroll 1") for (int quad = 0; quad < 4; quad++, v += 4 * D) {
         Lanes::I x[B];
         SHARDMESH_UNROLL
         for (int b = 0; b < B; b++) {
           x[b] = Lanes::load_int(v + 64 * b);
           Lanes::hold(x[b]);
-          __builtin_prefetch(next_v + 64 * b, 0, 3);
         }
+        ahead->take_four();
         SHARDMESH_UNROLL
         for (int l = 0; l < L; l++) {
           const Lanes::I w = Lanes::broadcast4(u + l * 64 + 16 * quad + 4 * sub);

@@ -25,6 +25,7 @@ constexpr int kTileLanes = 32;
 constexpr int kTileRows = 16;
 constexpr int kStepKeys = 64;
 constexpr int kSpanSteps = 4;
+constexpr float kBelowQuantizableMin = 0x1.fffffep-101f;  // the float before it
 constexpr int kBatchLanes = 16;  // lanes whose maxima, sums and scales are one register
 constexpr int kRowHeads = 16;    // query heads of a tile of one row
 constexpr size_t kRowStepBytes = 40 << 10;  // K and V of a step of a tile of one row, so that the next step's have room beside them
@@ -90,24 +91,16 @@ SHARDMESH_LANES Step find_step(const AttentionArguments& a, const int32_t* block
   return step;
 }
 
-// K or V of one KV head in a step, and what lies there in the step after it, to be asked for in passing (or, where nothing comes, the same again).
+// K or V of one KV head in a step.
 struct StepOperand {
   int from, to;
   const uint8_t* at[4];
-  const uint8_t* next[4];
 };
 
-SHARDMESH_LANES StepOperand operand_of(const Step& step, const Step& next, size_t offset, size_t next_offset) {
-  StepOperand x{step.from, step.to, {}, {}};
-  for (int b = 0; b < 4; b++) {
-    x.at[b] = step.at[b] + offset;
-    x.next[b] = next.at[b] + next_offset;
-  }
+SHARDMESH_LANES StepOperand operand_of(const Step& step, size_t offset) {
+  StepOperand x{step.from, step.to, {}};
+  for (int b = 0; b < 4; b++) x.at[b] = step.at[b] + offset;
   return x;
-}
-
-SHARDMESH_LANES void prefetch_bytes(const uint8_t* p, size_t bytes) {
-  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 3);
 }
 
 // chains[l * 64 + 16 * b + t] = fma(q[l][d], K[d, t], chain), d ascending from 0, K in half precision.
@@ -157,11 +150,11 @@ struct LaneGroups {
 };
 
 template <int L>
-static __attribute__((noinline)) void integer_scores_of(const StepOperand& keys, int D, const Dots::Query* q, const int32_t* sums, int32_t* dots) {
-  Dots::scores<L>(keys.at, keys.next, keys.from, keys.to, D, q, sums, dots);
+static __attribute__((noinline)) void integer_scores_of(const StepOperand& keys, int D, const Dots::Query* q, const int32_t* sums, int32_t* dots, LinesAhead* ahead) {
+  Dots::scores<L>(keys.at, keys.from, keys.to, D, q, sums, dots, ahead);
 }
 
-static __attribute__((noinline)) void integer_scores(const StepOperand& keys, int D, const Dots::Query* q, int lanes, int32_t* dots) {
+static __attribute__((noinline)) void integer_scores(const StepOperand& keys, int D, const Dots::Query* q, int lanes, int32_t* dots, LinesAhead* ahead) {
   alignas(64) int32_t sums[kStepKeys];
   Dots::sum_keys(keys.at, keys.from, keys.to, D, sums);
   const LaneGroups groups(lanes);
@@ -170,34 +163,34 @@ static __attribute__((noinline)) void integer_scores(const StepOperand& keys, in
     const Dots::Query* query = q + static_cast<int64_t>(l) * D;
     int32_t* out = dots + l * kStepKeys;
     switch (count) {
-      case 1: integer_scores_of<1>(keys, D, query, sums, out); break;
-      case 2: integer_scores_of<2>(keys, D, query, sums, out); break;
-      case 3: integer_scores_of<3>(keys, D, query, sums, out); break;
-      case 4: integer_scores_of<4>(keys, D, query, sums, out); break;
-      case 5: integer_scores_of<5>(keys, D, query, sums, out); break;
-      default: integer_scores_of<6>(keys, D, query, sums, out); break;
+      case 1: integer_scores_of<1>(keys, D, query, sums, out, ahead); break;
+      case 2: integer_scores_of<2>(keys, D, query, sums, out, ahead); break;
+      case 3: integer_scores_of<3>(keys, D, query, sums, out, ahead); break;
+      case 4: integer_scores_of<4>(keys, D, query, sums, out, ahead); break;
+      case 5: integer_scores_of<5>(keys, D, query, sums, out, ahead); break;
+      default: integer_scores_of<6>(keys, D, query, sums, out, ahead); break;
     }
   }
 }
 
 template <int L>
-static __attribute__((noinline)) void weighted_values_of(const StepOperand& values, int D, const Dots::Weight* u, const float* sw, const float* c, float* o) {
-  Dots::values<L>(values.at, values.next, values.from, values.to, D, u, sw, c, o);
+static __attribute__((noinline)) void weighted_values_of(const StepOperand& values, int D, const Dots::Weight* u, const float* sw, const float* c, float* o, LinesAhead* ahead) {
+  Dots::values<L>(values.at, values.from, values.to, D, u, sw, c, o, ahead);
 }
 
-SHARDMESH_LANES void weighted_values(const StepOperand& values, int D, const Dots::Weight* u, const float* sw, const float* c, int lanes, float* o) {
+SHARDMESH_LANES void weighted_values(const StepOperand& values, int D, const Dots::Weight* u, const float* sw, const float* c, int lanes, float* o, LinesAhead* ahead) {
   const LaneGroups groups(lanes);
   for (int g = 0; g < groups.groups; g++) {
     const int l = groups.start(g), count = groups.start(g + 1) - l;
     const Dots::Weight* weights = u + l * kStepKeys;
     float* out = o + static_cast<int64_t>(l) * D;
     switch (count) {
-      case 1: weighted_values_of<1>(values, D, weights, sw + l, c + l, out); break;
-      case 2: weighted_values_of<2>(values, D, weights, sw + l, c + l, out); break;
-      case 3: weighted_values_of<3>(values, D, weights, sw + l, c + l, out); break;
-      case 4: weighted_values_of<4>(values, D, weights, sw + l, c + l, out); break;
-      case 5: weighted_values_of<5>(values, D, weights, sw + l, c + l, out); break;
-      default: weighted_values_of<6>(values, D, weights, sw + l, c + l, out); break;
+      case 1: weighted_values_of<1>(values, D, weights, sw + l, c + l, out, ahead); break;
+      case 2: weighted_values_of<2>(values, D, weights, sw + l, c + l, out, ahead); break;
+      case 3: weighted_values_of<3>(values, D, weights, sw + l, c + l, out, ahead); break;
+      case 4: weighted_values_of<4>(values, D, weights, sw + l, c + l, out, ahead); break;
+      case 5: weighted_values_of<5>(values, D, weights, sw + l, c + l, out, ahead); break;
+      default: weighted_values_of<6>(values, D, weights, sw + l, c + l, out, ahead); break;
     }
   }
 }
@@ -260,7 +253,7 @@ struct alignas(64) LaneStates {
   float decay[kTileLanes + kBatchLanes];  // of the last step: factor on o
   float sw[kTileLanes + kBatchLanes];     // of the last step: scale of the u8 weights
   float factor[kTileLanes + kBatchLanes];  // of scores: rn(sq * scale) for int8 K, scale for f16 K
-  int first_key[kTileLanes], end_key[kTileLanes];  // unmasked keys of the step
+  uint64_t open[kTileLanes];                      // of the step: bit j is set where key j is unmasked
   size_t head_bytes[kTileLanes];                   // offset of the lane's KV head in a block
 };
 
@@ -288,7 +281,7 @@ SHARDMESH_LANES void score_lanes(const StepScales& scales, const LaneStates& sta
       } else {
         score[b] = Lanes::mul(Lanes::load(at), factor);
       }
-      if (!All) score[b] = Lanes::select(Lanes::range(state.first_key[lane + l] - 16 * b, state.end_key[lane + l] - 16 * b), score[b], none);
+      if (!All) score[b] = Lanes::select(Lanes::mask_of(static_cast<uint32_t>(state.open[lane + l] >> (16 * b)) & 0xffff), score[b], none);
       Lanes::store(at, score[b]);
     }
     top[l] = Lanes::max(Lanes::max(score[0], score[1]), Lanes::max(score[2], score[3]));
@@ -314,7 +307,7 @@ SHARDMESH_LANES void weigh_lanes(const StepScales& scales, const LaneStates& sta
     for (int b = 0; b < 4; b++) {
       if (IntegerValues) {
         w[l][b] = Lanes::mul(w[l][b], Lanes::load(reinterpret_cast<const float*>(scales.step.at[b] + state.head_bytes[lane + l] + scales.value)));
-        if (!All) w[l][b] = Lanes::select(Lanes::range(state.first_key[lane + l] - 16 * b, state.end_key[lane + l] - 16 * b), w[l][b], Lanes::set(0.0f));
+        if (!All) w[l][b] = Lanes::select(Lanes::mask_of(static_cast<uint32_t>(state.open[lane + l] >> (16 * b)) & 0xffff), w[l][b], Lanes::set(0.0f));
       }
       Lanes::store(s + (lane + l) * kStepKeys + 16 * b, w[l][b]);
     }
@@ -331,7 +324,7 @@ static __attribute__((noinline)) void softmax_step(const StepScales& scales, Lan
   const F zero = Lanes::set(0.0f);
   F pairs[kBatchLanes / 2], sums[kBatchLanes / 2];
   for (int i = 0; i < kBatchLanes / 2; i++) pairs[i] = sums[i] = zero;
-  const auto whole = [&](int i) { return state.first_key[i] == 0 && state.end_key[i] == kStepKeys; };
+  const auto whole = [&](int i) { return state.open[i] == ~uint64_t{0}; };
 
   for (int i = 0; i < count; i += 2) {
     F top[2];
@@ -374,12 +367,12 @@ static __attribute__((noinline)) void softmax_step(const StepScales& scales, Lan
   Lanes::store(state.l + lane, Lanes::add(Lanes::load(state.l + lane), Lanes::each_sum(sums)));
   if (!IntegerValues) return;
 
-  const F largest = Lanes::each_max(pairs), least = Lanes::set(kQuantizableMin);
-  const Lanes::M counts = Lanes::greater(largest, Lanes::set(0x1.fffffep-101f));  // largest >= kQuantizableMin
+  const F largest = Lanes::each_max(pairs);
+  const Lanes::M counts = Lanes::greater(largest, Lanes::set(kBelowQuantizableMin));
   // Where nothing counts: u = 0, and fma(0, -0, o) is o, whatever its sign.
   Lanes::store(state.sw + lane, Lanes::select(counts, Lanes::div(largest, Lanes::set(255.0f)), Lanes::set(-0.0f)));
   alignas(64) float inverse[kBatchLanes];
-  Lanes::store(inverse, Lanes::select(counts, Lanes::div(Lanes::set(255.0f), Lanes::max(largest, least)), zero));
+  Lanes::store(inverse, Lanes::select(counts, Lanes::div(Lanes::set(255.0f), largest), zero));
   for (int i = 0; i < count; i++) {
     const F by = Lanes::set(inverse[i]);
     const float* x = s + (lane + i) * kStepKeys;
@@ -406,7 +399,7 @@ SHARDMESH_LANES void fold_spans(LaneStates& state, int from, int to, uint32_t fi
       float* o = total + static_cast<int64_t>(lane + i) * D;
       const float* next_o = span + static_cast<int64_t>(lane + i) * D;
       if (first >> (lane + i) & 1) {
-        std::memcpy(o, next_o, static_cast<size_t>(D) * 4);
+        for (int d = 0; d < D; d += 16) Lanes::store(o + d, Lanes::load(next_o + d));
         continue;
       }
       const F fa = Lanes::set(decay[0][i]), fb = Lanes::set(decay[1][i]);
@@ -415,16 +408,32 @@ SHARDMESH_LANES void fold_spans(LaneStates& state, int from, int to, uint32_t fi
   }
 }
 
-// Quantises one head of q; returns the scale (0 when all values count as zero).
-SHARDMESH_LANES float quantize_query(const float* x, int D, Dots::Query* q) {
-  const float amax = largest_magnitude(x, D);
-  if (!(amax >= kQuantizableMin)) {
-    for (int d = 0; d < D; d += 16) Dots::store_query(q + d, Lanes::set_int(0));
-    return 0.0f;
+// Quantises `lanes` heads of q and sets their factors: rn(sq * scale), sq = 0 where all values count as zero.
+static __attribute__((noinline)) void quantize_queries(const float* const* x, int lanes, int D, float scale, Dots::Query* q, LaneStates& state) {
+  using F = Lanes::F;
+  for (int lane = 0; lane < lanes; lane += kBatchLanes) {
+    const int count = lanes - lane < kBatchLanes ? lanes - lane : kBatchLanes;
+    F pairs[kBatchLanes / 2];
+    for (int i = 0; i < kBatchLanes; i += 2) {
+      F top[2];
+      SHARDMESH_UNROLL
+      for (int l = 0; l < 2; l++) {
+        const float* values = x[lane + (i + l < count ? i + l : 0)];
+        top[l] = Lanes::abs(Lanes::load(values));
+        for (int d = 16; d < D; d += 16) top[l] = Lanes::max(top[l], Lanes::abs(Lanes::load(values + d)));
+      }
+      pairs[i / 2] = Lanes::pair_max(top[0], top[1]);
+    }
+    const F amax = Lanes::each_max(pairs), most = Lanes::set(127.0f), zero = Lanes::set(0.0f);
+    const Lanes::M counts = Lanes::greater(amax, Lanes::set(kBelowQuantizableMin));
+    Lanes::store(state.factor + lane, Lanes::mul(Lanes::select(counts, Lanes::div(amax, most), zero), Lanes::set(scale)));
+    alignas(64) float inverse[kBatchLanes];
+    Lanes::store(inverse, Lanes::select(counts, Lanes::div(most, amax), zero));
+    for (int i = 0; i < count; i++) {
+      const F by = Lanes::set(inverse[i]);
+      for (int d = 0; d < D; d += 16) Dots::store_query(q + static_cast<int64_t>(lane + i) * D + d, Lanes::to_int(Lanes::mul(Lanes::load(x[lane + i] + d), by)));
+    }
   }
-  const Lanes::F inverse = Lanes::set(127.0f / amax);
-  for (int d = 0; d < D; d += 16) Dots::store_query(q + d, Lanes::to_int(Lanes::mul(Lanes::load(x + d), inverse)));
-  return amax / 127.0f;
 }
 
 SHARDMESH_LANES int64_t oldest_key(int64_t position, int window) { return window > 0 && position >= window ? position - window + 1 : 0; }
@@ -446,6 +455,16 @@ struct Bundle {
   size_t head_bytes;  // offset of the KV head in a block
 };
 
+// Lines of K, V and scales of the bundles' heads in `step`, `shift` bytes on, block by block.
+SHARDMESH_LANES void ask_ahead(const KvLayout& kv, const Step& step, const Bundle* bundles, int bundle_count, size_t shift, LinesAhead* ahead) {
+  for (int b = step.from; b < step.to;) {
+    int end = b + 1;
+    while (end < step.to && step.at[end] == step.at[end - 1] + kv.subblock_bytes) end++;
+    for (int n = 0; n < bundle_count; n++) ahead->add(step.at[b] + bundles[n].head_bytes + shift, static_cast<size_t>(end - b) * kv.subblock_bytes);
+    b = end;
+  }
+}
+
 // `next`: the tile that this thread takes after this one, or null; its first keys and values are asked for in good time.
 static __attribute__((noinline)) void attend_tile(const AttentionArguments& a, const Tile& tile, const Tile* next, const Scratch& scratch) {
   const KvLayout& layout = *a.layout;
@@ -456,7 +475,7 @@ static __attribute__((noinline)) void attend_tile(const AttentionArguments& a, c
 
   int64_t position[kTileLanes], oldest[kTileLanes];
   const float* q[kTileLanes];
-  LaneStates state{};
+  LaneStates state;
   Bundle bundles[kRowHeads];
   int bundle_count = 0;
   for (int i = 0; i < lanes; i++) {
@@ -464,16 +483,23 @@ static __attribute__((noinline)) void attend_tile(const AttentionArguments& a, c
     position[i] = a.rows->positions[row];
     oldest[i] = oldest_key(position[i], a.window);
     q[i] = a.q + row * a.q_stride + head * D;
-    state.factor[i] = int8_keys ? quantize_query(q[i], D, scratch.q + static_cast<int64_t>(i) * D) * a.scale : a.scale;
+    if (!int8_keys) state.factor[i] = a.scale;
     state.total_m[i] = -INFINITY;
     state.total_l[i] = 0.0f;
     state.head_bytes[i] = static_cast<size_t>(a.kv_head[head]) * layout.head_bytes;
     if (i == 0 || state.head_bytes[i] != bundles[bundle_count - 1].head_bytes) bundles[bundle_count++] = {i, i, state.head_bytes[i]};
     bundles[bundle_count - 1].to = i + 1;
   }
+  if (int8_keys) quantize_queries(q, lanes, D, a.scale, scratch.q, state);
+  const Lanes::F zero = Lanes::set(0.0f);
+  Lanes::store(state.m + lanes, zero);  // batches reach behind the last lane
+  Lanes::store(state.l + lanes, zero);
+  Lanes::store(state.total_m + lanes, zero);
+  Lanes::store(state.total_l + lanes, zero);
 
   const int64_t first_step = oldest[0] / kStepKeys, last_step = position[lanes - 1] / kStepKeys;
   const size_t key_scales = layout.key_bytes + layout.value_bytes, value_scales = int8_keys ? key_scales + 64 : key_scales;
+  int first_key[kTileLanes], end_key[kTileLanes];  // unmasked keys of the step
   int begin = 0, end = 0;  // lanes with an unmasked key in the step
   int open = 0;            // the first lane with a span that is not folded
   uint32_t unfolded = 0xffffffffu;  // bit i: lane i has folded no span
@@ -492,38 +518,33 @@ static __attribute__((noinline)) void attend_tile(const AttentionArguments& a, c
 
     const int64_t low = oldest[begin] > start ? oldest[begin] - start : 0, high = position[end - 1] - start;
     const Step here = find_step(a, block_table, start, static_cast<int>(low / 16), high >= kStepKeys ? 4 : static_cast<int>(high / 16) + 1);
-    const bool last = step == last_step;
-    const Step ahead = !last ? step_ahead(a, tile, start + kStepKeys, position[lanes - 1]) : next ? first_step_of(a, *next) : here;
-    const size_t shift = last && next ? static_cast<size_t>(a.kv_head[next->head + next->from % next->heads]) * layout.head_bytes - state.head_bytes[0] : 0;
+    LinesAhead ahead;
+    if (step < last_step) ask_ahead(layout, step_ahead(a, tile, start + kStepKeys, position[lanes - 1]), bundles, bundle_count, 0, &ahead);
+    else if (next) ask_ahead(layout, first_step_of(a, *next), bundles, bundle_count, static_cast<size_t>(a.kv_head[next->head + next->from % next->heads]) * layout.head_bytes - state.head_bytes[0], &ahead);
+    if (!Dots::kAsksAhead || !int8_keys || !int8_values) ahead.take_all();
     for (; fresh < end; fresh++) {
       state.m[fresh] = -INFINITY;
       state.l[fresh] = 0.0f;
-      std::memset(scratch.span + static_cast<int64_t>(fresh) * D, 0, static_cast<size_t>(D) * 4);
+      float* o = scratch.span + static_cast<int64_t>(fresh) * D;
+      for (int d = 0; d < D; d += 16) Lanes::store(o + d, zero);
     }
     for (int i = begin; i < end; i++) {
-      state.first_key[i] = oldest[i] > start ? static_cast<int>(oldest[i] - start) : 0;
-      state.end_key[i] = position[i] - start >= kStepKeys ? kStepKeys : static_cast<int>(position[i] - start) + 1;
+      first_key[i] = oldest[i] > start ? static_cast<int>(oldest[i] - start) : 0;
+      end_key[i] = position[i] - start >= kStepKeys ? kStepKeys : static_cast<int>(position[i] - start) + 1;
+      state.open[i] = ~uint64_t{0} << first_key[i] & ~uint64_t{0} >> (kStepKeys - end_key[i]);
     }
 
-    // visit(operand at `offset` of a subblock, first lane, lanes) for each bundle's active lanes. What Dots does not ask for in passing is asked for here.
-    const auto each_bundle = [&](size_t offset, size_t bytes, bool in_passing, auto visit) {
+    // visit(operand at `offset` of a subblock, first lane, lanes) for each bundle's active lanes.
+    const auto each_bundle = [&](size_t offset, auto visit) {
       for (int n = 0; n < bundle_count; n++) {
-        const Bundle& bundle = bundles[n];
-        const int from = bundle.from > begin ? bundle.from : begin, to = bundle.to < end ? bundle.to : end;
-        if (from >= to) continue;
-        const StepOperand operand = operand_of(here, ahead, bundle.head_bytes + offset, bundle.head_bytes + shift + offset);
-        for (int b = ahead.from; b < ahead.to; b++)
-          if (!in_passing || b < here.from || b >= here.to) prefetch_bytes(operand.next[b], bytes);
-        visit(operand, from, to - from);
+        const int from = bundles[n].from > begin ? bundles[n].from : begin, to = bundles[n].to < end ? bundles[n].to : end;
+        if (from < to) visit(operand_of(here, bundles[n].head_bytes + offset), from, to - from);
       }
     };
-    each_bundle(0, layout.key_bytes, int8_keys && Dots::kAsksAhead, [&](const StepOperand& keys, int lane, int count) {
-      if (int8_keys) integer_scores(keys, D, scratch.q + static_cast<int64_t>(lane) * D, count, reinterpret_cast<int32_t*>(scratch.s) + lane * kStepKeys);
+    each_bundle(0, [&](const StepOperand& keys, int lane, int count) {
+      if (int8_keys) integer_scores(keys, D, scratch.q + static_cast<int64_t>(lane) * D, count, reinterpret_cast<int32_t*>(scratch.s) + lane * kStepKeys, &ahead);
       else half_scores(keys, D, q + lane, count, scratch.s + lane * kStepKeys);
     });
-    if (layout.scale_bytes > 0)
-      for (int n = 0; n < bundle_count; n++)
-        for (int b = ahead.from; b < ahead.to; b++) prefetch_bytes(ahead.at[b] + bundles[n].head_bytes + shift + key_scales, layout.scale_bytes);
     const StepScales scales{here, key_scales, value_scales};
     for (int lane = begin; lane < end; lane += kBatchLanes) {
       const int count = end - lane < kBatchLanes ? end - lane : kBatchLanes;
@@ -532,19 +553,22 @@ static __attribute__((noinline)) void attend_tile(const AttentionArguments& a, c
       else if (int8_values) softmax_step<false, true>(scales, state, lane, count, scratch.s, scratch.u);
       else softmax_step<false, false>(scales, state, lane, count, scratch.s, scratch.u);
     }
-    each_bundle(layout.key_bytes, layout.value_bytes, int8_values && Dots::kAsksAhead, [&](const StepOperand& values, int lane, int count) {
+    each_bundle(layout.key_bytes, [&](const StepOperand& values, int lane, int count) {
       float* o = scratch.span + static_cast<int64_t>(lane) * D;
-      if (int8_values) weighted_values(values, D, scratch.u + lane * kStepKeys, state.sw + lane, state.decay + lane, count, o);
-      else half_values(values, D, scratch.s + lane * kStepKeys, state.first_key + lane, state.end_key + lane, state.decay + lane, count, o);
+      if (int8_values) weighted_values(values, D, scratch.u + lane * kStepKeys, state.sw + lane, state.decay + lane, count, o, &ahead);
+      else half_values(values, D, scratch.s + lane * kStepKeys, first_key + lane, end_key + lane, state.decay + lane, count, o);
     });
+    ahead.take_all();
   }
 
   fold(lanes);
+  alignas(64) float inverses[kTileLanes + kBatchLanes];
+  for (int i = 0; i < lanes; i += kBatchLanes) Lanes::store(inverses + i, Lanes::div(Lanes::set(1.0f), Lanes::load(state.total_l + i)));
   for (int i = 0; i < lanes; i++) {
     const float* o = scratch.total + static_cast<int64_t>(i) * D;
     const int64_t row = tile.row + (tile.from + i) / tile.heads, head = tile.head + (tile.from + i) % tile.heads;
     float* out = a.out + row * a.out_stride + head * D;
-    const Lanes::F inverse = Lanes::set(1.0f / state.total_l[i]);
+    const Lanes::F inverse = Lanes::set(inverses[i]);
     for (int d = 0; d < D; d += 16) Lanes::store(out + d, Lanes::mul(Lanes::load(o + d), inverse));
   }
 }

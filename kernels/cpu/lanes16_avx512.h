@@ -119,6 +119,7 @@ struct Lanes {
     const uint32_t up_to = to <= 0 ? 0u : to >= 16 ? 0xffffu : (1u << to) - 1u;
     return static_cast<__mmask16>(up_to & ~below);
   }
+  SHARDMESH_LANES M mask_of(uint32_t x) { return static_cast<__mmask16>(x); }
   SHARDMESH_LANES F select(M m, F yes, F no) { return _mm512_mask_blend_ps(m, no, yes); }
 
   SHARDMESH_LANES void load_pairs(const float* x, F* even, F* odd) {

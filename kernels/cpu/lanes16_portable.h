@@ -201,6 +201,11 @@ struct Lanes {
     const I lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     return (lane >= from) & (lane < to);
   }
+  // Lane i where bit i of x is set.
+  SHARDMESH_LANES M mask_of(uint32_t x) {
+    const I bit = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+    return (set_int(static_cast<int32_t>(x)) & bit) == bit;
+  }
   SHARDMESH_LANES F select(M m, F yes, F no) { return m ? yes : no; }
 
   // --- 16 pairs: x[0..31] = e0 o0 e1 o1 ...
