@@ -323,7 +323,7 @@ static __attribute__((noinline)) void softmax_step(const StepScales& scales, Lan
   using F = Lanes::F;
   const F zero = Lanes::set(0.0f);
   F pairs[kBatchLanes / 2], sums[kBatchLanes / 2];
-  for (int i = 0; i < kBatchLanes / 2; i++) pairs[i] = sums[i] = zero;
+  for (int i = (count + 1) / 2; i < kBatchLanes / 2; i++) pairs[i] = sums[i] = zero;
   const auto whole = [&](int i) { return state.open[i] == ~uint64_t{0}; };
 
   for (int i = 0; i < count; i += 2) {
