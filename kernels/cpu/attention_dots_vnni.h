@@ -94,7 +94,8 @@ struct Dots {
   }
 
   template <int L, int B>
-  SHARDMESH_LANES void values_tile(const uint8_t* const* values, int from, int to, int D, int d, const Weight* u, const float* sw, const float* c, float* o, LinesAhead* ahead) {
+  SHARDMESH_LANES void values_tile(const uint8_t* const* values, int from, int to, int D, int d, const Weight* u, const float* sw, const float* c, float* o,
+                                   LinesAhead* ahead) {
     Lanes::I acc[L][B];
     SHARDMESH_UNROLL
     for (int l = 0; l < L; l++)
@@ -102,7 +103,8 @@ struct Dots {
       for (int b = 0; b < B; b++) acc[l][b] = Lanes::set_int(0);
     for (int sub = from; sub < to; sub++) {
       const uint8_t* v = values[sub] + 4 * d;
-      _Pragma("GCC unroll 1") for (int quad = 0; quad < 4; quad++, v += 4 * D) {
+      _Pragma("GCC unroll 1")  // several at once need more registers than there are
+      for (int quad = 0; quad < 4; quad++, v += 4 * D) {
         Lanes::I x[B];
         SHARDMESH_UNROLL
         for (int b = 0; b < B; b++) {

@@ -69,8 +69,8 @@ SHARDMESH_LANES const uint8_t* subblock_of(const KvLayout& kv, const uint8_t* ca
 
 // Where the four subblocks of a step lie.
 struct Step {
-  int from, to;           // those with an unmasked key
-  const uint8_t* at[4];   // of KV head 0; outside [from, to) as at[from], whose scales may be read
+  int from, to;          // those with an unmasked key
+  const uint8_t* at[4];  // of KV head 0; outside [from, to) as at[from], whose scales may be read
 };
 
 SHARDMESH_LANES Step find_step(const AttentionArguments& a, const int32_t* block_table, int64_t start, int from, int to) {
@@ -250,11 +250,11 @@ static __attribute__((noinline)) void half_values(const StepOperand& values, int
 struct alignas(64) LaneStates {
   float m[kTileLanes + kBatchLanes], l[kTileLanes + kBatchLanes];
   float total_m[kTileLanes + kBatchLanes], total_l[kTileLanes + kBatchLanes];  // -inf and 0 before the first span
-  float decay[kTileLanes + kBatchLanes];  // of the last step: factor on o
-  float sw[kTileLanes + kBatchLanes];     // of the last step: scale of the u8 weights
+  float decay[kTileLanes + kBatchLanes];   // of the last step: factor on o
+  float sw[kTileLanes + kBatchLanes];      // of the last step: scale of the u8 weights
   float factor[kTileLanes + kBatchLanes];  // of scores: rn(sq * scale) for int8 K, scale for f16 K
-  uint64_t open[kTileLanes];                      // of the step: bit j is set where key j is unmasked
-  size_t head_bytes[kTileLanes];                   // offset of the lane's KV head in a block
+  uint64_t open[kTileLanes];               // of the step: bit j is set where key j is unmasked
+  size_t head_bytes[kTileLanes];           // offset of the lane's KV head in a block
 };
 
 // What a step has for its lanes: where scales lie in a subblock, from the head's start.
@@ -449,6 +449,11 @@ SHARDMESH_LANES Step first_step_of(const AttentionArguments& a, const Tile& tile
   return step_ahead(a, tile, oldest_key(a.rows->positions[row], a.window) / kStepKeys * kStepKeys, a.rows->positions[last]);
 }
 
+// Where the KV head of the tile's first lane lies in a block.
+SHARDMESH_LANES size_t first_head_bytes(const AttentionArguments& a, const Tile& tile) {
+  return static_cast<size_t>(a.kv_head[tile.head + tile.from % tile.heads]) * a.layout->head_bytes;
+}
+
 // Adjacent lanes of one KV head.
 struct Bundle {
   int from, to;
@@ -520,7 +525,7 @@ static __attribute__((noinline)) void attend_tile(const AttentionArguments& a, c
     const Step here = find_step(a, block_table, start, static_cast<int>(low / 16), high >= kStepKeys ? 4 : static_cast<int>(high / 16) + 1);
     LinesAhead ahead;
     if (step < last_step) ask_ahead(layout, step_ahead(a, tile, start + kStepKeys, position[lanes - 1]), bundles, bundle_count, 0, &ahead);
-    else if (next) ask_ahead(layout, first_step_of(a, *next), bundles, bundle_count, static_cast<size_t>(a.kv_head[next->head + next->from % next->heads]) * layout.head_bytes - state.head_bytes[0], &ahead);
+    else if (next) ask_ahead(layout, first_step_of(a, *next), bundles, bundle_count, first_head_bytes(a, *next) - state.head_bytes[0], &ahead);
     if (!Dots::kAsksAhead || !int8_keys || !int8_values) ahead.take_all();
     for (; fresh < end; fresh++) {
       state.m[fresh] = -INFINITY;

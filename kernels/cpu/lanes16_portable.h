@@ -59,6 +59,7 @@ struct Lanes {
     store_int8(bytes, x);
     for (int i = 0; i < 16; i++) p[4 * i + byte] = bytes[i];
   }
+  // The low byte of each lane.
   SHARDMESH_LANES void store_uint8(uint8_t* p, I x) { store_int8(reinterpret_cast<int8_t*>(p), x); }
   // Lanes 4 * i to 4 * i + 3 of vector k (0: a .. 3: d) to p + 16 * i + 4 * k. Values must be 0..255.
   SHARDMESH_LANES void store_uint8_quads(uint8_t* p, I a, I b, I c, I d) {
