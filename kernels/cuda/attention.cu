@@ -8,7 +8,9 @@
 //           4t .. 4t + 3, which is what the second product wants of it: nothing moves between lanes.
 //   values  A: softmax weights u8, B: V words of four tokens; 8 of D per product.
 // Decode splits a context: a piece is one span of 256 positions, attention_join folds the spans. Prefill folds them in registers, in the same order.
-// Limits: D = 32, 64, 128 or 256; q_stride a multiple of 4, q 16-byte aligned.
+// A cache with f16 in it is for attention_f16.cu.
+// Limits: D = 32, 64, 96, 128 or 256; q_stride a multiple of 4, q 16-byte aligned.
+#include "attention_rows.cuh"
 #include "device.cuh"
 #include "kv_place.cuh"
 #include "operations.h"
@@ -16,7 +18,7 @@
 namespace shardmesh::cuda {
 namespace {
 
-constexpr int kSpan = 256, kStep = 64, kSubblocks = 4;
+constexpr int kSpan = kSpanTokens, kStep = kAttentionStep, kSubblocks = 4;
 
 // Running softmax of a lane's two rows, for the `dims` values of this block.
 template <int dims>
@@ -50,8 +52,6 @@ struct PieceRows {
   int position[2], oldest[2]; // keys oldest..position are unmasked
   int lowest, highest;        // over all rows of the piece
 };
-
-__device__ __forceinline__ int oldest_key(int position, int window) { return window > 0 ? max(0, position - window + 1) : 0; }
 
 __device__ __forceinline__ PieceRows rows_of(const AttentionStep& step, const AttentionWork& work, const HeadRun& run, int lane) {
   PieceRows rows;
@@ -294,15 +294,6 @@ __global__ void attention_join_kernel(const AttentionStep step) {
   step.out[row * step.out_stride + head * D + d] = __fmul_rn(o, __fdiv_rn(1.0f, l));
 }
 
-Problem check(const AttentionStep& step) {
-  if (step.layout.key != KeyType::Int8) return "attention: keys must be int8";
-  if (step.layout.value != ValueType::Int8) return "attention: values must be int8";
-  const int D = step.layout.head_size;
-  if (D != 32 && D != 64 && D != 128 && D != 256) return "attention: the head size must be 32, 64, 128 or 256";
-  if (step.q_stride % 4 != 0 || reinterpret_cast<uintptr_t>(step.q) % 16 != 0) return "attention: q must be 16-byte aligned, its stride a multiple of 4";
-  return nullptr;
-}
-
 template <int D, int dims>
 Problem launch_both(const AttentionStep& step, int blocks, Stream stream) {
   const dim3 grid(static_cast<unsigned>(blocks), D / dims);
@@ -313,18 +304,20 @@ Problem launch_both(const AttentionStep& step, int blocks, Stream stream) {
 }  // namespace
 
 Problem attention(const AttentionStep& step, int blocks, Stream stream) {
-  if (const Problem problem = check(step)) return problem;
+  if (const Problem problem = check_attention(step)) return problem;
+  if (step.layout.key != KeyType::Int8 || step.layout.value != ValueType::Int8) return "attention: K and V must be int8; attention_f16 takes others";
   if (blocks < 1) return "attention: blocks must be positive";
   switch (step.layout.head_size) {
     case 32: return launch_both<32, 32>(step, blocks, stream);
     case 64: return launch_both<64, 64>(step, blocks, stream);
+    case 96: return launch_both<96, 96>(step, blocks, stream);
     case 128: return launch_both<128, 128>(step, blocks, stream);
     default: return launch_both<256, 64>(step, blocks, stream);
   }
 }
 
 Problem attention_join(const AttentionStep& step, Stream stream) {
-  if (const Problem problem = check(step)) return problem;
+  if (const Problem problem = check_attention(step)) return problem;
   const dim3 grid(static_cast<unsigned>(step.rows.tokens), static_cast<unsigned>(step.heads));
   return launch(attention_join_kernel, grid, static_cast<unsigned>(step.layout.head_size), 0, stream, step);
 }

@@ -6,7 +6,7 @@
 
 namespace shardmesh::cuda {
 
-constexpr int kSpanTokens = 256, kPairsMax = 16;
+constexpr int kPairsMax = 16;
 
 // Runs of query heads that share a KV head; kv_head: of each query head, equal ones adjacent.
 inline std::vector<HeadRun> head_runs(int heads, const int32_t* kv_head) {

@@ -21,6 +21,8 @@ namespace {
 
 using namespace cuda;
 
+// Above this linear_float_prefill takes over from linear_float_decode; either gives the same bits.
+constexpr int kFloatDecodeTokensMax = 16;
 constexpr int kSlotsMax = 4096;
 constexpr uint32_t kNothingFound = 0xffffffffu;
 
@@ -88,6 +90,7 @@ class CudaDevice final : public Device {
   const CardBuffer& card(int buffer) const { return buffers_[static_cast<size_t>(buffer)]; }
   float* values(int buffer, int r = 0) const { return card(buffer).row(shard_.buffer(buffer).stride, r); }
   const float* vector(int weight) const { return weight < 0 ? nullptr : vectors_[static_cast<size_t>(weight)].as<float>(); }
+  ActivationTiles groups(int buffer) const { return {card(buffer).groups.as<ActivationGroup>(), program().activations}; }
   FiniteCheck check_of(int action) const { return {least_.as<uint32_t>(), static_cast<uint32_t>(action) << 16}; }
 
   void check_program() const;
@@ -105,10 +108,7 @@ class CudaDevice final : public Device {
   }
   bool broken() const { return !problem_.fault.empty(); }
   Product product(const Operation& o, int subtree_count, const Subtree* subtrees, float* out, int64_t out_stride, int64_t subtree_stride) const;
-  void run(const Operation& o, const Product& product) {
-    const int decode_tokens_max = matrices_[static_cast<size_t>(o.weight)].tuning.decode_tokens_max;
-    queue(product.tokens <= decode_tokens_max ? linear_decode(product, stream_) : linear_prefill(product, stream_));
-  }
+  void run(const Operation& o, const Product& product);
 
   Card card_facts_{};
   std::optional<Tuning> tuning_;  // while memory is planned
@@ -150,11 +150,8 @@ CudaDevice::~CudaDevice() {
 
 void CudaDevice::check_program() const {
   const Program& p = program();
-  if (p.activations != ActivationType::Int8) refuse("activations are int16; supported: int8");
-  if (p.kv.key != KeyType::Int8) refuse("K is f16; supported: int8 (--kv-type int8)");
-  if (p.kv.value != ValueType::Int8) refuse("V is f16; supported: int8 (--kv-type int8)");
   const int D = p.kv.head_size;
-  if (D != 32 && D != 64 && D != 128 && D != 256) refuse("the head size is " + std::to_string(D) + "; supported: 32, 64, 128, 256");
+  if (D != 32 && D != 64 && D != 96 && D != 128 && D != 256) refuse("the head size is " + std::to_string(D) + "; supported: 32, 64, 96, 128, 256");
   if (shard_.config().step_tokens_max > 65535) refuse("stepTokensMax is " + std::to_string(shard_.config().step_tokens_max) + "; at most 65535 are supported");
   if (shard_.actions().size() > 65534) refuse("the program has " + std::to_string(shard_.actions().size()) + " actions; at most 65534 are supported");
   for (size_t i = 0; i < p.weights.size(); i++)
@@ -165,8 +162,6 @@ void CudaDevice::check_program() const {
 
 void CudaDevice::check_matrix(int weight) const {
   const WeightSlice& slice = program().weights[static_cast<size_t>(weight)];
-  if (packed_bytes(shard_.source_of(weight, nullptr)) == 0)
-    refuse("tensor '" + slice.tensor + "' is " + tensor_type_name(slice.type) + "; supported: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K");
   if (slice.rows.size() > 1 << 27 || slice.columns.size() > 1 << 24)
     refuse("tensor '" + slice.tensor + "' has a slice of " + std::to_string(slice.rows.size()) + " x " + std::to_string(slice.columns.size()) + "; at most 2^27 x 2^24 are supported");
 }
@@ -235,9 +230,10 @@ void CudaDevice::plan_memory() {
     const size_t bytes = static_cast<size_t>(b.rows) * static_cast<size_t>(b.stride) * 4;
     if (!gathered[i]) buffers_[i].values = Memory(Place::Card, bytes, kBuffers);
     buffers_[i].only_groups = b.quantized && !b.host && std::all_of(p.operations.begin(), p.operations.end(), [&](const Operation& o) {
-      return o.kind == OperationKind::Linear || o.kind == OperationKind::LinearPartial || (o.in != static_cast<int>(i) && o.in2 != static_cast<int>(i));
+      const bool product = o.kind == OperationKind::Linear || o.kind == OperationKind::LinearPartial;
+      return (product && shard_.is_quantized(o.weight)) || (o.in != static_cast<int>(i) && o.in2 != static_cast<int>(i));
     });
-    if (b.quantized) buffers_[i].groups = Memory(Place::Card, activation_bytes(b.rows, b.width), kBuffers);
+    if (b.quantized) buffers_[i].groups = Memory(Place::Card, activation_bytes(b.rows, b.width, p.activations), kBuffers);
     if (!b.host) continue;
     mirrors_[i] = Memory(Place::Host, bytes, kBuffers);
     host_[i] = {mirrors_[i].as<float>(), b.stride};
@@ -427,7 +423,7 @@ void CudaDevice::norm(const Operation& o) {
 
 bool CudaDevice::quantize(int action, int buffer) {
   const Buffer& b = shard_.buffer(buffer);
-  if (!broken()) queue(cuda::quantize(values(buffer), b.stride, rows_of(buffer), b.width, card(buffer).groups.as<ActivationGroup>(), stream_, check_of(action)));
+  if (!broken()) queue(cuda::quantize(values(buffer), b.stride, rows_of(buffer), b.width, groups(buffer), stream_, check_of(action)));
   return true;
 }
 
@@ -435,7 +431,7 @@ bool CudaDevice::norm_quantized(int action, const Operation& o) {
   if (!card(o.out).only_groups) return Device::norm_quantized(action, o);
   const Buffer& in = shard_.buffer(o.in);
   if (!broken())
-    queue(rms_norm(values(o.in), in.stride, vector(o.weight), o.epsilon, in.width, rows_of(o.in), nullptr, 0, card(o.out).groups.as<ActivationGroup>(), stream_, check_of(action)));
+    queue(rms_norm(values(o.in), in.stride, vector(o.weight), o.epsilon, in.width, rows_of(o.in), nullptr, 0, groups(o.out), stream_, check_of(action)));
   return true;
 }
 
@@ -444,7 +440,7 @@ bool CudaDevice::activation_quantized(int action, const Operation& o) {
   const Buffer& gate = shard_.buffer(o.in);
   if (!broken())
     queue(cuda::gated_activation(values(o.in), gate.stride, values(o.in2), shard_.buffer(o.in2).stride, gate.width, rows_of(o.in), o.activation, nullptr, 0,
-                                 card(o.out).groups.as<ActivationGroup>(), stream_, check_of(action)));
+                                 groups(o.out), stream_, check_of(action)));
   return true;
 }
 
@@ -460,7 +456,14 @@ Product CudaDevice::product(const Operation& o, int subtree_count, const Subtree
   return {slice.type,        slice.rows.size(), slice.columns.size(), matrix.phase,
           matrix.data.as<uint8_t>(), card(o.in).groups.as<ActivationGroup>(), rows_of(o.in), static_cast<int>(o.segments.size()),
           o.segments.data(), subtree_count,     subtrees,             vector(o.bias),
-          out,               out_stride,        subtree_stride,       matrix.tuning.decode_tiles};
+          out,               out_stride,        subtree_stride,       matrix.tuning.decode_tiles,
+          program().activations, values(o.in),  shard_.buffer(o.in).stride};
+}
+
+void CudaDevice::run(const Operation& o, const Product& product) {
+  const int decode_tokens_max = matrices_[static_cast<size_t>(o.weight)].tuning.decode_tokens_max;
+  if (shard_.is_quantized(o.weight)) queue(product.tokens <= decode_tokens_max ? linear_decode(product, stream_) : linear_prefill(product, stream_));
+  else queue(product.tokens <= kFloatDecodeTokensMax ? linear_float_decode(product, stream_) : linear_float_prefill(product, stream_));
 }
 
 void CudaDevice::products(const std::vector<int>& operations) {
@@ -536,7 +539,9 @@ void CudaDevice::attention(const Operation& o) {
   const uint8_t* layer = kv_.as<uint8_t>() + static_cast<size_t>(o.layer) * static_cast<size_t>(shard_.config().kv_blocks) * shard_.kv_layout().block_bytes;
   const AttentionStep step{values(o.in),          shard_.buffer(o.in).stride, values(o.out), shard_.buffer(o.out).stride, o.heads,          static_cast<float>(o.scale), o.window, shard_.kv_layout(),
                            layer,                 device_rows_,               shape.runs.as<HeadRun>(), shape.work,       shape.work_count, partials_.as<float>(),       shape.first_slot};
-  queue(cuda::attention(step, card_facts_.multiprocessors * shape.tuning.warps, stream_));
+  const bool integer = program().kv.key == KeyType::Int8 && program().kv.value == ValueType::Int8;
+  if (integer) queue(cuda::attention(step, card_facts_.multiprocessors * shape.tuning.warps, stream_));
+  else queue(cuda::attention_f16(step, card_facts_.multiprocessors * 4, stream_));
   if (!broken() && shape.plan.first_slot.back() > 0) queue(attention_join(step, stream_));
 }
 

@@ -43,6 +43,19 @@ __device__ __forceinline__ void mma_s8s8_k16(int (&d)[4], const uint32_t (&a)[2]
       : "r"(a[0]), "r"(a[1]), "r"(b[0]));
 }
 
+__device__ __forceinline__ void mma_bf16_k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// c + sum of four products of bytes, unsigned and signed.
+__device__ __forceinline__ int dp4a_u8s8(uint32_t a, uint32_t b, int c) {
+  int d;
+  asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
 // Half and bfloat16 as their 16 bits.
 __device__ __forceinline__ float half_to_float(uint16_t h) {
   float f;
@@ -53,6 +66,11 @@ __device__ __forceinline__ uint16_t float_to_half(float f) {
   uint16_t h;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
   return h;
+}
+__device__ __forceinline__ uint16_t float_to_bfloat(float f) {
+  uint16_t b;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(b) : "f"(f));
+  return b;
 }
 
 }  // namespace shardmesh::cuda
@@ -95,11 +113,24 @@ __device__ __forceinline__ float warp_magnitude(float x) {
   return __uint_as_float(__reduce_max_sync(kWholeWarp, bits > 0x7f800000u ? 0u : bits));
 }
 
-// One value of a thing with the largest magnitude `amax`, as int8; 0 when the thing counts as zero.
-__device__ __forceinline__ int quantized(float x, float amax) {
-  return amax >= kQuantizableMin ? __float2int_rn(__fmul_rn(x, __fdiv_rn(127.0f, amax))) : 0;
+// Largest of the warp's lanes, in every lane; none is NaN. As integers in the order of the floats, so that it is one instruction; -0 is below 0.
+__device__ __forceinline__ float warp_largest(float x) {
+  const int bits = __float_as_int(x);
+  const int most = __reduce_max_sync(kWholeWarp, bits < 0 ? bits ^ 0x7fffffff : bits);
+  return __int_as_float(most < 0 ? most ^ 0x7fffffff : most);
 }
-__device__ __forceinline__ float quantized_scale(float amax) { return amax >= kQuantizableMin ? __fdiv_rn(amax, 127.0f) : 0.0f; }
+
+// One value of a thing with the largest magnitude `amax`, as an integer of at most `largest`: 127 for int8; 0 when the thing counts as zero.
+__device__ __forceinline__ int quantized(float x, float amax, float largest = 127.0f) {
+  return amax >= kQuantizableMin ? __float2int_rn(__fmul_rn(x, __fdiv_rn(largest, amax))) : 0;
+}
+__device__ __forceinline__ float quantized_scale(float amax, float largest = 127.0f) { return amax >= kQuantizableMin ? __fdiv_rn(amax, largest) : 0.0f; }
+
+// Weights of a pair as their float values: of halves, of bf16.
+__device__ __forceinline__ float low_half(uint32_t pair) { return half_to_float(static_cast<uint16_t>(pair)); }
+__device__ __forceinline__ float high_half(uint32_t pair) { return half_to_float(static_cast<uint16_t>(pair >> 16)); }
+__device__ __forceinline__ float low_brain(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high_brain(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 
 constexpr int kPartials = 128;
 

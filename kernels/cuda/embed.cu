@@ -1,4 +1,4 @@
-// Rows of a packed matrix as fp32, by token: S * w, exact for every format, and with a minimum rn(S * w + M).
+// Rows of a packed matrix as fp32, by token: S * w, exact for every format, and with a minimum rn(S * w + M); float weights as they are.
 //   W  strips of 16 rows, weight_layout.h        out [T, columns] fp32
 // A warp is one group of one token, a lane one column. The matrix is the one that the output head multiplies by, so a tied model holds it once; a row's bytes are
 // scattered over its strip, which costs nothing beside the layers for the few rows of a step.
@@ -39,6 +39,15 @@ __device__ __forceinline__ float value_at(const uint8_t* heads, const uint8_t* r
   }
 }
 
+// Column k of a float record, row r of the strip.
+template <typename F>
+__device__ __forceinline__ float float_value_at(const uint8_t* record, int r, int k) {
+  const uint8_t* piece = record + float_piece_at(k / F::piece_values, r);
+  if constexpr (F::type == TensorType::F32) return reinterpret_cast<const float*>(piece)[k % 4];
+  else if constexpr (F::type == TensorType::F16) return half_at(piece, k % 8);
+  else return low_brain(reinterpret_cast<const uint16_t*>(piece)[k % 8]);
+}
+
 struct Strips {
   const uint8_t* data;
   int64_t bytes;  // of a strip
@@ -55,6 +64,15 @@ __global__ void __launch_bounds__(kWarps * 32) embed_kernel(const Strips strips,
   out[blockIdx.y * out_stride + static_cast<int64_t>(group) * 32 + lane] = value_at<F>(heads, record, (strips.phase + group) / 8, static_cast<int>(row % kStripRows), lane);
 }
 
+template <typename F>
+__global__ void __launch_bounds__(kWarps * 32) embed_float_kernel(const Strips strips, const int32_t* tokens, int32_t first_token, int64_t rows, float* out, int64_t out_stride) {
+  const int lane = static_cast<int>(threadIdx.x % 32), group = static_cast<int>(blockIdx.x * kWarps + threadIdx.x / 32);
+  const int64_t row = static_cast<int64_t>(tokens[blockIdx.y]) - first_token;
+  if (group >= strips.groups || row < 0 || row >= rows) return;
+  const uint8_t* record = strips.data + row / kStripRows * strips.bytes + static_cast<int64_t>(group) * F::record_bytes;
+  out[blockIdx.y * out_stride + static_cast<int64_t>(group) * 32 + lane] = float_value_at<F>(record, static_cast<int>(row % kStripRows), lane);
+}
+
 }  // namespace
 
 Problem embed(TensorType type, int64_t rows, int64_t columns, int phase, const uint8_t* weight, const int32_t* tokens, int token_count, int32_t first_token, float* out,
@@ -62,14 +80,19 @@ Problem embed(TensorType type, int64_t rows, int64_t columns, int phase, const u
   if (rows < 1 || columns < 32 || columns % 32 != 0 || columns > (1 << 24)) return "embed: rows must be positive, columns a multiple of 32 up to 2^24";
   if (token_count < 1 || token_count > 65535) return "embed: tokens must be in 1..65535";
   if (phase < 0 || phase > 7) return "embed: phase must be in 0..7";
-  Problem problem = "embed: float weights have no CUDA layout yet";
+  Problem problem = nullptr;
+  Strips strips{weight, 0, 0, phase, static_cast<int>(columns / 32)};
+  const dim3 grid(static_cast<unsigned>((strips.groups + kWarps - 1) / kWarps), static_cast<unsigned>(token_count));
   with_format(type, [&](auto format) {
     using F = decltype(format);
-    Strips strips{weight, 0, 0, phase, static_cast<int>(columns / 32)};
     strips.heads = F::heads ? (phase + strips.groups + 7) / 8 : 0;
     strips.bytes = static_cast<int64_t>(strips.heads) * F::head_bytes + static_cast<int64_t>(strips.groups) * F::record_bytes;
-    const dim3 grid(static_cast<unsigned>((strips.groups + kWarps - 1) / kWarps), static_cast<unsigned>(token_count));
     problem = launch(embed_kernel<F>, grid, kWarps * 32, 0, stream, strips, tokens, first_token, rows, out, out_stride);
+  });
+  with_float_format(type, [&](auto format) {
+    using F = decltype(format);
+    strips.bytes = static_cast<int64_t>(strips.groups) * F::record_bytes;
+    problem = launch(embed_float_kernel<F>, grid, kWarps * 32, 0, stream, strips, tokens, first_token, rows, out, out_stride);
   });
   return problem;
 }

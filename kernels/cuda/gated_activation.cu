@@ -15,14 +15,14 @@ __device__ __forceinline__ float sigmoid_fixed(float x) { return __fdiv_rn(1.0f,
 __device__ __forceinline__ float gelu_inner(float g) { return __fmul_rn(0.7978845608f, __fmaf_rn(__fmul_rn(0.044715f, __fmul_rn(g, g)), g, g)); }
 
 __global__ void __launch_bounds__(kThreads) gated_activation_kernel(const float* gate, int64_t gate_stride, const float* up, int64_t up_stride, int64_t width, int activation,
-                                                                    float* out, int64_t out_stride, ActivationGroup* quantized_out, const FiniteCheck check) {
+                                                                    float* out, int64_t out_stride, const ActivationTiles quantized_out, const FiniteCheck check) {
   const int token = static_cast<int>(blockIdx.y);
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= width) return;
   const float g = gate[token * gate_stride + i];
   const float act = __fmul_rn(g, sigmoid_fixed(activation == 0 ? g : __fmul_rn(2.0f, gelu_inner(g))));
   const float y = __fmul_rn(act, up[token * up_stride + i]);
-  if (quantized_out) {
+  if (quantized_out.groups) {
     note_unless_finite(y, check, token);
     quantize_group(y, token, i / 32, width / 32, static_cast<int>(threadIdx.x % 32), quantized_out);
   } else {
@@ -33,11 +33,11 @@ __global__ void __launch_bounds__(kThreads) gated_activation_kernel(const float*
 }  // namespace
 
 Problem gated_activation(const float* gate, int64_t gate_stride, const float* up, int64_t up_stride, int64_t width, int tokens, int activation, float* out, int64_t out_stride,
-                         ActivationGroup* quantized, Stream stream, const FiniteCheck& check) {
+                         ActivationTiles quantized, Stream stream, const FiniteCheck& check) {
   if (width < 1 || tokens < 1 || tokens > 65535) return "gated_activation: width must be positive, tokens in 1..65535";
   if (activation != 0 && activation != 1) return "gated_activation: activation must be 0 (silu) or 1 (gelu)";
-  if ((out == nullptr) == (quantized == nullptr)) return "gated_activation: one output, fp32 or quantised";
-  if (quantized && width % 32 != 0) return "gated_activation: the width of quantised output must be a multiple of 32";
+  if ((out == nullptr) == (quantized.groups == nullptr)) return "gated_activation: one output, fp32 or quantised";
+  if (quantized.groups && width % 32 != 0) return "gated_activation: the width of quantised output must be a multiple of 32";
   const dim3 grid(static_cast<unsigned>((width + kThreads - 1) / kThreads), static_cast<unsigned>(tokens));
   return launch(gated_activation_kernel, grid, kThreads, 0, stream, gate, gate_stride, up, up_stride, width, activation, out, out_stride, quantized, check);
 }

@@ -1,5 +1,6 @@
 // What the two products share: a strip's operands of one group, and one group's contribution to the accumulators.
 //   acc = fma(float(dot), rn(S * sa), acc), then for formats with a minimum acc = fma(M, ms, acc)
+// int16 activations go through the same integer products twice, dot = 256 * dot(high) + dot(low); of Q6_K each half of the group then has an fma of its own.
 // Accumulator i of a lane belongs to row g + 8 (i / 2) of the strip and token 2t + i mod 2 of the tile; g = lane / 4, t = lane % 4.
 #pragma once
 #include "device.cuh"
@@ -15,8 +16,6 @@ struct StripGroup {
   int half_scale[2][2];  // [row][half], Scales::Halves only
 };
 
-__device__ __forceinline__ float low_half(uint32_t pair) { return half_to_float(static_cast<uint16_t>(pair)); }
-__device__ __forceinline__ float high_half(uint32_t pair) { return half_to_float(static_cast<uint16_t>(pair >> 16)); }
 __device__ __forceinline__ float byte_of(uint32_t word, int i) { return __int2float_rn(static_cast<int>(word >> 8 * i & 255)); }
 
 // `record`: of the group, in global or shared memory; `head`: of its 256 columns.
@@ -63,32 +62,84 @@ __device__ __forceinline__ StripGroup<F> load_strip_group(const uint8_t* record,
   return w;
 }
 
+// The integer products of 32 columns, on top of `dot`; for Scales::Halves of each half by itself.
 template <typename F>
-__device__ __forceinline__ void add_group(float (&acc)[4], const StripGroup<F>& w, const ActivationGroup& x, int lane) {
-  const LaneWords q = x.q[lane];
-  const float2 sa = *reinterpret_cast<const float2*>(&x.sa[lane % 4 * 2]);
-  int dot[4] = {0, 0, 0, 0};
-  if constexpr (F::zero != 0) {  // sum of (w - zero) q = sum of w q - zero * sum of q
+__device__ __forceinline__ void add_dots(int (&dot)[4], const StripGroup<F>& w, const LaneWords& q) {
+  const uint32_t b[2] = {q.x, q.y};
+  if constexpr (F::bits == 4) mma_u8s8_k32(dot, w.a, b);
+  else mma_s8s8_k32(dot, w.a, b);
+}
+template <typename F>
+__device__ __forceinline__ void half_dots(int (&first)[4], int (&second)[4], const StripGroup<F>& w, const LaneWords& q) {
+  const uint32_t a0[2] = {w.a[0], w.a[1]}, a1[2] = {w.a[2], w.a[3]}, b0[1] = {q.x}, b1[1] = {q.y};
+  for (int i = 0; i < 4; i++) first[i] = second[i] = 0;
+  mma_s8s8_k16(first, a0, b0);
+  mma_s8s8_k16(second, a1, b1);
+}
+// sum of (w - zero) q = sum of w q - zero * sum of q: what the sum of w q begins with.
+template <typename F>
+__device__ __forceinline__ void begin_dots(int (&dot)[4], const ActivationGroup& x, int lane) {
+  if constexpr (F::zero != 0) {
     const int2 sum = *reinterpret_cast<const int2*>(&x.sum[lane % 4 * 2]);
     dot[0] = dot[2] = -F::zero * sum.x;
     dot[1] = dot[3] = -F::zero * sum.y;
-  }
-  if constexpr (F::scales == Scales::Halves) {
-    int first[4] = {0, 0, 0, 0}, second[4] = {0, 0, 0, 0};
-    const uint32_t a0[2] = {w.a[0], w.a[1]}, a1[2] = {w.a[2], w.a[3]}, b0[1] = {q.x}, b1[1] = {q.y};
-    mma_s8s8_k16(first, a0, b0);
-    mma_s8s8_k16(second, a1, b1);
-    for (int i = 0; i < 4; i++) dot[i] = w.half_scale[i / 2][0] * first[i] + w.half_scale[i / 2][1] * second[i];
   } else {
-    const uint32_t b[2] = {q.x, q.y};
-    if constexpr (F::bits == 4) mma_u8s8_k32(dot, w.a, b);
-    else mma_s8s8_k32(dot, w.a, b);
+    for (int i = 0; i < 4; i++) dot[i] = 0;
   }
+}
+
+template <typename F>
+__device__ __forceinline__ void add_scaled(float (&acc)[4], const int (&dot)[4], const StripGroup<F>& w, const float2& sa) {
   for (int i = 0; i < 4; i++) acc[i] = __fmaf_rn(__int2float_rn(dot[i]), __fmul_rn(w.s[i / 2], i % 2 ? sa.y : sa.x), acc[i]);
+}
+template <typename F>
+__device__ __forceinline__ void add_minimum(float (&acc)[4], const StripGroup<F>& w, const ActivationGroup& x, int lane) {
   if constexpr (F::minimum) {
     const float2 ms = *reinterpret_cast<const float2*>(&x.ms[lane % 4 * 2]);
     for (int i = 0; i < 4; i++) acc[i] = __fmaf_rn(w.m[i / 2], i % 2 ? ms.y : ms.x, acc[i]);
   }
+}
+
+template <typename F>
+__device__ __forceinline__ void add_group(float (&acc)[4], const StripGroup<F>& w, const ActivationGroup& x, int lane) {
+  const LaneWords q = x.q[lane];
+  const float2 sa = *reinterpret_cast<const float2*>(&x.sa[lane % 4 * 2]);
+  int dot[4];
+  if constexpr (F::scales == Scales::Halves) {
+    int first[4], second[4];
+    half_dots(first, second, w, q);
+    for (int i = 0; i < 4; i++) dot[i] = w.half_scale[i / 2][0] * first[i] + w.half_scale[i / 2][1] * second[i];
+  } else {
+    begin_dots<F>(dot, x, lane);
+    add_dots(dot, w, q);
+  }
+  add_scaled(acc, dot, w, sa);
+  add_minimum(acc, w, x, lane);
+}
+
+template <typename F>
+__device__ __forceinline__ void add_group(float (&acc)[4], const StripGroup<F>& w, const WideGroup& x, int lane) {
+  const LaneWords high = x.high.q[lane], low = x.low[lane];
+  const float2 sa = *reinterpret_cast<const float2*>(&x.high.sa[lane % 4 * 2]);
+  if constexpr (F::scales == Scales::Halves) {
+    int first[4], second[4], first_low[4], second_low[4];
+    half_dots(first, second, w, high);
+    half_dots(first_low, second_low, w, low);
+    for (int i = 0; i < 4; i++) {
+      first[i] = w.half_scale[i / 2][0] * (256 * first[i] + first_low[i]);
+      second[i] = w.half_scale[i / 2][1] * (256 * second[i] + second_low[i]);
+    }
+    add_scaled(acc, first, w, sa);
+    add_scaled(acc, second, w, sa);
+  } else {
+    int upper[4] = {0, 0, 0, 0}, dot[4];
+    add_dots(upper, w, high);
+    begin_dots<F>(dot, x.high, lane);
+    for (int i = 0; i < 4; i++) dot[i] += 256 * upper[i];
+    add_dots(dot, w, low);
+    add_scaled(acc, dot, w, sa);
+  }
+  add_minimum(acc, w, x.high, lane);
 }
 
 }  // namespace shardmesh::cuda

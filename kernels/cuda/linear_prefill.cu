@@ -17,9 +17,10 @@ constexpr int kValues = kWarpStrips * kWarpTiles * 4;  // accumulators of a lane
 
 template <typename F>
 constexpr int kStripStageBytes = kStageGroups * F::record_bytes;
-constexpr int kTileStageBytes = kStageGroups * static_cast<int>(sizeof(ActivationGroup));
-template <typename F>
-constexpr int kStageBytes = kBlockStrips * kStripStageBytes<F> + kBlockTiles * kTileStageBytes;
+template <typename X>
+constexpr int kTileStageBytes = kStageGroups * static_cast<int>(sizeof(X));
+template <typename F, typename X>
+constexpr int kStageBytes = kBlockStrips * kStripStageBytes<F> + kBlockTiles * kTileStageBytes<X>;
 
 // Copies the groups [first, first + count) of `parts` arrays of groups, `part_bytes` apart; places in shared memory are `stage_bytes` apart.
 __device__ __forceinline__ void copy_groups(uint8_t* shared, int stage_bytes, const uint8_t* global, int64_t part_bytes, int parts, int bytes) {
@@ -30,7 +31,7 @@ __device__ __forceinline__ void copy_groups(uint8_t* shared, int stage_bytes, co
   }
 }
 
-template <typename F>
+template <typename F, typename X>
 __global__ void __launch_bounds__(kThreads) linear_prefill_kernel(const ProductPlan plan) {
   uint8_t* shared = dynamic_shared();
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
@@ -38,16 +39,16 @@ __global__ void __launch_bounds__(kThreads) linear_prefill_kernel(const ProductP
   const int strips = min(kBlockStrips, plan.strips - first_strip), tiles = min(kBlockTiles, plan.tiles - first_tile);
   const uint8_t* heads = plan.weight + first_strip * plan.strip_bytes;
   const uint8_t* records = heads + plan.heads * F::head_bytes;
-  const uint8_t* activations = reinterpret_cast<const uint8_t*>(plan.in + static_cast<int64_t>(first_tile) * plan.groups);
+  const uint8_t* activations = reinterpret_cast<const uint8_t*>(reinterpret_cast<const X*>(plan.in) + static_cast<int64_t>(first_tile) * plan.groups);
   const int stage_count = (plan.groups + kStageGroups - 1) / kStageGroups;
 
   const auto copy_stage = [&](int stage) {
     if (stage < stage_count) {
-      uint8_t* to = shared + stage % kStages * kStageBytes<F>;
+      uint8_t* to = shared + stage % kStages * kStageBytes<F, X>;
       const int first = stage * kStageGroups, count = min(kStageGroups, plan.groups - first);
       copy_groups(to, kStripStageBytes<F>, records + first * F::record_bytes, plan.strip_bytes, strips, count * F::record_bytes);
-      copy_groups(to + kBlockStrips * kStripStageBytes<F>, kTileStageBytes, activations + first * sizeof(ActivationGroup),
-                  plan.groups * static_cast<int64_t>(sizeof(ActivationGroup)), tiles, count * static_cast<int>(sizeof(ActivationGroup)));
+      copy_groups(to + kBlockStrips * kStripStageBytes<F>, kTileStageBytes<X>, activations + first * sizeof(X),
+                  plan.groups * static_cast<int64_t>(sizeof(X)), tiles, count * static_cast<int>(sizeof(X)));
     }
     commit_copies();  // an empty group too, so that counting them stays simple
   };
@@ -62,7 +63,7 @@ __global__ void __launch_bounds__(kThreads) linear_prefill_kernel(const ProductP
     wait_copies<kStages - 2>();
     __syncthreads();  // this stage is here for all, and the one before has been read by all
     copy_stage(stage + kStages - 1);
-    const uint8_t* from = shared + stage % kStages * kStageBytes<F>;
+    const uint8_t* from = shared + stage % kStages * kStageBytes<F, X>;
     const int count = min(kStageGroups, plan.groups - stage * kStageGroups);
     for (int j = 0; j < count; j++) {
       const int group = stage * kStageGroups + j;
@@ -75,7 +76,7 @@ __global__ void __launch_bounds__(kThreads) linear_prefill_kernel(const ProductP
 #pragma unroll
       for (int t = 0; t < kWarpTiles; t++) {
         const int tile = own_tile + t < tiles ? own_tile + t : 0;
-        const ActivationGroup& x = *reinterpret_cast<const ActivationGroup*>(from + kBlockStrips * kStripStageBytes<F> + tile * kTileStageBytes + j * sizeof(ActivationGroup));
+        const X& x = *reinterpret_cast<const X*>(from + kBlockStrips * kStripStageBytes<F> + tile * kTileStageBytes<X> + j * sizeof(X));
 #pragma unroll
         for (int s = 0; s < kWarpStrips; s++) add_group(acc[s][t], w[s], x, lane);
       }
@@ -112,12 +113,14 @@ __global__ void __launch_bounds__(kThreads) linear_prefill_kernel(const ProductP
 
 Problem linear_prefill(const Product& product, Stream stream) {
   ProductPlan plan;
-  if (const Problem problem = make_product_plan(product, &plan)) return problem;
+  if (const Problem problem = make_product_plan(product, Products::Quantised, &plan)) return problem;
   Problem problem = nullptr;
   with_format(product.type, [&](auto format) {
     using F = decltype(format);
     const dim3 grid(static_cast<unsigned>((plan.strips + kBlockStrips - 1) / kBlockStrips), static_cast<unsigned>((plan.tiles + kBlockTiles - 1) / kBlockTiles));
-    problem = launch(linear_prefill_kernel<F>, grid, kThreads, static_cast<size_t>(kStages) * kStageBytes<F>, stream, plan);
+    const auto run = [&](auto kernel, size_t stage_bytes) { problem = launch(kernel, grid, kThreads, kStages * stage_bytes, stream, plan); };
+    if (product.activations == ActivationType::Int16) run(linear_prefill_kernel<F, WideGroup>, kStageBytes<F, WideGroup>);
+    else run(linear_prefill_kernel<F, ActivationGroup>, kStageBytes<F, ActivationGroup>);
   });
   return problem;
 }

@@ -14,15 +14,25 @@ using Stream = void*;  // a cudaStream_t
 using Problem = const char*;
 
 struct ActivationGroup;
+struct BrainGroup;
+
+// Quantised activations and their form: ActivationGroup for int8, WideGroup (weight_layout.h) for int16.
+struct ActivationTiles {
+  ActivationGroup* groups;
+  ActivationType type;
+  ActivationTiles(ActivationGroup* groups_, ActivationType type_ = ActivationType::Int8) : groups(groups_), type(type_) {}
+};
 
 // ---------------------------------------------------------------- weights: host functions, for the layout in weight_layout.h
 
-// Bytes of a matrix in the CUDA layout; 0 for float types, which have none yet.
+// Bytes of a matrix in the CUDA layout.
 size_t packed_bytes(const MatrixSource& source);
 // Packs this part's strips into host memory of packed_bytes(); `out->layout` is the phase.
 void pack(const MatrixSource& source, PackedMatrix* out, Part part);
 // Bytes of the quantised activations of T tokens.
-size_t activation_bytes(int tokens, int64_t columns);
+size_t activation_bytes(int tokens, int64_t columns, ActivationType type = ActivationType::Int8);
+// The same of their bf16 form.
+size_t brain_bytes(int tokens, int64_t columns);
 
 // ---------------------------------------------------------------- rows
 
@@ -43,7 +53,9 @@ Problem select_rows(const float* x, int64_t x_stride, const int32_t* from, int r
 // ---------------------------------------------------------------- products
 
 // q, sa, ms and sums of x [T, K], x_stride apart. K: multiple of 32.
-Problem quantize(const float* x, int64_t x_stride, int tokens, int64_t columns, ActivationGroup* out, Stream stream, const FiniteCheck& check = {});
+Problem quantize(const float* x, int64_t x_stride, int tokens, int64_t columns, ActivationTiles out, Stream stream, const FiniteCheck& check = {});
+// x rounded to bf16 (to nearest even), for linear_bf16_decode and _prefill.
+Problem round_bf16(const float* x, int64_t x_stride, int tokens, int64_t columns, BrainGroup* out, Stream stream);
 
 struct Product {
   TensorType type;
@@ -60,25 +72,37 @@ struct Product {
   float* out;                // as LinearArguments::out
   int64_t out_stride, subtree_stride;
   int decode_tiles = 8;      // tiles of 8 tokens that a block of linear_decode walks at most: 1, 2, 4 or 8 (tuning.h)
+  ActivationType activations = ActivationType::Int8;  // of `in`
+  const float* x = nullptr;  // [T, x_stride] fp32, for float weights; 16-byte aligned, x_stride a multiple of 4
+  int64_t x_stride = 0;
+  const BrainGroup* brain = nullptr;  // x rounded to bf16, for linear_bf16_decode and _prefill
 };
-// For few tokens: a block is a strip of 16 rows, a warp a segment.
+// Quantised weights. For few tokens: a block is a strip of 16 rows, a warp a segment.
 Problem linear_decode(const Product& product, Stream stream);
 // For many: tiles of 64 rows x 64 tokens, a warp walks the segments of 32 x 32.
 Problem linear_prefill(const Product& product, Stream stream);
+// Float weights as the reference defines them, for few tokens and for many.
+Problem linear_float_decode(const Product& product, Stream stream);
+Problem linear_float_prefill(const Product& product, Stream stream);
+// BF16 weights and x rounded to bf16 by tensor cores, for few tokens and for many: both give the same bits on one architecture, which are not the reference's.
+Problem linear_bf16_decode(const Product& product, Stream stream);
+Problem linear_bf16_prefill(const Product& product, Stream stream);
 
 // ---------------------------------------------------------------- along a token
 
 // out [T, width] or null, quantized or null (not both); width a multiple of 32 for `quantized`, whose values `check` looks at.
-Problem rms_norm(const float* x, int64_t x_stride, const float* w, float epsilon, int64_t width, int tokens, float* out, int64_t out_stride, ActivationGroup* quantized, Stream stream,
+Problem rms_norm(const float* x, int64_t x_stride, const float* w, float epsilon, int64_t width, int tokens, float* out, int64_t out_stride, ActivationTiles quantized, Stream stream,
                  const FiniteCheck& check = {});
 // activation 0: silu, 1: gelu (tanh form). Outputs as for rms_norm.
 Problem gated_activation(const float* gate, int64_t gate_stride, const float* up, int64_t up_stride, int64_t width, int tokens, int activation, float* out, int64_t out_stride,
-                         ActivationGroup* quantized, Stream stream, const FiniteCheck& check = {});
+                         ActivationTiles quantized, Stream stream, const FiniteCheck& check = {});
 // residual[t, r] += tree of the nodes + bias[r]; the nodes as in KernelSet::finish_tree, `lo` and `hi` and the arrays of pointers and strides on the host.
 Problem finish_tree(int units, int node_count, const int* lo, const int* hi, const float* const* nodes, const int64_t* strides, const float* bias, float* residual,
                     int64_t residual_stride, int64_t width, int tokens, Stream stream);
 
 // ---------------------------------------------------------------- attention
+
+constexpr int kSpanTokens = 256;
 
 // Rows of a step in device memory; fields as in StepRows.
 struct DeviceRows {
@@ -90,7 +114,7 @@ struct DeviceRows {
 };
 
 // Rotates q [T, q_heads * D] in place, and writes rotated k and v [T, layout.heads * D] into the cache. k itself is left as it was.
-// K int8 or f16. D: multiple of 32, at most 256. table.cosine and sine: device memory. `check` looks at rotated k and at v.
+// K and V int8 or f16. D: multiple of 32, at most 256. table.cosine and sine: device memory. `check` looks at rotated k and at v.
 Problem rope_store_kv(float* q, int64_t q_stride, int q_heads, const float* k, int64_t k_stride, const float* v, int64_t v_stride, const RopeTable& table, const KvLayout& layout,
                       uint8_t* cache, const DeviceRows& rows, Stream stream, const FiniteCheck& check = {});
 
@@ -112,7 +136,7 @@ struct AttentionStep {
   int heads;
   float scale;
   int window;       // 0: whole context
-  KvLayout layout;  // int8 keys, D = 32, 64, 128 or 256
+  KvLayout layout;  // K and V int8 or f16; D = 32, 64, 96, 128 or 256
   const uint8_t* cache;
   DeviceRows rows;
   const HeadRun* runs;
@@ -121,7 +145,9 @@ struct AttentionStep {
   float* partials;               // [slots][heads][D + 2]: values, then maximum and sum of weights
   const int32_t* first_slot;     // [T + 1]: the slots of row t, a span each; none for rows that are done in one piece
 };
+// `blocks` of one warp (int8 K and V, attention.cu) or four (attention_f16.cu).
 Problem attention(const AttentionStep& step, int blocks, Stream stream);
+Problem attention_f16(const AttentionStep& step, int blocks, Stream stream);
 // Joins the spans of every row that has slots.
 Problem attention_join(const AttentionStep& step, Stream stream);
 

@@ -81,6 +81,25 @@ void pack_strips(const MatrixSource& source, uint8_t* data, int64_t from, int64_
   }
 }
 
+template <typename F>
+size_t float_strip_bytes(int64_t columns) {
+  return static_cast<size_t>(columns / 32) * F::record_bytes;
+}
+
+template <typename F>
+void pack_float_strips(const MatrixSource& source, uint8_t* data, int64_t from, int64_t to) {
+  const size_t bytes = float_strip_bytes<F>(source.columns);
+  for (int64_t s = from; s < to; s++) {
+    uint8_t* strip = data + static_cast<size_t>(s) * bytes;
+    std::memset(strip, 0, bytes);
+    for (int r = 0; r < kStripRows && s * kStripRows + r < source.rows; r++) {
+      const uint8_t* row = source.data + (s * kStripRows + r) * source.row_bytes + source.skip * F::value_bytes;
+      for (int64_t piece = 0; piece < source.columns / F::piece_values; piece++)
+        std::memcpy(strip + piece / F::pieces * F::record_bytes + float_piece_at(static_cast<int>(piece % F::pieces), r), row + piece * 16, 16);
+    }
+  }
+}
+
 int64_t strip_count(int64_t rows) { return (rows + kStripRows - 1) / kStripRows; }
 
 }  // namespace
@@ -88,6 +107,7 @@ int64_t strip_count(int64_t rows) { return (rows + kStripRows - 1) / kStripRows;
 size_t packed_bytes(const MatrixSource& source) {
   size_t bytes = 0;
   with_format(source.type, [&](auto format) { bytes = static_cast<size_t>(strip_count(source.rows)) * strip_bytes<decltype(format)>(source.columns / 32, phase_of(source)); });
+  with_float_format(source.type, [&](auto format) { bytes = static_cast<size_t>(strip_count(source.rows)) * float_strip_bytes<decltype(format)>(source.columns); });
   return bytes;
 }
 
@@ -97,11 +117,15 @@ void pack(const MatrixSource& source, PackedMatrix* out, Part part) {
     out->layout = phase_of(source);
     out->repack_error = 0.0;
   }
-  with_format(source.type, [&](auto format) { pack_strips<decltype(format)>(source, out->data, strips * part.index / part.count, strips * (part.index + 1) / part.count); });
+  const int64_t from = strips * part.index / part.count, to = strips * (part.index + 1) / part.count;
+  with_format(source.type, [&](auto format) { pack_strips<decltype(format)>(source, out->data, from, to); });
+  with_float_format(source.type, [&](auto format) { pack_float_strips<decltype(format)>(source, out->data, from, to); });
 }
 
-size_t activation_bytes(int tokens, int64_t columns) {
-  return static_cast<size_t>((tokens + kTileTokens - 1) / kTileTokens) * static_cast<size_t>(columns / 32) * sizeof(ActivationGroup);
+size_t activation_bytes(int tokens, int64_t columns, ActivationType type) {
+  return static_cast<size_t>((tokens + kTileTokens - 1) / kTileTokens) * static_cast<size_t>(columns / 32) * (type == ActivationType::Int8 ? sizeof(ActivationGroup) : sizeof(WideGroup));
 }
+
+size_t brain_bytes(int tokens, int64_t columns) { return static_cast<size_t>((tokens + kTileTokens - 1) / kTileTokens) * static_cast<size_t>(columns / 32) * sizeof(BrainGroup); }
 
 }  // namespace shardmesh::cuda

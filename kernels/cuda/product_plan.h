@@ -5,12 +5,17 @@
 
 namespace shardmesh::cuda {
 
+// Which products a plan is for: quantised weights, float weights with fp32 activations, BF16 weights with bf16 activations.
+enum class Products { Quantised, Float, Brain };
+
 struct ProductPlan {
   const uint8_t* weight;
   const ActivationGroup* in;
+  const float* x;
+  const BrainGroup* brain;
   const float* bias;
   float* out;
-  int64_t out_stride, subtree_stride, strip_bytes;
+  int64_t x_stride, out_stride, subtree_stride, strip_bytes;
   int rows, strips, groups, heads, phase, tokens, tiles;
   int segment_count, subtree_count;
   int segment_end[kSegmentsMax];
@@ -34,7 +39,7 @@ inline void count_merges(int first, int count, int8_t* merges) {
   merges[first + count - 1]++;
 }
 
-inline Problem make_product_plan(const Product& p, ProductPlan* plan) {
+inline Problem make_product_plan(const Product& p, Products products, ProductPlan* plan) {
   if (p.rows < 1 || p.rows > (1 << 27) || p.columns < 32 || p.columns % 32 != 0 || p.columns > (1 << 24)) return "linear: rows must be in 1..2^27, columns a multiple of 32 up to 2^24";
   if (p.tokens < 1 || p.tokens > 65535) return "linear: tokens must be in 1..65535";
   if (p.segment_count < 1 || p.segment_count > kSegmentsMax || p.subtree_count < 1 || p.subtree_count > kSegmentsMax) return "linear: 1 to 16 segments and subtrees are possible";
@@ -42,6 +47,9 @@ inline Problem make_product_plan(const Product& p, ProductPlan* plan) {
   *plan = {};
   plan->weight = p.weight;
   plan->in = p.in;
+  plan->x = p.x;
+  plan->brain = p.brain;
+  plan->x_stride = p.x_stride;
   plan->bias = p.bias;
   plan->out = p.out;
   plan->out_stride = p.out_stride;
@@ -71,12 +79,18 @@ inline Problem make_product_plan(const Product& p, ProductPlan* plan) {
     plan->finishes[before - 1] = static_cast<int8_t>(i);
   }
   if (before != p.segment_count) return "linear: subtrees must cover the segments in order";
-  const bool known = with_format(p.type, [&](auto format) {
-    using F = decltype(format);
-    plan->heads = F::heads ? (p.phase + plan->groups + 7) / 8 : 0;
-    plan->strip_bytes = static_cast<int64_t>(plan->heads) * F::head_bytes + static_cast<int64_t>(plan->groups) * F::record_bytes;
-  });
-  return known ? nullptr : "linear: float weights have no CUDA product yet";
+  if (products == Products::Quantised) {
+    const bool known = with_format(p.type, [&](auto format) {
+      using F = decltype(format);
+      plan->heads = F::heads ? (p.phase + plan->groups + 7) / 8 : 0;
+      plan->strip_bytes = static_cast<int64_t>(plan->heads) * F::head_bytes + static_cast<int64_t>(plan->groups) * F::record_bytes;
+    });
+    return known ? nullptr : "linear: float weights are for linear_float_decode and _prefill";
+  }
+  if (products == Products::Brain && p.type != TensorType::BF16) return "linear: bf16 products are for BF16 weights";
+  if (products == Products::Float && (p.x_stride % 4 != 0 || reinterpret_cast<uintptr_t>(p.x) % 16 != 0)) return "linear: x must be 16-byte aligned, its stride a multiple of 4";
+  const bool known = with_float_format(p.type, [&](auto format) { plan->strip_bytes = static_cast<int64_t>(plan->groups) * decltype(format)::record_bytes; });
+  return known ? nullptr : "linear: quantised weights are for linear_decode and linear_prefill";
 }
 
 }  // namespace shardmesh::cuda

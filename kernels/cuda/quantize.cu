@@ -1,5 +1,6 @@
 // Activations for integer products: for each token and group of 32, amax, sa = amax / 127, q = rne(x * (127 / amax)), ms = sa * float(sum q).
-//   x    [T, K] fp32, x_stride apart       out  tiles of 8 tokens x K / 32 ActivationGroup (weight_layout.h)
+// As int16 the same with 32512 = 127 * 256 in the place of 127.
+//   x    [T, K] fp32, x_stride apart       out  tiles of 8 tokens x K / 32 ActivationGroup or WideGroup (weight_layout.h)
 // A warp is one group of one token, a lane one value; sums and maxima over lanes are integers.
 #include "device.cuh"
 #include "finite.cuh"
@@ -11,7 +12,7 @@ namespace {
 
 constexpr int kWarps = 4;
 
-__global__ void __launch_bounds__(kWarps * 32) quantize_kernel(const float* x, int64_t x_stride, int64_t groups, ActivationGroup* out, const FiniteCheck check) {
+__global__ void __launch_bounds__(kWarps * 32) quantize_kernel(const float* x, int64_t x_stride, int64_t groups, const ActivationTiles out, const FiniteCheck check) {
   const int token = static_cast<int>(blockIdx.y), lane = static_cast<int>(threadIdx.x % 32);
   const int64_t group = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (group >= groups) return;
@@ -22,7 +23,7 @@ __global__ void __launch_bounds__(kWarps * 32) quantize_kernel(const float* x, i
 
 }  // namespace
 
-Problem quantize(const float* x, int64_t x_stride, int tokens, int64_t columns, ActivationGroup* out, Stream stream, const FiniteCheck& check) {
+Problem quantize(const float* x, int64_t x_stride, int tokens, int64_t columns, ActivationTiles out, Stream stream, const FiniteCheck& check) {
   if (columns <= 0 || columns % 32 != 0) return "quantize: columns must be a positive multiple of 32";
   if (tokens < 1 || tokens > 65535) return "quantize: tokens must be in 1..65535";
   const int64_t groups = columns / 32;

@@ -12,7 +12,7 @@ namespace shardmesh::cuda {
 namespace {
 
 __global__ void __launch_bounds__(kPartials) rms_norm_kernel(const float* x, int64_t x_stride, const float* w, float epsilon, int64_t width, float* out, int64_t out_stride,
-                                                             ActivationGroup* quantized_out, const FiniteCheck check) {
+                                                             const ActivationTiles quantized_out, const FiniteCheck check) {
   const int token = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   const float* row = x + token * x_stride;
   float partial = 0.0f;
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kPartials) rms_norm_kernel(const float* x, int
   const float r = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, epsilon)));
   for (int64_t i = thread; i < width; i += kPartials) {
     const float y = __fmul_rn(__fmul_rn(row[i], r), w[i]);
-    if (quantized_out) {  // whole warps come here: width is a multiple of 32
+    if (quantized_out.groups) {  // whole warps come here: width is a multiple of 32
       note_unless_finite(y, check, token);
       quantize_group(y, token, i / 32, width / 32, lane, quantized_out);
     } else {
@@ -32,11 +32,11 @@ __global__ void __launch_bounds__(kPartials) rms_norm_kernel(const float* x, int
 
 }  // namespace
 
-Problem rms_norm(const float* x, int64_t x_stride, const float* w, float epsilon, int64_t width, int tokens, float* out, int64_t out_stride, ActivationGroup* quantized, Stream stream,
+Problem rms_norm(const float* x, int64_t x_stride, const float* w, float epsilon, int64_t width, int tokens, float* out, int64_t out_stride, ActivationTiles quantized, Stream stream,
                  const FiniteCheck& check) {
   if (width < 1 || tokens < 1) return "rms_norm: width and tokens must be positive";
-  if ((out == nullptr) == (quantized == nullptr)) return "rms_norm: one output, fp32 or quantised";
-  if (quantized && width % 32 != 0) return "rms_norm: the width of quantised output must be a multiple of 32";
+  if ((out == nullptr) == (quantized.groups == nullptr)) return "rms_norm: one output, fp32 or quantised";
+  if (quantized.groups && width % 32 != 0) return "rms_norm: the width of quantised output must be a multiple of 32";
   return launch(rms_norm_kernel, static_cast<unsigned>(tokens), kPartials, (kPartials + 1) * 4, stream, x, x_stride, w, epsilon, width, out, out_stride, quantized, check);
 }
 

@@ -1,6 +1,6 @@
 // Rotates q in place, rotates k, quantises k and v, and writes both into the cache: three operations of a program in one pass over q, k and v.
 //   (a, b) of a pair becomes (a c - b s, a s + b c), c and s from the table at the token's position        Su et al. 2021
-//   q [T, q_heads * D]    k, v [T, layout.heads * D]    cache: layout in kernels/include/kernel_set.h, K int8 or f16, V int8
+//   q [T, q_heads * D]    k, v [T, layout.heads * D]    cache: layout in kernels/include/kernel_set.h, K and V int8 or f16
 // A warp is one head of one token. Values pass through shared memory, since a pair's halves lie D / 2 apart or side by side.
 // Limits: D a multiple of 32, at most 256.
 #include "device.cuh"
@@ -61,6 +61,11 @@ __global__ void __launch_bounds__(kWarps * 32) rope_store_kv_kernel(float* q, in
     for (int d = lane; d < D; d += 32) keys[d * 16 + column] = float_to_half(row[d]);
     return;
   }
+  if (!is_k && layout.value == ValueType::F16) {
+    uint16_t* values = reinterpret_cast<uint16_t*>(subblock + layout.key_bytes) + column * D;
+    for (int d = lane; d < D; d += 32) values[d] = float_to_half(row[d]);
+    return;
+  }
   const float amax = row_magnitude(row, D, lane);
   if (is_k) {
     for (int d = lane; d < D; d += 32) subblock[d / 4 * 64 + column * 4 + d % 4] = static_cast<uint8_t>(quantized(row[d], amax));
@@ -78,7 +83,7 @@ Problem rope_store_kv(float* q, int64_t q_stride, int q_heads, const float* k, i
                       uint8_t* cache, const DeviceRows& rows, Stream stream, const FiniteCheck& check) {
   if (layout.head_size % 32 != 0 || layout.head_size < 32 || layout.head_size > kHeadSizeMax) return "rope_store_kv: the head size must be a multiple of 32, at most 256";
   if (layout.key == KeyType::F32) return "rope_store_kv: keys are int8 or f16";
-  if (layout.value != ValueType::Int8) return "rope_store_kv: values must be int8";
+  if (layout.value == ValueType::F32) return "rope_store_kv: values are int8 or f16";
   if (table.dimensions % 2 != 0 || table.dimensions > layout.head_size) return "rope_store_kv: an even number of dimensions of a head can be rotated";
   if (rows.tokens < 1 || rows.tokens > 65535) return "rope_store_kv: tokens must be in 1..65535";
   const dim3 grid(static_cast<unsigned>((q_heads + 2 * layout.heads + kWarps - 1) / kWarps), static_cast<unsigned>(rows.tokens));

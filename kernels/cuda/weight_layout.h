@@ -15,8 +15,12 @@
 //
 // 5- and 6-bit weights are kept as 8 bits: same integers, so the same bits of the result.
 //
-// Activations: tiles of 8 tokens (operand B), in a tile one ActivationGroup for each group. Places of tokens that do not exist are never written; what
-// they hold reaches no result, since a column of a product knows only its own token.
+// Float weights: strips of 16 rows as well, a record for each 32 columns, in pieces of 16 bytes: 8 columns of a row, 4 of F32. Piece c of row r lies at
+// 256 c + 16 (r xor (2 c mod 8)): a warp whose lanes are rows reads 256 bytes in a row, and one whose lanes are (row g, piece t) of an mma finds each of 8 lanes
+// on banks of its own. One layout for both arithmetics.
+//
+// Activations: tiles of 8 tokens (operand B), in a tile one ActivationGroup for each group, or a WideGroup where activations are int16. Places of tokens that
+// do not exist are never written; what they hold reaches no result, since a column of a product knows only its own token.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -59,6 +63,27 @@ bool with_format(TensorType type, const Use& use) {
   }
 }
 
+template <TensorType type_>
+struct FloatFormat {
+  static constexpr TensorType type = type_;
+  static constexpr int value_bytes = type == TensorType::F32 ? 4 : 2;
+  static constexpr int piece_values = 16 / value_bytes, pieces = 32 / piece_values;
+  static constexpr int record_bytes = kStripRows * 32 * value_bytes;
+};
+// Where piece c of row r lies in a record.
+constexpr int float_piece_at(int c, int r) { return 256 * c + 16 * (r ^ (2 * c & 6)); }
+
+// Calls `use` with the FloatFormat of a tensor type; false for quantised types.
+template <typename Use>
+bool with_float_format(TensorType type, const Use& use) {
+  switch (type) {
+    case TensorType::F32: use(FloatFormat<TensorType::F32>{}); return true;
+    case TensorType::F16: use(FloatFormat<TensorType::F16>{}); return true;
+    case TensorType::BF16: use(FloatFormat<TensorType::BF16>{}); return true;
+    default: return false;
+  }
+}
+
 struct alignas(8) LaneWords {
   uint32_t x, y;
 };
@@ -68,5 +93,16 @@ struct ActivationGroup {
   int32_t sum[8];    // of q
 };
 static_assert(sizeof(ActivationGroup) == 352);
+// int16 activations, q = 256 * high + low with both halves int8: `high.q` and `low` are the halves, the rest of `high` is that of the whole q.
+struct WideGroup {
+  ActivationGroup high;
+  LaneWords low[32];
+};
+static_assert(sizeof(WideGroup) == 608);
+// Activations rounded to bf16: 32 columns of 8 tokens, row after row, so that lane l finds columns 8t .. 8t+7 of token g at 16 l.
+struct BrainGroup {
+  uint32_t x[8][16];  // pairs of columns
+};
+static_assert(sizeof(BrainGroup) == 512);
 
 }  // namespace shardmesh::cuda

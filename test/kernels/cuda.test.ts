@@ -9,7 +9,7 @@ import { buildKernelTarget } from './build-target.ts';
 
 const run = promisify(execFile);
 
-const types = ['Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'Q8_0', 'Q4_K', 'Q5_K', 'Q6_K'];
+const quantised = ['Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'Q8_0', 'Q4_K', 'Q5_K', 'Q6_K'];
 const ofEachType = [
   "the decode product has the reference's bits for any shape, batch and segments",
   'the decode product does not depend on the order of threads and blocks',
@@ -18,9 +18,12 @@ const ofEachType = [
 ];
 const cases = {
   cuda_linear_test: [
-    ...types.flatMap((type) => ofEachType.map((check) => `cuda linear ${type} - ${check}`)),
-    'cuda linear - the decode product makes every tree of 1 to 16 segments',
-    'cuda linear - the prefill product makes every tree of 1 to 16 segments',
+    ...['F32', 'F16', 'BF16', ...quantised].flatMap((type) => ofEachType.map((check) => `cuda linear ${type} - ${check}`)),
+    ...quantised.map((type) => `cuda linear ${type} - both products have the reference's bits with int16 activations, in any order`),
+    'cuda linear - the decode products make every tree of 1 to 16 segments',
+    'cuda linear - the prefill products make every tree of 1 to 16 segments',
+    "cuda linear bf16 - both products of tensor cores have the reference's bits where no sum rounds",
+    'cuda linear bf16 - both products of tensor cores give the same, as close to the true sums as fp32 is',
     'cuda linear - refuses shapes by name before any launch',
   ],
   cuda_step_test: [
@@ -28,7 +31,7 @@ const cases = {
     "cuda rms_norm - has the reference's bits, fp32 and quantised",
     "cuda gated_activation - has the reference's bits at the ends of exp too, fp32 and quantised",
     "cuda finish_tree - has the reference's bits for any cut of 1 to 16 units",
-    "cuda rope_store_kv - writes the reference's bytes and no others, both styles, int8 and f16 keys",
+    "cuda rope_store_kv - writes the reference's bytes and no others, both styles, K and V int8 and f16",
     "cuda attention - has the reference's bits where pieces fold their spans",
     "cuda attention - has the reference's bits where a context is split into spans",
     "cuda attention - has the reference's bits where decode is split and prefill is not",

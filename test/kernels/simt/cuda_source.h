@@ -243,6 +243,15 @@ inline uint16_t float_to_half(float f) {
   const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1);
   return static_cast<uint16_t>(sign | (rounded - (112u << 23)) >> 13);
 }
+inline uint16_t float_to_bfloat(float f) {
+  const uint32_t x = simt::bits_as<uint32_t>(f);
+  if ((x & 0x7fffffff) > 0x7f800000) return 0x7fff;
+  return static_cast<uint16_t>((x + 0x7fff + (x >> 16 & 1)) >> 16);
+}
+inline int dp4a_u8s8(uint32_t a, uint32_t b, int c) {
+  for (int i = 0; i < 4; i++) c += static_cast<uint8_t>(a >> 8 * i) * static_cast<int8_t>(b >> 8 * i);
+  return c;
+}
 inline float bfloat_to_float(uint16_t b) { return simt::bits_as<float>(static_cast<uint32_t>(b) << 16); }
 
 }  // namespace shardmesh::cuda

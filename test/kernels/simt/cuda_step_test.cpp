@@ -64,10 +64,10 @@ std::string check_exp() {
 // ---------------------------------------------------------------- along a token
 
 // The activations that a fused kernel wrote, as the quantise kernel makes them of the reference's fp32 result.
-std::string same_groups(const std::vector<float>& y, int64_t stride, int64_t width, int tokens, const Guarded<uint8_t>& found) {
+std::string same_groups(const std::vector<float>& y, int64_t stride, int64_t width, int tokens, ActivationType type, const Guarded<uint8_t>& found) {
   const Guarded<float> in("y", y);
   const Guarded<uint8_t> expected("expected", found.size());
-  if (const char* problem = cuda::quantize(in.data(), stride, tokens, width, reinterpret_cast<cuda::ActivationGroup*>(expected.data()), nullptr)) return failed(problem);
+  if (const char* problem = cuda::quantize(in.data(), stride, tokens, width, {reinterpret_cast<cuda::ActivationGroup*>(expected.data()), type}, nullptr)) return failed(problem);
   if (const std::string problem = simt::finish(); !problem.empty()) return problem;
   return simt::difference(expected.values(), found);
 }
@@ -82,10 +82,13 @@ std::string compare_rms_norm(int64_t width, int tokens, Values values) {
   if (const char* problem = cuda::rms_norm(dx.data(), x_stride, dw.data(), 1e-5f, width, tokens, out.data(), out_stride, nullptr, nullptr)) return failed(problem);
   const std::string what = simt::difference(expected, out);
   if (!what.empty() || width % 32 != 0) return what;
-  const Guarded<uint8_t> groups("groups", cuda::activation_bytes(tokens, width));
-  if (const char* problem = cuda::rms_norm(dx.data(), x_stride, dw.data(), 1e-5f, width, tokens, nullptr, 0, reinterpret_cast<cuda::ActivationGroup*>(groups.data()), nullptr))
-    return failed(problem);
-  return same_groups(expected, out_stride, width, tokens, groups);
+  for (const ActivationType type : {ActivationType::Int8, ActivationType::Int16}) {
+    const Guarded<uint8_t> groups("groups", cuda::activation_bytes(tokens, width, type));
+    if (const char* problem = cuda::rms_norm(dx.data(), x_stride, dw.data(), 1e-5f, width, tokens, nullptr, 0, {reinterpret_cast<cuda::ActivationGroup*>(groups.data()), type}, nullptr))
+      return failed(problem);
+    if (const std::string other = same_groups(expected, out_stride, width, tokens, type, groups); !other.empty()) return other;
+  }
+  return "";
 }
 
 std::string check_rms_norm() {
@@ -111,12 +114,14 @@ std::string check_gated_activation() {
       const Guarded<float> dg("gate", gate), du("up", up), out("out", expected.size());
       if (const char* problem = cuda::gated_activation(dg.data(), stride, du.data(), stride, width, tokens, activation, out.data(), stride, nullptr, nullptr)) return failed(problem);
       std::string what = simt::difference(expected, out);
-      if (what.empty() && width % 32 == 0) {
-        const Guarded<uint8_t> groups("groups", cuda::activation_bytes(tokens, width));
+      for (const ActivationType type : {ActivationType::Int8, ActivationType::Int16}) {
+        if (!what.empty() || width % 32 != 0) break;
+        const Guarded<uint8_t> groups("groups", cuda::activation_bytes(tokens, width, type));
         if (const char* problem =
-                cuda::gated_activation(dg.data(), stride, du.data(), stride, width, tokens, activation, nullptr, 0, reinterpret_cast<cuda::ActivationGroup*>(groups.data()), nullptr))
+                cuda::gated_activation(dg.data(), stride, du.data(), stride, width, tokens, activation, nullptr, 0, {reinterpret_cast<cuda::ActivationGroup*>(groups.data()), type},
+                                       nullptr))
           return failed(problem);
-        what = same_groups(expected, stride, width, tokens, groups);
+        what = same_groups(expected, stride, width, tokens, type, groups);
       }
       if (!what.empty()) return what + "width " + std::to_string(width) + ", ";
     }
@@ -178,6 +183,7 @@ struct Shape {
   int head_size, block_tokens, window;
   std::vector<int> kv_head;
   std::vector<std::pair<int, int>> sequences;  // tokens in the context; the last of them that are rows of the step
+  ValueType value = ValueType::Int8;
 };
 
 struct Scene {
@@ -187,7 +193,7 @@ struct Scene {
   StepRows rows;
 
   // `all`: every position is a row.
-  Scene(const Shape& s, bool all, Random& random) : shape(s), layout(make_kv_layout(s.key, ValueType::Int8, s.kv_head.back() + 1, s.head_size, s.block_tokens)) {
+  Scene(const Shape& s, bool all, Random& random) : shape(s), layout(make_kv_layout(s.key, s.value, s.kv_head.back() + 1, s.head_size, s.block_tokens)) {
     std::vector<int32_t> ids;
     for (const auto& [context, count] : s.sequences) {
       for (int b = 0; b < (context + s.block_tokens - 1) / s.block_tokens; b++) ids.push_back(static_cast<int32_t>(ids.size()));
@@ -267,6 +273,8 @@ std::string compare_rope_store(const Shape& shape, int dimensions, bool half_sty
 std::string check_rope_store() {
   const Shape shapes[] = {{KeyType::Int8, 64, 16, 0, {0, 0, 0}, {{20, 3}, {1, 1}, {33, 2}}},
                           {KeyType::F16, 64, 32, 0, {0, 0, 1}, {{40, 5}}},
+                          {KeyType::F16, 96, 16, 0, {0, 1}, {{19, 3}, {7, 1}}, ValueType::F16},
+                          {KeyType::Int8, 32, 32, 0, {0}, {{35, 4}}, ValueType::F16},
                           {KeyType::Int8, 128, 16, 0, {0, 1}, {{17, 4}}},
                           {KeyType::Int8, 256, 16, 0, {0}, {{16, 2}}}};
   for (const Shape& shape : shapes)
@@ -310,11 +318,14 @@ std::string compare_attention(const Shape& shape, Values values, const cuda::Spl
   const Guarded<int32_t> work_count("work_count", std::vector<int32_t>{static_cast<int32_t>(plan.work.size())}), first_slot("first_slot", plan.first_slot);
   const cuda::AttentionStep step{dq.data(),      q_stride,    out.data(),  out_stride,        heads,           scale,            shape.window, scene.layout,
                                  cache.data(),   device.rows(), runs.data(), work.data(), work_count.data(), partials.data(), first_slot.data()};
-  if (const char* problem = cuda::attention(step, blocks, nullptr)) return failed(problem);
+  const bool integer = shape.key == KeyType::Int8 && shape.value == ValueType::Int8;
+  if (const char* problem = (integer ? cuda::attention : cuda::attention_f16)(step, blocks, nullptr)) return failed(problem);
   if (const char* problem = cuda::attention_join(step, nullptr)) return failed(problem);
   const std::string what = simt::difference(expected, out);
   return what.empty() ? simt::difference(pool, cache) : what;
 }
+
+const char* name_of(KeyType key) { return key == KeyType::F16 ? "f16" : "int8"; }
 
 std::string check_attention(const cuda::SplitLimits& limits) {
   const std::vector<int> three = {0, 0, 0}, uneven = {0, 0, 1, 1, 1}, seven = {0, 0, 0, 0, 0, 0, 0}, two = {0, 1}, twenty(20, 0);
@@ -324,13 +335,28 @@ std::string check_attention(const cuda::SplitLimits& limits) {
                           {KeyType::Int8, 32, 64, 300, uneven, {{580, 30}}},
                           {KeyType::Int8, 128, 16, 0, seven, {{300, 5}}},
                           {KeyType::Int8, 256, 16, 0, two, {{290, 2}, {17, 1}}},
-                          {KeyType::Int8, 32, 16, 0, twenty, {{40, 2}}}};
+                          {KeyType::Int8, 96, 32, 100, two, {{270, 3}, {20, 2}}},
+                          {KeyType::Int8, 32, 16, 0, twenty, {{40, 2}}},
+                          {KeyType::F16, 64, 16, 0, three, {{100, 1}, {1, 1}, {257, 1}, {600, 2}}, ValueType::F16},
+                          {KeyType::F16, 64, 32, 0, three, {{90, 37}, {64, 64}}, ValueType::Int8},
+                          {KeyType::F16, 32, 16, 70, uneven, {{300, 3}, {20, 1}, {70, 1}}, ValueType::F16},
+                          {KeyType::Int8, 64, 64, 300, uneven, {{580, 30}}, ValueType::F16},
+                          {KeyType::F16, 128, 16, 0, seven, {{300, 5}}, ValueType::Int8},
+                          {KeyType::F16, 128, 16, 0, two, {{330, 6}}, ValueType::F16},
+                          {KeyType::Int8, 96, 16, 50, two, {{290, 2}, {17, 1}}, ValueType::F16},
+                          {KeyType::F16, 96, 32, 0, two, {{100, 9}}, ValueType::Int8},
+                          {KeyType::F16, 256, 16, 0, two, {{290, 2}, {17, 1}}, ValueType::F16},
+                          {KeyType::Int8, 256, 16, 0, two, {{80, 2}}, ValueType::F16},
+                          {KeyType::F16, 256, 16, 0, two, {{80, 2}}, ValueType::Int8},
+                          {KeyType::F16, 32, 16, 0, twenty, {{40, 2}}, ValueType::Int8}};
   int blocks = 1;
   for (const Shape& shape : shapes)
     for (const Values values : {Values::Random, shape.head_size == 64 ? Values::Extreme : Values::Tiny}) {
       simt::set_schedule(simt::kSchedules[static_cast<size_t>(blocks) % simt::kScheduleCount]);
       const std::string what = compare_attention(shape, values, limits, blocks++);
-      if (!what.empty()) return what + "head size " + std::to_string(shape.head_size) + ", window " + std::to_string(shape.window) + ", " + shardmesh::name_of(values) + " values";
+      if (!what.empty())
+        return what + "head size " + std::to_string(shape.head_size) + ", window " + std::to_string(shape.window) + ", " + shardmesh::name_of(values) + " values, K " + name_of(shape.key) + ", V " +
+               (shape.value == ValueType::F16 ? "f16" : "int8");
     }
   return "";
 }
@@ -360,14 +386,13 @@ std::string compare_embed(TensorType type, int64_t columns, int64_t skip, Values
 
 std::string check_embed() {
   for (const TensorType type : kTypes) {
-    if (cuda::packed_bytes({type, 1, 32, 0, 0, nullptr}) == 0) continue;
     for (const Values values : kValues)
       for (const auto& [columns, skip] : {std::pair<int64_t, int64_t>{288, 0}, {160, 224}}) {
         const std::string what = compare_embed(type, columns, skip, values);
         if (!what.empty()) return what + shardmesh::name_of(type) + ", " + shardmesh::name_of(values) + " values, ";
       }
   }
-  return cuda::embed(TensorType::F16, 16, 32, 0, nullptr, nullptr, 1, 0, nullptr, 32, nullptr) ? "" : "float weights are taken; ";
+  return "";
 }
 
 std::string check_select_rows() {
@@ -522,13 +547,16 @@ int main() {
   simt::test_case("cuda rms_norm - has the reference's bits, fp32 and quantised", [] { return in_every_order(check_rms_norm); });
   simt::test_case("cuda gated_activation - has the reference's bits at the ends of exp too, fp32 and quantised", [] { return in_every_order(check_gated_activation); });
   simt::test_case("cuda finish_tree - has the reference's bits for any cut of 1 to 16 units", [] { return in_every_order(check_finish_tree); });
-  simt::test_case("cuda rope_store_kv - writes the reference's bytes and no others, both styles, int8 and f16 keys", [] { return in_every_order(check_rope_store); });
+  simt::test_case("cuda rope_store_kv - writes the reference's bytes and no others, both styles, K and V int8 and f16", [] { return in_every_order(check_rope_store); });
   simt::test_case("cuda attention - has the reference's bits where pieces fold their spans", [] { return check_attention({0, 1000}); });
   simt::test_case("cuda attention - has the reference's bits where a context is split into spans", [] { return check_attention({1000, 1000}); });
   simt::test_case("cuda attention - has the reference's bits where decode is split and prefill is not", [] { return check_attention({1, 1000}); });
   simt::test_case("cuda attention - has the reference's bits where there is room to split some contexts only", [] { return check_attention({1000, 7}); });
   simt::test_case("cuda attention - does not depend on the order of threads and blocks", [] {
-    return in_every_order([] { return compare_attention({KeyType::Int8, 64, 16, 0, {0, 0, 1}, {{270, 3}, {30, 1}}}, Values::Random, {2, 1000}, 3); });
+    return in_every_order([] {
+      const std::string what = compare_attention({KeyType::Int8, 64, 16, 0, {0, 0, 1}, {{270, 3}, {30, 1}}}, Values::Random, {2, 1000}, 3);
+      return what.empty() ? compare_attention({KeyType::F16, 64, 16, 0, {0, 0, 1}, {{270, 3}, {30, 1}}, ValueType::F16}, Values::Random, {2, 1000}, 3) : what;
+    });
   });
   simt::test_case("cuda embed - reads the reference's rows of every format, and leaves rows of other tokens alone", [] { return in_every_order(check_embed); });
   simt::test_case("cuda select_rows - copies the rows it is told", [] { return in_every_order(check_select_rows); });
