@@ -62,6 +62,18 @@ export function describeCudaPrograms(load: () => Promise<Addon>): void {
     });
 
     it.for([
+      ['int16 activations', { activations: 'int16' }],
+      ['f16 K', { key: 'f16' }],
+      ['f16 V', { value: 'f16' }],
+      ['int16 activations, f16 K and V', { activations: 'int16', key: 'f16', value: 'f16' }],
+    ] as const)('cuda program - with %s two ranks, one of them a CPU, score a prompt as the reference does', async ([, types]) => {
+      const executorOf = (_: number, rank: number): RankExecutor => (rank === 0 ? cuda : cpu);
+      const want = await scores(types);
+      expect(await scores({ ...types, executorOf, cut: twoRankCut }, 41)).toEqual(want);
+      expect(want).not.toEqual(await scores({}));
+    });
+
+    it.for([
       ['CUDA at rank 0, a CPU at rank 1', twoRankCut, (_: number, rank: number) => rank === 0],
       ['a CPU at rank 0, CUDA at rank 1', twoRankCut, (_: number, rank: number) => rank === 1],
       ['CUDA in the first stage, CPUs in the second', threeRankTwoStageCut, (stage: number) => stage === 0],
@@ -221,15 +233,21 @@ export function describeCudaPrograms(load: () => Promise<Addon>): void {
           () => expect.unreachable(),
           (error: unknown) => (error as Error).message,
         );
-      expect(await refused({ activations: 'int16' })).toBe("executor kind 'cuda': activations are int16; supported: int8");
-      expect(await refused({ key: 'f16' })).toBe("executor kind 'cuda': K is f16; supported: int8 (--kv-type int8)");
-      expect(await refused({ value: 'f16' })).toBe("executor kind 'cuda': V is f16; supported: int8 (--kv-type int8)");
       expect(await refused({ isa: 'avx2' })).toBe("executor kind 'cuda' has no isa; 'avx2' was asked for");
-      const floats = tinyWeights();
-      const up = floats.get('1.up')!;
-      floats.set('1.up', { ...up, type: 'F32', blocks: new Uint8Array(up.rows * up.columns * 4) });
-      expect(await refused({ weights: floats })).toBe(
-        "executor kind 'cuda': tensor '1.up' is F32; supported: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K",
+      const wide = smallModel({
+        architecture: 'llama',
+        layers: 1,
+        hidden: 64,
+        heads: 1,
+        kvHeads: 1,
+        headSize: 160,
+        feedForward: 32,
+        vocabulary: 64,
+        window: null,
+        types: { q: 'Q4_0', k: 'Q4_0', v: 'Q4_0', o: 'Q4_0', gate: 'Q4_0', up: 'Q4_0', down: 'Q4_0', embedding: 'Q4_0' },
+      });
+      await expect(TinyMesh.ofPrograms(wide.programs(1), (slice) => wide.blocksOf(slice), cuda)).rejects.toThrow(
+        "executor kind 'cuda': the head size is 160; supported: 32, 64, 96, 128, 256",
       );
     });
   });
@@ -282,6 +300,56 @@ export function describeCudaPrograms(load: () => Promise<Addon>): void {
         window: null,
         types: { q: 'Q4_0', k: 'Q4_0', v: 'Q4_1', o: 'Q8_0', gate: 'Q4_0', up: 'Q4_0', down: 'Q4_1', embedding: 'Q4_0' },
       },
+      'llama, BF16 throughout, heads of 256, K and V f16': {
+        architecture: 'llama',
+        layers: 2,
+        hidden: 128,
+        heads: 3,
+        kvHeads: 1,
+        headSize: 256,
+        feedForward: 96,
+        vocabulary: 2_100,
+        window: null,
+        kvType: 'f16',
+        types: { q: 'BF16', k: 'BF16', v: 'BF16', o: 'BF16', gate: 'BF16', up: 'BF16', down: 'BF16', embedding: 'BF16' },
+      },
+      'qwen2, int16 activations, heads of 96, K and V f16': {
+        architecture: 'qwen2',
+        layers: 2,
+        hidden: 256,
+        heads: 4,
+        kvHeads: 2,
+        headSize: 96,
+        feedForward: 288,
+        vocabulary: 2_100,
+        window: null,
+        activations: 'int16',
+        kvType: 'f16',
+        types: { q: 'Q6_K', k: 'Q8_0', v: 'Q4_1', o: 'Q5_0', gate: 'Q4_K', up: 'Q5_1', down: 'Q4_0', embedding: 'Q6_K' },
+      },
+      'llama, floats beside Q4_0 and Q8_0, a window of 70, K f16 and V int8': {
+        architecture: 'llama',
+        layers: 2,
+        hidden: 128,
+        heads: 4,
+        kvHeads: 2,
+        headSize: 64,
+        feedForward: 96,
+        vocabulary: 2_100,
+        window: 70,
+        kvType: 'f16-int8',
+        types: {
+          q: 'F16',
+          k: 'Q8_0',
+          v: 'F32',
+          o: 'F16',
+          gate: 'Q4_0',
+          up: 'BF16',
+          down: 'F32',
+          embedding: 'F16',
+          head: 'Q8_0',
+        },
+      },
     };
 
     /** A prompt over two spans of attention, in chunks, then four tokens one by one. */
@@ -309,7 +377,7 @@ export function describeCudaPrograms(load: () => Promise<Addon>): void {
     };
 
     for (const [name, shape] of Object.entries(shapes))
-      it(`cuda program - ${name}: the reference's bits on one rank, 3:2:1 and a mixed pair of stages`, async () => {
+      it(`cuda program - ${name}: the reference's bits on one rank, on several and a mixed pair of stages`, async () => {
         const model = smallModel(shape);
         const want = await text(model, 1, 1, {});
         expect(await text(model, 1, 1, cuda)).toEqual(want);

@@ -5,7 +5,7 @@
 import type { ModelFacts, TensorFacts } from '../../kernels/model-file/model-facts.ts';
 import { quantType, rowBytes } from '../../kernels/model-file/quant-types.ts';
 import { buildProgram, cutModel, unitsOfModel, type CutShares, type KvType } from '../../kernels/programs/index.ts';
-import type { Program, TensorType, WeightSlice } from '../../kernels/programs/program.ts';
+import type { ActivationType, Program, TensorType, WeightSlice } from '../../kernels/programs/program.ts';
 import { gaussian, uniform } from './tiny-model.ts';
 
 export interface SmallShape {
@@ -20,6 +20,9 @@ export interface SmallShape {
   window: number | null;
   /** Longest context; 1,024 where nothing is said. */
   contextTokensMax?: number;
+  /** int8 where nothing is said. */
+  activations?: ActivationType;
+  kvType?: KvType;
   /** Of `q`, `k`, `v`, `o`, `gate`, `up`, `down`, `embedding`, and `head` where the head is not the embedding. */
   types: Record<'q' | 'k' | 'v' | 'o' | 'gate' | 'up' | 'down' | 'embedding', TensorType> & { head?: TensorType };
 }
@@ -36,8 +39,10 @@ const scales: Partial<Record<TensorType, readonly number[]>> = {
   Q6_K: [0.00007],
 };
 
+/** Rounded down; 0 where a half is subnormal. */
 function halfBits(value: number): number {
   const bits = new Uint32Array(new Float32Array([value]).buffer)[0]!;
+  if (((bits >>> 23) & 255) < 113) return 0;
   return ((bits >>> 16) & 0x8000) | ((((bits >>> 23) & 255) - 112) << 10) | ((bits >>> 13) & 1023);
 }
 
@@ -46,6 +51,12 @@ function generate({ name, type, bytes }: TensorFacts, seed: number): Uint8Array 
   if (type === 'F32') {
     const [mean, spread] = name.endsWith('norm.weight') ? [1, 0.2] : [0, 0.1];
     return new Uint8Array(Float32Array.from({ length: bytes / 4 }, () => mean + spread * gaussian(next)).buffer);
+  }
+  if (type === 'F16' || type === 'BF16') {
+    const bits = (value: number): number => new Uint32Array(new Float32Array([value]).buffer)[0]! >>> 16;
+    return new Uint8Array(
+      Uint16Array.from({ length: bytes / 2 }, () => (type === 'F16' ? halfBits : bits)(0.08 * gaussian(next))).buffer,
+    );
   }
   const data = Uint8Array.from({ length: bytes }, () => next() * 256);
   const view = new DataView(data.buffer);
@@ -120,7 +131,15 @@ export function smallModel(shape: SmallShape): SmallModel {
         typeof wanted === 'number' ? { count: wanted, parts: null } : { count: wanted.length, parts: wanted };
       const cut = cutModel(unitsOfModel(facts), shares(tp), shares(pp));
       return cut.stages.flatMap(({ ranks }, stage) =>
-        ranks.map((_, rank) => buildProgram(facts, cut, { stage, rank, activations: 'int8', kvType, contextTokensMax: null })),
+        ranks.map((_, rank) =>
+          buildProgram(facts, cut, {
+            stage,
+            rank,
+            activations: shape.activations ?? 'int8',
+            kvType: shape.kvType ?? kvType,
+            contextTokensMax: null,
+          }),
+        ),
       );
     },
     blocksOf({ tensor: name, type, rows, columns }) {
