@@ -30,6 +30,8 @@ export interface CoordinatorConfig {
   prefillChunkMax: number;
   blockTokens: number;
   kvCacheBytes: number;
+  /** What a step's arithmetic must be the same on: every executor, or those of one kind. */
+  bits: 'exact' | 'per-kind';
   activations: 'int8' | 'int16';
   kvType: 'auto' | 'int8' | 'f16-int8' | 'f16';
   contextTokensMax: number | null;

@@ -86,7 +86,7 @@ async function start(
 ): Promise<Coordinator> {
   const event = (name: string, fields: Record<string, unknown>): void => log.info(fields, name);
 
-  const { tensorParallel, pipelineParallel, activations, kvType, contextTokensMax } = config;
+  const { tensorParallel, pipelineParallel, bits, activations, kvType, contextTokensMax } = config;
   // The broker and the worker processes start while the model is read; workers that join before the mesh listens are asked again.
   if (config.hosts) await checkFolderIsFree(config.hosts.meshFolder);
   const authority = config.hosts && MeshAuthority.open(config.hosts.meshFolder);
@@ -116,6 +116,7 @@ async function start(
   const plan = await planModel(facts, config.modelPath, config.cacheDirectory, {
     tensorParallel,
     pipelineParallel,
+    bits,
     activations,
     kvType,
     contextTokensMax,
@@ -186,6 +187,7 @@ async function start(
         blockTokens: config.blockTokens,
         kvBlocks: 0,
         kvCacheBytes: config.kvCacheBytes,
+        bits,
         activations,
         kvType,
         contextTokensMax: context,

@@ -54,8 +54,8 @@ export function shardKey(assign: Assign): string {
     layers,
     ranks: ranks.map(({ worker: _, ...units }) => units),
   }));
-  const { activations, contextTokensMax, stepTokensMax, sequencesMax } = assign;
-  const limits = { blockTokens, kvBlocks, kvCacheBytes, activations, kvType, contextTokensMax, stepTokensMax, sequencesMax };
+  const { bits, activations, contextTokensMax, stepTokensMax, sequencesMax } = assign;
+  const limits = { blockTokens, kvBlocks, kvCacheBytes, bits, activations, kvType, contextTokensMax, stepTokensMax, sequencesMax };
   const { wire } = placement;
   return JSON.stringify({ stages, wire, stage, rank, sliceSha256, executor, isa, cores, spin, limits });
 }
@@ -68,9 +68,9 @@ export async function loadShard(options: LoadShardOptions): Promise<Shard> {
   const { assign, addon, callbacks, signal } = options;
   const started = performance.now();
   const facts = parseModelFacts(assign.model);
-  const { stage, rank, activations, kvType, contextTokensMax } = assign;
+  const { stage, rank, bits, activations, kvType, contextTokensMax } = assign;
   const cut = { stages: assign.placement.stages };
-  const program = buildProgram(facts, cut, { stage, rank, activations, kvType, contextTokensMax });
+  const program = buildProgram(facts, cut, { stage, rank, bits, activations, kvType, contextTokensMax });
   const kvBlocks = assign.kvBlocks || blocksThatFit(addon, program, assign);
   const slice = await options.openSlice(assign, facts, program, options.onProgress, signal);
   const executor = addon.createExecutor(executorOptions(assign, program, kvBlocks, options), callbacks);

@@ -32,6 +32,7 @@ export interface ModelPlan {
 export interface ModelPlanOptions {
   tensorParallel: CutShares;
   pipelineParallel: CutShares;
+  bits: Program['bits'];
   activations: ActivationType;
   kvType: KvType;
   contextTokensMax: number | null;
@@ -61,6 +62,7 @@ export async function planModel(
       const program = buildProgram(facts, cut, {
         stage,
         rank,
+        bits: options.bits,
         activations: options.activations,
         kvType: options.kvType,
         contextTokensMax: options.contextTokensMax,

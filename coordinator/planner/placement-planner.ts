@@ -23,6 +23,7 @@ export interface PlannerOptions {
   facts: ModelFacts;
   tensorParallel: CutShares;
   pipelineParallel: CutShares;
+  bits: Program['bits'];
   activations: ActivationType;
   kvType: KvType;
   wire: keyof typeof wireBytes;
@@ -150,8 +151,8 @@ function cutOrNull(facts: ModelFacts, tp: number, pp: number): ModelCut | null {
 const sharesText = ({ count, parts }: CutShares): string => parts?.join(':') ?? String(count);
 
 const programOf = (options: PlannerOptions, cut: ModelCut, stage: number, rank: number): Program => {
-  const { facts, activations, kvType, contextTokensMax } = options;
-  return buildProgram(facts, cut, { stage, rank, activations, kvType, contextTokensMax });
+  const { facts, bits, activations, kvType, contextTokensMax } = options;
+  return buildProgram(facts, cut, { stage, rank, bits, activations, kvType, contextTokensMax });
 };
 
 const kvTypes = ({ kv: { key, value } }: Program): PlanReport['kv'] => ({ key, value });

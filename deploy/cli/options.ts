@@ -135,6 +135,13 @@ const options = {
     new Option('--block-tokens <n>', 'tokens of a KV block: 16, 32, 48 or 64').default(16).argParser(integer(16, 64)),
   kvCacheBytes: () =>
     new Option('--kv-cache-bytes <size>', 'KV cache of each worker, e.g. 512m').default(256 * 1024 ** 2, '256m').argParser(bytes),
+  bits: () =>
+    new Option(
+      '--bits <promise>',
+      'exact: one answer on any split and executor; per-kind: only on executors of one kind, where BF16 weights may use tensor cores',
+    )
+      .choices(['exact', 'per-kind'])
+      .default('exact'),
   activations: () =>
     new Option('--activations <type>', 'activations of quantised products; int16 is slower and a hundred times as exact')
       .choices(['int8', 'int16'])
@@ -209,6 +216,7 @@ export interface OptionValues {
   prefillChunkMax?: number;
   blockTokens: number;
   kvCacheBytes: number;
+  bits: 'exact' | 'per-kind';
   activations: 'int8' | 'int16';
   kvType: 'auto' | 'int8' | 'f16-int8' | 'f16';
   contextTokensMax?: number;

@@ -69,6 +69,7 @@ async function plan(values: OptionValues): Promise<void> {
     facts,
     tensorParallel: values.tp,
     pipelineParallel: values.pp,
+    bits: values.bits,
     activations: values.activations,
     kvType: values.kvType,
     wire: values.wire,

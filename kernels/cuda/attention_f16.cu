@@ -52,6 +52,7 @@ struct WarpShared {
   uint4 q8[D / 4];    // of int8 K: four values a word
   float4 weight[64];  // of each key, for f16 V
   uint4 u[16];        // for int8 V: of four keys a word
+  float total[kRows][D];  // of the spans folded so far, where a piece has several
 };
 
 // Value i of a lane: neighbours by two where a head has whole pairs for 32 lanes.
@@ -304,8 +305,8 @@ __device__ __forceinline__ void attend(const AttentionStep& step, const Attentio
   float scale[kRows];
   load_query<D>(step, rows, lane, shared, scale);
 
-  RowsState<D> total, state;
-  clear(total);
+  RowsState<D> state;
+  float total_m[kRows], total_l[kRows];  // their values lie in shared memory, each read by the lane that wrote it
   bool started[kRows] = {};
   const int first = whole ? rows.lowest / kSpanTokens : work.span, last = whole ? rows.highest / kSpanTokens : work.span;
   for (int span = first; span <= last; span++) {
@@ -326,16 +327,19 @@ __device__ __forceinline__ void attend(const AttentionStep& step, const Attentio
         }
       } else if (!started[r]) {
         started[r] = true;
-        total.m[r] = state.m[r];
-        total.l[r] = state.l[r];
+        total_m[r] = state.m[r];
+        total_l[r] = state.l[r];
 #pragma unroll
-        for (int i = 0; i < D / 32; i++) total.o[r][i] = state.o[r][i];
+        for (int i = 0; i < D / 32; i++) shared->total[r][32 * i + lane] = state.o[r][i];
       } else {
-        const float m = larger(total.m[r], state.m[r]), a = exp_fixed(__fsub_rn(total.m[r], m)), b = exp_fixed(__fsub_rn(state.m[r], m));
-        total.l[r] = __fadd_rn(__fmul_rn(total.l[r], a), __fmul_rn(state.l[r], b));
+        const float m = larger(total_m[r], state.m[r]), a = exp_fixed(__fsub_rn(total_m[r], m)), b = exp_fixed(__fsub_rn(state.m[r], m));
+        total_l[r] = __fadd_rn(__fmul_rn(total_l[r], a), __fmul_rn(state.l[r], b));
 #pragma unroll
-        for (int i = 0; i < D / 32; i++) total.o[r][i] = __fadd_rn(__fmul_rn(total.o[r][i], a), __fmul_rn(state.o[r][i], b));
-        total.m[r] = m;
+        for (int i = 0; i < D / 32; i++) {
+          float& o = shared->total[r][32 * i + lane];
+          o = __fadd_rn(__fmul_rn(o, a), __fmul_rn(state.o[r][i], b));
+        }
+        total_m[r] = m;
       }
     }
   }
@@ -343,16 +347,16 @@ __device__ __forceinline__ void attend(const AttentionStep& step, const Attentio
 #pragma unroll
   for (int r = 0; r < kRows; r++) {
     if (r >= rows.count) continue;
-    const float inverse = __fdiv_rn(1.0f, total.l[r]);
+    const float inverse = __fdiv_rn(1.0f, total_l[r]);
     float* out = step.out + rows.row[r] * step.out_stride + rows.head[r] * D;
 #pragma unroll
-    for (int i = 0; i < D / 32; i++) out[value_of_lane<D>(i, lane)] = __fmul_rn(total.o[r][i], inverse);
+    for (int i = 0; i < D / 32; i++) out[value_of_lane<D>(i, lane)] = __fmul_rn(shared->total[r][32 * i + lane], inverse);
   }
 }
 
 // Warps of a block have nothing to do with each other: where one has no row, the others go on.
 template <int D>
-__global__ void __launch_bounds__(kWarps * 32) attention_f16_kernel(const AttentionStep step) {
+__global__ void __launch_bounds__(kWarps * 32, 2) attention_f16_kernel(const AttentionStep step) {
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   WarpShared<D>* shared = reinterpret_cast<WarpShared<D>*>(dynamic_shared()) + warp;
   const int count = *step.work_count;

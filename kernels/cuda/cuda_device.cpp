@@ -21,8 +21,8 @@ namespace {
 
 using namespace cuda;
 
-// Above this linear_float_prefill takes over from linear_float_decode; either gives the same bits.
-constexpr int kFloatDecodeTokensMax = 16;
+// Above these the prefill products of float weights take over from the decode products; either gives the same bits.
+constexpr int kFloatDecodeTokensMax = 16, kBrainDecodeTokensMax = 64;
 constexpr int kSlotsMax = 4096;
 constexpr uint32_t kNothingFound = 0xffffffffu;
 
@@ -66,7 +66,7 @@ class CudaDevice final : public Device {
     ProductTuning tuning{};
   };
   struct CardBuffer {
-    Memory values, groups;  // groups: its quantised form
+    Memory values, groups, brain;  // groups: its quantised form; brain: rounded to bf16, of what a bf16 product reads
     bool only_groups = true;  // nobody reads the values
     float* row(int64_t stride, int r) const { return values.as<float>() + r * stride; }
   };
@@ -108,6 +108,9 @@ class CudaDevice final : public Device {
   }
   bool broken() const { return !problem_.fault.empty(); }
   Product product(const Operation& o, int subtree_count, const Subtree* subtrees, float* out, int64_t out_stride, int64_t subtree_stride) const;
+  // Whether a product goes through the tensor cores as bf16: where the program lets executor kinds differ in their bits.
+  bool is_brain(const Operation& o) const { return program().per_kind && program().weights[static_cast<size_t>(o.weight)].type == TensorType::BF16; }
+  void round_input(const Operation& o);
   void run(const Operation& o, const Product& product);
 
   Card card_facts_{};
@@ -233,6 +236,10 @@ void CudaDevice::plan_memory() {
       const bool product = o.kind == OperationKind::Linear || o.kind == OperationKind::LinearPartial;
       return (product && shard_.is_quantized(o.weight)) || (o.in != static_cast<int>(i) && o.in2 != static_cast<int>(i));
     });
+    if (std::any_of(p.operations.begin(), p.operations.end(), [&](const Operation& o) {
+          return (o.kind == OperationKind::Linear || o.kind == OperationKind::LinearPartial) && o.in == static_cast<int>(i) && is_brain(o);
+        }))
+      buffers_[i].brain = Memory(Place::Card, brain_bytes(b.rows, b.width), kBuffers);
     if (b.quantized) buffers_[i].groups = Memory(Place::Card, activation_bytes(b.rows, b.width, p.activations), kBuffers);
     if (!b.host) continue;
     mirrors_[i] = Memory(Place::Host, bytes, kBuffers);
@@ -297,7 +304,7 @@ size_t CudaDevice::bytes() const {
   for (const CardMatrix& m : matrices_) add(m.data);
   for (const Memory& v : vectors_) add(v);
   for (const Table& t : tables_) add(t.cosine, t.sine);
-  for (const CardBuffer& b : buffers_) add(b.values, b.groups);
+  for (const CardBuffer& b : buffers_) add(b.values, b.groups, b.brain);
   for (const Memory& m : mirrors_) add(m);
   add(kv_, sums_, received_sums_, partials_, step_host_, step_card_, staging_host_, received_host_, sums_host_);
   return sum;
@@ -457,19 +464,29 @@ Product CudaDevice::product(const Operation& o, int subtree_count, const Subtree
           matrix.data.as<uint8_t>(), card(o.in).groups.as<ActivationGroup>(), rows_of(o.in), static_cast<int>(o.segments.size()),
           o.segments.data(), subtree_count,     subtrees,             vector(o.bias),
           out,               out_stride,        subtree_stride,       matrix.tuning.decode_tiles,
-          program().activations, values(o.in),  shard_.buffer(o.in).stride};
+          program().activations, values(o.in),  shard_.buffer(o.in).stride, card(o.in).brain.as<BrainGroup>()};
+}
+
+void CudaDevice::round_input(const Operation& o) {
+  const Buffer& in = shard_.buffer(o.in);
+  queue(round_bf16(values(o.in), in.stride, rows_of(o.in), in.width, card(o.in).brain.as<BrainGroup>(), stream_));
 }
 
 void CudaDevice::run(const Operation& o, const Product& product) {
+  if (broken()) return;
   const int decode_tokens_max = matrices_[static_cast<size_t>(o.weight)].tuning.decode_tokens_max;
   if (shard_.is_quantized(o.weight)) queue(product.tokens <= decode_tokens_max ? linear_decode(product, stream_) : linear_prefill(product, stream_));
+  else if (is_brain(o)) queue(product.tokens <= kBrainDecodeTokensMax ? linear_bf16_decode(product, stream_) : linear_bf16_prefill(product, stream_));
   else queue(product.tokens <= kFloatDecodeTokensMax ? linear_float_decode(product, stream_) : linear_float_prefill(product, stream_));
 }
 
 void CudaDevice::products(const std::vector<int>& operations) {
+  bool rounded = false;  // they share their input
   for (const int index : operations) {
     if (broken()) return;
     const Operation& o = operation(index);
+    if (is_brain(o) && !rounded) round_input(o);
+    rounded = rounded || is_brain(o);
     const Subtree whole{0, static_cast<int>(o.segments.size())};
     run(o, product(o, 1, &whole, values(o.out), shard_.buffer(o.out).stride, 0));
   }
@@ -481,6 +498,7 @@ void CudaDevice::partial_product(int index, uint8_t* block) {
   if (broken()) return;
   const Operation& o = operation(index);
   const std::vector<Subtree>& subtrees = shard_.own_subtrees(index);
+  if (is_brain(o)) round_input(o);
   run(o, product(o, static_cast<int>(subtrees.size()), subtrees.data(), sums_.as<float>(), o.width, rows_->tokens * o.width));
   if (program().ranks > 1 && !broken()) queue(copy_to_host(partial_, sums_.as<void>(), subtrees.size() * static_cast<size_t>(rows_->tokens) * static_cast<size_t>(o.width) * 4, stream_));
 }

@@ -20,11 +20,9 @@ __global__ void __launch_bounds__(kSegmentsMax * 32, 1) linear_bf16_decode_kerne
   const int strip = static_cast<int>(blockIdx.x), first_tile = static_cast<int>(blockIdx.y) * tiles;
   const uint8_t* records = plan.weight + strip * plan.strip_bytes;
   const int upper = float_piece_at(lane % 4, lane / 4), lower = float_piece_at(lane % 4, lane / 4 + 8);
-  const BrainGroup* x[tiles];
-  for (int i = 0; i < tiles; i++) {
-    const int tile = first_tile + i < plan.tiles ? first_tile + i : plan.tiles - 1;  // a tile too many repeats the last and is not stored
-    x[i] = plan.brain + static_cast<int64_t>(tile) * plan.groups;
-  }
+  const BrainGroup* x = plan.brain + static_cast<int64_t>(first_tile) * plan.groups;
+  int own[tiles];
+  for (int i = 0; i < tiles; i++) own[i] = min(i, plan.tiles - 1 - first_tile) * plan.groups;  // a tile too many repeats the last and is not stored
   float acc[tiles][4] = {};
   const int end = plan.segment_end[segment];
 #pragma unroll(tiles == 1 ? 4 : 2)
@@ -34,7 +32,7 @@ __global__ void __launch_bounds__(kSegmentsMax * 32, 1) linear_bf16_decode_kerne
     const uint32_t first[4] = {u.x, l.x, u.y, l.y}, second[4] = {u.z, l.z, u.w, l.w};
 #pragma unroll
     for (int i = 0; i < tiles; i++) {
-      const uint4 b = reinterpret_cast<const uint4*>(&x[i][group])[lane];
+      const uint4 b = reinterpret_cast<const uint4*>(&x[own[i] + group])[lane];
       const uint32_t b_first[2] = {b.x, b.y}, b_second[2] = {b.z, b.w};
       mma_bf16_k16(acc[i], first, b_first);
       mma_bf16_k16(acc[i], second, b_second);

@@ -19,18 +19,16 @@ __global__ void __launch_bounds__(kSegmentsMax * 32, 1) linear_decode_kernel(con
   const int strip = static_cast<int>(blockIdx.x), first_tile = static_cast<int>(blockIdx.y) * tiles;
   const uint8_t* heads = plan.weight + strip * plan.strip_bytes;
   const uint8_t* records = heads + plan.heads * F::head_bytes;
-  const X* x[tiles];
-  for (int i = 0; i < tiles; i++) {
-    const int tile = first_tile + i < plan.tiles ? first_tile + i : plan.tiles - 1;  // a tile too many repeats the last and is not stored
-    x[i] = reinterpret_cast<const X*>(plan.in) + static_cast<int64_t>(tile) * plan.groups;
-  }
+  const X* x = reinterpret_cast<const X*>(plan.in) + static_cast<int64_t>(first_tile) * plan.groups;
+  int own[tiles];
+  for (int i = 0; i < tiles; i++) own[i] = min(i, plan.tiles - 1 - first_tile) * plan.groups;  // a tile too many repeats the last and is not stored
   float acc[tiles][4] = {};
   const int end = plan.segment_end[segment];
 #pragma unroll(tiles == 1 ? 4 : tiles == 2 ? 2 : 1)
   for (int group = plan.segment_begin(segment); group < end; group++) {
     const StripGroup<F> w = load_strip_group<F>(records + group * F::record_bytes, heads + (plan.phase + group) / 8 * F::head_bytes, lane);
 #pragma unroll
-    for (int i = 0; i < tiles; i++) add_group(acc[i], w, x[i][group], lane);
+    for (int i = 0; i < tiles; i++) add_group(acc[i], w, x[own[i] + group], lane);
   }
   join_leaves(plan, acc, strip, first_tile);
 }

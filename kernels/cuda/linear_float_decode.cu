@@ -22,8 +22,9 @@ __global__ void __launch_bounds__(kSegmentsMax * 32, 1) linear_float_decode_kern
   const int first_row = static_cast<int>(blockIdx.x) * kBlockRows, first_token = static_cast<int>(blockIdx.y) * tokens;
   const int strip = min(first_row / kStripRows + lane / kStripRows, plan.strips - 1);  // rows of a strip too many are not stored, nor are tokens
   const uint8_t* records = plan.weight + strip * plan.strip_bytes;
-  const float* x[tokens];
-  for (int i = 0; i < tokens; i++) x[i] = plan.x + min(first_token + i, plan.tokens - 1) * plan.x_stride;
+  const float* x = plan.x + first_token * plan.x_stride;
+  int own[tokens];
+  for (int i = 0; i < tokens; i++) own[i] = min(i, plan.tokens - 1 - first_token) * static_cast<int>(plan.x_stride);
   float acc[tokens] = {};
   const int end = plan.segment_end[segment];
 #pragma unroll(tokens == 1 ? 2 : 1)
@@ -36,17 +37,16 @@ __global__ void __launch_bounds__(kSegmentsMax * 32, 1) linear_float_decode_kern
       float w[F::piece_values];
       widen_piece<F>(pieces[c], w);
 #pragma unroll
-      for (int i = 0; i < tokens; i++) {
-        const float4* from = reinterpret_cast<const float4*>(x[i] + group * 32 + c * F::piece_values);
+      for (int k = 0; k < F::piece_values; k += 4)
 #pragma unroll
-        for (int k = 0; k < F::piece_values; k += 4) {
-          const float4 four = from[k / 4];
+        for (int i = 0; i < tokens; i++) {
+          const float4 four = *reinterpret_cast<const float4*>(x + own[i] + group * 32 + c * F::piece_values + k);
           acc[i] = __fmaf_rn(w[k], four.x, acc[i]);
           acc[i] = __fmaf_rn(w[k + 1], four.y, acc[i]);
           acc[i] = __fmaf_rn(w[k + 2], four.z, acc[i]);
           acc[i] = __fmaf_rn(w[k + 3], four.w, acc[i]);
         }
-      }
+      if constexpr (tokens > 1) __syncwarp();  // else the compiler moves loads of x to where they cost more registers than there are
     }
   }
 

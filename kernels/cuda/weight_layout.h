@@ -71,6 +71,9 @@ struct FloatFormat {
   static constexpr int record_bytes = kStripRows * 32 * value_bytes;
 };
 // Where piece c of row r lies in a record.
+#if defined(__CUDACC__)
+__host__ __device__
+#endif
 constexpr int float_piece_at(int c, int r) { return 256 * c + 16 * (r ^ (2 * c & 6)); }
 
 // Calls `use` with the FloatFormat of a tensor type; false for quantised types.

@@ -76,6 +76,7 @@ struct Program {
   int64_t hidden_size, vocabulary_size, context_tokens_max;
   std::vector<BufferSpec> buffers;
   std::vector<WeightSlice> weights;
+  bool per_kind;  // other bits than the reference's are allowed, as long as executors of one kind agree
   ActivationType activations;
   KvSpec kv;
   std::vector<Operation> operations;

@@ -46,6 +46,8 @@ export interface ProgramOptions {
   activations: ActivationType;
   /** `auto`: f16 beside int16 activations; else int8, but for K where k has a bias. */
   kvType: KvType;
+  /** `per-kind`: faster arithmetic of one executor kind is allowed where there is any (BF16 weights). `exact` where nothing is said. */
+  bits?: Program['bits'];
   /** Longest context wanted; null, 0 or more than the model's own: the model's own. */
   contextTokensMax: number | null;
 }
@@ -241,10 +243,10 @@ export function buildDecoder(facts: ModelFacts, traits: DecoderTraits, cut: Mode
   const kvType = options.kvType === 'auto' ? kvTypeOf(activations, builder.has(keyBiasName(0))) : options.kvType;
   const key = kvType === 'int8' ? 'int8' : 'f16';
   const value = kvType === 'f16' ? 'f16' : 'int8';
-  const quantised = facts.tensors.every((tensor) => tensor.shape.length === 1 || quantType(tensor.type).blockValues > 1);
+  const brain = facts.tensors.some(({ shape, type }) => shape.length > 1 && type === 'BF16');
   return {
     architecture: facts.architecture,
-    bits: quantised && kvType === 'int8' ? 'exact' : 'per-kind',
+    bits: brain ? (options.bits ?? 'exact') : 'exact',
     activations,
     stage,
     stages: cut.stages.length,

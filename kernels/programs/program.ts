@@ -122,7 +122,7 @@ export interface KvSpec {
 
 export interface Program {
   architecture: string;
-  /** `exact`: any executor gives the reference's bits. `per-kind`: only executors of one kind agree (float weights, K or V). */
+  /** `exact`: any executor gives the reference's bits. `per-kind`: only executors of one kind agree, since a card may put BF16 weights through its tensor cores. */
   bits: 'exact' | 'per-kind';
   activations: ActivationType;
   stage: number;

@@ -376,6 +376,18 @@ export function describeCudaPrograms(load: () => Promise<Addon>): void {
       }
     };
 
+    it('cuda program - bits per kind: BF16 by tensor cores gives the same on any cut of cards, and is near what the reference gives', async () => {
+      const shape = shapes['llama, BF16 throughout, heads of 256, K and V f16']!;
+      const [exact, allowed] = [smallModel(shape), smallModel({ ...shape, bits: 'per-kind' })];
+      const want = await text(exact, 1, 1, {});
+      expect(await text(allowed, 1, 1, {})).toEqual(want); // the reference has one arithmetic
+      const found = await text(allowed, 1, 1, cuda);
+      expect(found).not.toEqual(want);
+      expect(Math.abs((found[1] as number) - (want[1] as number))).toBeLessThan(0.02);
+      expect(await text(allowed, [2, 1], 1, cuda)).toEqual(found);
+      expect(await text(allowed, 1, 2, cuda)).toEqual(found);
+    });
+
     for (const [name, shape] of Object.entries(shapes))
       it(`cuda program - ${name}: the reference's bits on one rank, on several and a mixed pair of stages`, async () => {
         const model = smallModel(shape);

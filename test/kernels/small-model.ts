@@ -22,6 +22,8 @@ export interface SmallShape {
   contextTokensMax?: number;
   /** int8 where nothing is said. */
   activations?: ActivationType;
+  /** exact where nothing is said. */
+  bits?: Program['bits'];
   kvType?: KvType;
   /** Of `q`, `k`, `v`, `o`, `gate`, `up`, `down`, `embedding`, and `head` where the head is not the embedding. */
   types: Record<'q' | 'k' | 'v' | 'o' | 'gate' | 'up' | 'down' | 'embedding', TensorType> & { head?: TensorType };
@@ -135,6 +137,7 @@ export function smallModel(shape: SmallShape): SmallModel {
           buildProgram(facts, cut, {
             stage,
             rank,
+            bits: shape.bits ?? 'exact',
             activations: shape.activations ?? 'int8',
             kvType: shape.kvType ?? kvType,
             contextTokensMax: null,

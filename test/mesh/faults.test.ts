@@ -103,6 +103,7 @@ async function makeMesh(seed: number, stages: number, ranks: number) {
         blockTokens: 16,
         kvBlocks: 0,
         kvCacheBytes: 1 << 20,
+        bits: 'exact' as const,
         activations: 'int8' as const,
         kvType: 'auto' as const,
         contextTokensMax: 64,

@@ -173,6 +173,7 @@ export const samples: { [T in Message['type']]: Extract<Message, { type: T }> } 
     blockTokens: 16,
     kvBlocks: 0,
     kvCacheBytes: 268_435_456,
+    bits: 'exact',
     activations: 'int8',
     kvType: 'auto',
     contextTokensMax: 2_048,

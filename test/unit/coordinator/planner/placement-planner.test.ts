@@ -33,6 +33,7 @@ const options = (change: Partial<PlannerOptions> = {}): PlannerOptions => ({
   facts: makeFacts(),
   tensorParallel: shares(2),
   pipelineParallel: shares(1),
+  bits: 'exact',
   activations: 'int8',
   kvType: 'auto',
   wire: 'f32',
@@ -160,11 +161,14 @@ describe('placement planner', () => {
     expect(planPlacements({ ...small, contextTokensMax: 2_048 }).advice[0]).not.toContain('KV cache of');
   });
 
-  test('placement planner - float weights promise their bits per kind only, rounded activations none', () => {
-    expect(planPlacements(options({ facts: makeFacts({}, 'F16', 'F16') })).asked.bits).toBe('per-kind');
+  test('placement planner - BF16 weights promise their bits per kind only where that is allowed, rounded activations none', () => {
+    const bitsOf = (type: 'F16' | 'BF16', bits: 'exact' | 'per-kind') =>
+      planPlacements(options({ facts: makeFacts({}, type, type), bits })).asked.bits;
+    expect([bitsOf('BF16', 'exact'), bitsOf('F16', 'exact'), bitsOf('F16', 'per-kind')]).toEqual(['exact', 'exact', 'exact']);
+    expect(bitsOf('BF16', 'per-kind')).toBe('per-kind');
     expect(planPlacements(options({ wire: 'q8' })).asked.bits).toBe('free');
     expect(planPlacements(options({ wire: 'q8' })).placements.find((one) => one.workers === 1)?.bits).toBe('exact');
-    expect(planPlacements(options({ kvType: 'f16-int8' })).asked).toMatchObject({ bits: 'per-kind', kvTokens: 22_816 });
+    expect(planPlacements(options({ kvType: 'f16-int8' })).asked).toMatchObject({ bits: 'exact', kvTokens: 22_816 });
   });
 });
 
