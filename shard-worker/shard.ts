@@ -55,7 +55,17 @@ export function shardKey(assign: Assign): string {
     ranks: ranks.map(({ worker: _, ...units }) => units),
   }));
   const { bits, activations, contextTokensMax, stepTokensMax, sequencesMax } = assign;
-  const limits = { blockTokens, kvBlocks, kvCacheBytes, bits, activations, kvType, contextTokensMax, stepTokensMax, sequencesMax };
+  const limits = {
+    blockTokens,
+    kvBlocks,
+    kvCacheBytes,
+    bits,
+    activations,
+    kvType,
+    contextTokensMax,
+    stepTokensMax,
+    sequencesMax,
+  };
   const { wire } = placement;
   return JSON.stringify({ stages, wire, stage, rank, sliceSha256, executor, isa, cores, spin, limits });
 }

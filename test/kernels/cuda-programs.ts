@@ -66,12 +66,15 @@ export function describeCudaPrograms(load: () => Promise<Addon>): void {
       ['f16 K', { key: 'f16' }],
       ['f16 V', { value: 'f16' }],
       ['int16 activations, f16 K and V', { activations: 'int16', key: 'f16', value: 'f16' }],
-    ] as const)('cuda program - with %s two ranks, one of them a CPU, score a prompt as the reference does', async ([, types]) => {
-      const executorOf = (_: number, rank: number): RankExecutor => (rank === 0 ? cuda : cpu);
-      const want = await scores(types);
-      expect(await scores({ ...types, executorOf, cut: twoRankCut }, 41)).toEqual(want);
-      expect(want).not.toEqual(await scores({}));
-    });
+    ] as const)(
+      'cuda program - with %s two ranks, one of them a CPU, score a prompt as the reference does',
+      async ([, types]) => {
+        const executorOf = (_: number, rank: number): RankExecutor => (rank === 0 ? cuda : cpu);
+        const want = await scores(types);
+        expect(await scores({ ...types, executorOf, cut: twoRankCut }, 41)).toEqual(want);
+        expect(want).not.toEqual(await scores({}));
+      },
+    );
 
     it.for([
       ['CUDA at rank 0, a CPU at rank 1', twoRankCut, (_: number, rank: number) => rank === 0],

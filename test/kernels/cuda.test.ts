@@ -19,7 +19,9 @@ const ofEachType = [
 const cases = {
   cuda_linear_test: [
     ...['F32', 'F16', 'BF16', ...quantised].flatMap((type) => ofEachType.map((check) => `cuda linear ${type} - ${check}`)),
-    ...quantised.map((type) => `cuda linear ${type} - both products have the reference's bits with int16 activations, in any order`),
+    ...quantised.map(
+      (type) => `cuda linear ${type} - both products have the reference's bits with int16 activations, in any order`,
+    ),
     'cuda linear - the decode products make every tree of 1 to 16 segments',
     'cuda linear - the prefill products make every tree of 1 to 16 segments',
     "cuda linear bf16 - both products of tensor cores have the reference's bits where no sum rounds",

@@ -166,8 +166,8 @@ std::string run_mma() {
   return "";
 }
 
-// Rows of shared memory to fragments by ldmatrix, then a half-precision product: A [16][16], B as its transpose [8][16], and B again [16][8] by .trans.
-void half_mma_kernel(const uint16_t* a, const uint16_t* b, float* d, bool transposed) {
+// Rows of shared memory to fragments by ldmatrix, then a product of halves or of bf16: A [16][16], B as its transpose [8][16], and B again [16][8] by .trans.
+void half_mma_kernel(const uint16_t* a, const uint16_t* b, float* d, bool transposed, bool brain) {
   uint16_t* shared = reinterpret_cast<uint16_t*>(dynamic_shared());
   const int lane = static_cast<int>(threadIdx.x);
   for (int i = lane; i < 256; i += 32) shared[i] = a[i];
@@ -179,21 +179,24 @@ void half_mma_kernel(const uint16_t* a, const uint16_t* b, float* d, bool transp
   if (transposed) load_matrix<2, true>(rb, shared + 256 + lane % 16 * 8);
   else load_matrix<2>(rb, shared + 256 + lane % 8 * 16 + lane / 8 % 2 * 8);
   float rd[4] = {0, 0, 0, 0};
-  mma_f16_k16(rd, ra, rb);
+  if (brain) mma_bf16_k16(rd, ra, rb);
+  else mma_f16_k16(rd, ra, rb);
   for (int i = 0; i < 4; i++) d[(lane / 4 + 8 * (i / 2)) * 8 + lane % 4 * 2 + i % 2] = rd[i];
 }
 
-std::string run_half_mma(bool transposed) {
+std::string run_half_mma(bool transposed, bool brain) {
   std::vector<uint16_t> a(256), b(128);
-  for (size_t i = 0; i < a.size(); i++) a[i] = float_to_half(static_cast<float>(static_cast<int>(i * 7 % 23) - 11));
-  for (size_t i = 0; i < b.size(); i++) b[i] = float_to_half(static_cast<float>(static_cast<int>(i * 5 % 19) - 9) * 0.25f);
+  const auto bits = [&](float value) { return brain ? float_to_bfloat(value) : float_to_half(value); };
+  const auto value = [&](uint16_t h) { return brain ? bfloat_to_float(h) : half_to_float(h); };
+  for (size_t i = 0; i < a.size(); i++) a[i] = bits(static_cast<float>(static_cast<int>(i * 7 % 23) - 11));
+  for (size_t i = 0; i < b.size(); i++) b[i] = bits(static_cast<float>(static_cast<int>(i * 5 % 19) - 9) * 0.25f);
   const Guarded<uint16_t> da("a", a), db("b", b);
   const Guarded<float> d("d", 128);
-  if (const char* fault = launch(half_mma_kernel, 1, 32, 768, nullptr, da.data(), db.data(), d.data(), transposed)) return fault;
+  if (const char* fault = launch(half_mma_kernel, 1, 32, 768, nullptr, da.data(), db.data(), d.data(), transposed, brain)) return fault;
   for (size_t r = 0; r < 16; r++)
     for (size_t c = 0; c < 8; c++) {
       float expected = 0;  // every sum is exact
-      for (size_t k = 0; k < 16; k++) expected += half_to_float(a[r * 16 + k]) * half_to_float(b[k * 8 + c]);
+      for (size_t k = 0; k < 16; k++) expected += value(a[r * 16 + k]) * value(b[k * 8 + c]);
       if (d.data()[r * 8 + c] != expected) return "row " + std::to_string(r) + " column " + std::to_string(c);
     }
   return "";
@@ -201,11 +204,14 @@ std::string run_half_mma(bool transposed) {
 
 std::string run_numbers() {
   if (__dp4a(0x7f80ff01, 0x017f80fe, 5) != 127 * 1 + -128 * 127 + -1 * -128 + 1 * -2 + 5) return "__dp4a";
+  if (dp4a_u8s8(0x7f80ff01, 0x017f80fe, 5) != 127 * 1 + 128 * 127 + 255 * -128 + 1 * -2 + 5) return "dp4a_u8s8";
   if (__byte_perm(0x33221100, 0x77665544, 0x7052) != 0x77005522) return "__byte_perm";
   if (__float2int_rn(2.5f) != 2 || __float2int_rn(-3.5f) != -4 || __float2int_rn(1e20f) != INT32_MAX || __float2int_rn(NAN) != 0) return "__float2int_rn";
   for (uint32_t h = 0; h < 0x7c00; h++)
     if (float_to_half(half_to_float(static_cast<uint16_t>(h))) != h) return "half " + std::to_string(h);
   if (float_to_half(65519.0f) != 0x7bff || float_to_half(65520.0f) != 0x7c00 || float_to_half(0x1p-25f) != 0 || float_to_half(0x1.8p-25f) != 1) return "rounding to half";
+  if (float_to_bfloat(0x1.01p0f) != 0x3f80 || float_to_bfloat(0x1.03p0f) != 0x3f82 || float_to_bfloat(-0x1.010002p0f) != 0xbf81 || float_to_bfloat(0x1.fffffep127f) != 0x7f80)
+    return "rounding to bf16";
   return "";
 }
 
@@ -377,9 +383,14 @@ int main() {
       if (!what.empty()) return what;
     return std::string();
   });
-  test_case("simt - ldmatrix and half mma equal the plain product", [] { return in_every_order([] { return run_half_mma(false); }); });
-  test_case("simt - ldmatrix transposes", [] { return in_every_order([] { return run_half_mma(true); }); });
-  test_case("simt - dp4a, byte permutation, rounding and half conversion", run_numbers);
+  test_case("simt - ldmatrix, half and bf16 mma equal the plain product", [] {
+    return in_every_order([] {
+      const std::string what = run_half_mma(false, false);
+      return what.empty() ? run_half_mma(false, true) : what;
+    });
+  });
+  test_case("simt - ldmatrix transposes", [] { return in_every_order([] { return run_half_mma(true, false); }); });
+  test_case("simt - dp4a, byte permutation, rounding, half and bf16 conversion", run_numbers);
   test_case("simt - asynchronous copies arrive when they are waited for", [] { return in_every_order([] { return run_pipeline(true); }); });
   test_case("simt - an asynchronous copy fills with zeros behind its source", [] {
     const Guarded<uint8_t> in("in", std::vector<uint8_t>{1, 2, 3, 4, 5}), out("out", 16);
