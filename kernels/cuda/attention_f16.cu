@@ -2,8 +2,9 @@
 //   q [T, heads * D] fp32 after rope    cache: kernels/include/kernel_set.h    out [T, heads * D] fp32
 // f16 K wants one chain of D fma a key, f16 V one of the unmasked keys a value, so neither is shared by lanes and no tensor core can take part. int8 K or V stays integer.
 //
-// Work is the list of attention.cu. A block is one piece of it, up to 16 pairs (row, query head) of one sequence and KV head; each of its four warps takes four of them, and
-// they read the same K and V, three of them from the first-level cache. One step is 64 keys.
+// Work is the list of attention.cu: pieces of up to 16 pairs (row, query head) of one sequence and KV head; a warp takes four pairs at a time. The whole context of a piece
+// (prefill) is a block's: its four warps read the same K and V, three of them from the first-level cache. One span of a piece (decode) is a warp's, since there a piece
+// often has four pairs or fewer. One step is 64 keys.
 //   scores  a lane has keys 2l and 2l + 1 for four rows: eight chains, each load of K serves four rows, q comes from shared memory, one load for four rows
 //   values  a lane has D / 32 values for four rows, weights come from shared memory, one load for four rows
 // Limits: D = 32, 64, 96, 128 or 256; q_stride a multiple of 4, q 16-byte aligned.
@@ -25,14 +26,15 @@ struct WarpRows {
   int lowest, highest;                    // over those that exist
 };
 
-__device__ __forceinline__ WarpRows warp_rows(const AttentionStep& step, const AttentionWork& work, const HeadRun& run, int warp) {
+// Pairs 4 * quarter and up of a piece.
+__device__ __forceinline__ WarpRows warp_rows(const AttentionStep& step, const AttentionWork& work, const HeadRun& run, int quarter) {
   WarpRows rows;
-  rows.count = min(kRows, work.rows * run.count - warp * kRows);
+  rows.count = min(kRows, work.rows * run.count - quarter * kRows);
   rows.lowest = 0x7fffffff;
   rows.highest = -1;
 #pragma unroll
   for (int r = 0; r < kRows; r++) {
-    const int index = warp * kRows + r;
+    const int index = quarter * kRows + r;
     rows.row[r] = work.row + index / run.count;
     rows.head[r] = run.first + index % run.count;
     rows.position[r] = r < rows.count ? step.rows.positions[rows.row[r]] : -1;
@@ -146,7 +148,7 @@ __device__ __forceinline__ void make_scores(const AttentionStep& step, const uin
   float chain[kRows][2] = {};
   if (own) {
     const uint32_t* keys = reinterpret_cast<const uint32_t*>(own) + lane % 8;
-#pragma unroll 8
+#pragma unroll 16
     for (int d = 0; d < D; d++) {
       const uint32_t pair = keys[d * 8];
       const float first = low_half(pair), second = high_half(pair);
@@ -180,7 +182,7 @@ __device__ __forceinline__ float halving_sum_64(float first, float second) {
 template <int D, bool whole>
 __device__ __forceinline__ void add_half_values(const uint8_t* values, const WarpRows& rows, int from, int lane, const float4* weights, RowsState<D>& state) {
   const int begin = max(from, rows.lowest), end = min(from + 16, rows.highest + 1);
-#pragma unroll 4
+#pragma unroll(whole ? 8 : 1)
   for (int j = whole ? from : begin; j < (whole ? from + 16 : end); j++) {
     const uint16_t* row = reinterpret_cast<const uint16_t*>(values) + (j - from) * D;
     float v[D / 32];
@@ -296,9 +298,9 @@ __device__ __forceinline__ void attend_step(const AttentionStep& step, const War
 }
 
 template <int D>
-__device__ __forceinline__ void attend(const AttentionStep& step, const AttentionWork& work, WarpShared<D>* shared, int warp, int lane) {
+__device__ __forceinline__ void attend(const AttentionStep& step, const AttentionWork& work, WarpShared<D>* shared, int quarter, int lane) {
   const HeadRun run = step.runs[work.run];
-  const WarpRows rows = warp_rows(step, work, run, warp);
+  const WarpRows rows = warp_rows(step, work, run, quarter);
   if (rows.count < 1) return;
   const bool whole = work.span < 0;  // all spans, folded here
   const int32_t* table = step.rows.block_tables + step.rows.block_offsets[step.rows.row_sequence[work.row]];
@@ -356,11 +358,21 @@ __device__ __forceinline__ void attend(const AttentionStep& step, const Attentio
 
 // Warps of a block have nothing to do with each other: where one has no row, the others go on.
 template <int D>
-__global__ void __launch_bounds__(kWarps * 32, 2) attention_f16_kernel(const AttentionStep step) {
+__global__ void __launch_bounds__(kWarps * 32, D <= 128 ? 3 : 2) attention_f16_kernel(const AttentionStep step) {
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   WarpShared<D>* shared = reinterpret_cast<WarpShared<D>*>(dynamic_shared()) + warp;
   const int count = *step.work_count;
-  for (int i = static_cast<int>(blockIdx.x); i < count; i += static_cast<int>(gridDim.x)) attend<D>(step, step.work[i], shared, warp, lane);
+#pragma unroll 1
+  for (int pass = 0; pass < 2; pass++) {  // pieces of both kinds stand in one list
+    const bool whole = pass == 0;
+    const int first = static_cast<int>(whole ? blockIdx.x : blockIdx.x * kWarps + warp), apart = static_cast<int>(whole ? gridDim.x : gridDim.x * kWarps);
+    for (int i = first; i < count; i += apart) {
+      const AttentionWork work = step.work[i];
+      if ((work.span < 0) != whole) continue;
+#pragma unroll 1
+      for (int quarter = whole ? warp : 0; quarter < (whole ? warp + 1 : kWarps); quarter++) attend<D>(step, work, shared, quarter, lane);
+    }
+  }
 }
 
 }  // namespace

@@ -24,6 +24,7 @@ using namespace cuda;
 // Above these the prefill products of float weights take over from the decode products; either gives the same bits.
 constexpr int kFloatDecodeTokensMax = 16, kBrainDecodeTokensMax = 64;
 constexpr int kSlotsMax = 4096;
+constexpr int kHalfAttentionBlocks = 3;  // of a multiprocessor, where K or V is f16
 constexpr uint32_t kNothingFound = 0xffffffffu;
 
 [[noreturn]] void refuse(const std::string& what) { throw std::runtime_error("executor kind 'cuda': " + what); }
@@ -559,7 +560,7 @@ void CudaDevice::attention(const Operation& o) {
                            layer,                 device_rows_,               shape.runs.as<HeadRun>(), shape.work,       shape.work_count, partials_.as<float>(),       shape.first_slot};
   const bool integer = program().kv.key == KeyType::Int8 && program().kv.value == ValueType::Int8;
   if (integer) queue(cuda::attention(step, card_facts_.multiprocessors * shape.tuning.warps, stream_));
-  else queue(cuda::attention_f16(step, card_facts_.multiprocessors * 4, stream_));
+  else queue(cuda::attention_f16(step, card_facts_.multiprocessors * kHalfAttentionBlocks, stream_));
   if (!broken() && shape.plan.first_slot.back() > 0) queue(attention_join(step, stream_));
 }
 
