@@ -25,10 +25,12 @@ __global__ void __launch_bounds__(kThreads) linear_bf16_prefill_kernel(const Pro
   const auto copy_group = [&](int group) {
     if (group < plan.groups) {
       uint8_t* to = shared + group % kStages * kStageBytes;
+#pragma unroll 2  // more would keep more addresses than there are registers beside the sums
       for (int i = thread; i < kWeightBytes / 16; i += kThreads) {
         const int strip = min(first_strip + i * 16 / F::record_bytes, plan.strips - 1);
         copy_async<16>(to + i * 16, plan.weight + strip * plan.strip_bytes + static_cast<int64_t>(group) * F::record_bytes + i * 16 % F::record_bytes);
       }
+#pragma unroll 2
       for (int i = thread; i < kBlockTiles * kTileBytes / 16; i += kThreads) {
         const int tile = min(first_tile + i * 16 / kTileBytes, plan.tiles - 1);
         copy_async<16>(to + kWeightBytes + i * 16, reinterpret_cast<const uint8_t*>(plan.brain + static_cast<int64_t>(tile) * plan.groups + group) + i * 16 % kTileBytes);
