@@ -20,6 +20,9 @@ struct BrainGroup;
 struct ActivationTiles {
   ActivationGroup* groups;
   ActivationType type;
+#if defined(__CUDACC__)
+  __host__ __device__
+#endif
   ActivationTiles(ActivationGroup* groups_, ActivationType type_ = ActivationType::Int8) : groups(groups_), type(type_) {}
 };
 
