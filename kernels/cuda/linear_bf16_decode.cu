@@ -51,7 +51,7 @@ Problem launch_tiles(const ProductPlan& plan, Stream stream) {
 
 Problem linear_bf16_decode(const Product& product, Stream stream) {
   ProductPlan plan;
-  if (const Problem problem = make_product_plan(product, Products::Brain, &plan)) return problem;
+  if (const Problem problem = make_product_plan(product, &plan, Products::Brain)) return problem;
   if (plan.tiles == 1) return launch_tiles<1>(plan, stream);
   if (plan.tiles <= 4) return launch_tiles<4>(plan, stream);
   return launch_tiles<8>(plan, stream);

@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads) linear_bf16_prefill_kernel(const Pro
 
 Problem linear_bf16_prefill(const Product& product, Stream stream) {
   ProductPlan plan;
-  if (const Problem problem = make_product_plan(product, Products::Brain, &plan)) return problem;
+  if (const Problem problem = make_product_plan(product, &plan, Products::Brain)) return problem;
   const dim3 grid(static_cast<unsigned>((plan.strips + kBlockStrips - 1) / kBlockStrips), static_cast<unsigned>((plan.tiles + kBlockTiles - 1) / kBlockTiles));
   return launch(linear_bf16_prefill_kernel, grid, kThreads, static_cast<size_t>(kStages) * kStageBytes, stream, plan);
 }

@@ -43,7 +43,7 @@ Problem launch_tiles(const ProductPlan& plan, Stream stream) {
 
 Problem linear_decode(const Product& product, Stream stream) {
   ProductPlan plan;
-  if (const Problem problem = make_product_plan(product, Products::Quantised, &plan)) return problem;
+  if (const Problem problem = make_product_plan(product, &plan)) return problem;
   Problem problem = nullptr;
   with_format(product.type, [&](auto format) {
     using F = decltype(format);

@@ -73,7 +73,7 @@ Problem launch_tokens(const ProductPlan& plan, Stream stream) {
 
 Problem linear_float_decode(const Product& product, Stream stream) {
   ProductPlan plan;
-  if (const Problem problem = make_product_plan(product, Products::Float, &plan)) return problem;
+  if (const Problem problem = make_product_plan(product, &plan, Products::Float)) return problem;
   Problem problem = nullptr;
   with_float_format(product.type, [&](auto format) {
     using F = decltype(format);

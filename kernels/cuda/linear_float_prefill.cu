@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads) linear_float_prefill_kernel(const Pr
 
 Problem linear_float_prefill(const Product& product, Stream stream) {
   ProductPlan plan;
-  if (const Problem problem = make_product_plan(product, Products::Float, &plan)) return problem;
+  if (const Problem problem = make_product_plan(product, &plan, Products::Float)) return problem;
   Problem problem = nullptr;
   with_float_format(product.type, [&](auto format) {
     using F = decltype(format);

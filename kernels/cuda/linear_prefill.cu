@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads) linear_prefill_kernel(const ProductP
 
 Problem linear_prefill(const Product& product, Stream stream) {
   ProductPlan plan;
-  if (const Problem problem = make_product_plan(product, Products::Quantised, &plan)) return problem;
+  if (const Problem problem = make_product_plan(product, &plan)) return problem;
   Problem problem = nullptr;
   with_format(product.type, [&](auto format) {
     using F = decltype(format);

@@ -39,7 +39,7 @@ inline void count_merges(int first, int count, int8_t* merges) {
   merges[first + count - 1]++;
 }
 
-inline Problem make_product_plan(const Product& p, Products products, ProductPlan* plan) {
+inline Problem make_product_plan(const Product& p, ProductPlan* plan, Products products = Products::Quantised) {
   if (p.rows < 1 || p.rows > (1 << 27) || p.columns < 32 || p.columns % 32 != 0 || p.columns > (1 << 24)) return "linear: rows must be in 1..2^27, columns a multiple of 32 up to 2^24";
   if (p.tokens < 1 || p.tokens > 65535) return "linear: tokens must be in 1..65535";
   if (p.segment_count < 1 || p.segment_count > kSegmentsMax || p.subtree_count < 1 || p.subtree_count > kSegmentsMax) return "linear: 1 to 16 segments and subtrees are possible";
