@@ -161,7 +161,7 @@ struct ProductScene {
   int64_t rows, columns;
   CardMatrix matrix;
   std::vector<int> segments;
-  Memory in, out;
+  Memory in, brain, out;  // brain: of BF16 weights, which go through the tensor cores here
 
   ProductScene(TensorType of, int64_t rows_, int64_t columns_, int copies, int tokens_max) : type(of), rows(rows_), columns(columns_), matrix(card_matrix(of, rows_, columns_, copies)) {
     const int groups = static_cast<int>(columns / 32), count = std::min(8, (groups + 7) / 8);
@@ -171,13 +171,18 @@ struct ProductScene {
     in = Memory(Place::Card, cuda::activation_bytes(tokens_max, columns), "the benchmark");
     out = Memory(Place::Card, static_cast<size_t>(tokens_max * rows) * 4, "the benchmark");
     time_us(1, 1, [&](int, Stream s) { return cuda::quantize(x.as<float>(), columns, tokens_max, columns, in.as<cuda::ActivationGroup>(), s); });
+    if (type != TensorType::BF16) return;
+    brain = Memory(Place::Card, cuda::brain_bytes(tokens_max, columns), "the benchmark");
+    time_us(1, 1, [&](int, Stream s) { return cuda::round_bf16(x.as<float>(), columns, tokens_max, columns, brain.as<cuda::BrainGroup>(), s); });
   }
 
   template <typename Launcher>
   Problem queue(const Launcher& launcher, int tokens, int tiles, int i, Stream stream) const {
     const Subtree whole{0, static_cast<int>(segments.size())};
     const uint8_t* weight = matrix.copies[static_cast<size_t>(i) % matrix.copies.size()].as<uint8_t>();
-    return launcher(cuda::Product{type, rows, columns, matrix.phase, weight, in.as<cuda::ActivationGroup>(), tokens, whole.count, segments.data(), 1, &whole, nullptr, out.as<float>(), rows, 0, tiles}, stream);
+    cuda::Product product{type, rows, columns, matrix.phase, weight, in.as<cuda::ActivationGroup>(), tokens, whole.count, segments.data(), 1, &whole, nullptr, out.as<float>(), rows, 0, tiles};
+    product.brain = brain.as<cuda::BrainGroup>();
+    return launcher(product, stream);
   }
 };
 
@@ -200,8 +205,9 @@ void Bench::products_of(const std::string& matrix_name, TensorType type, int64_t
     if (!scene) return report_.add(std::move(r));
     row(std::move(r), [&] { return time_us(repetitions(bytes), options_.tries, [&](int i, Stream s) { return scene->queue(launcher, tokens, tiles, i, s); }); });
   };
-  for (const int tokens : decode) measure("decode product", tokens, cuda::linear_decode, Limit::Copy);
-  for (const int tokens : prefill) measure("prefill product", tokens, cuda::linear_prefill, Limit::Int8);
+  const bool bf16 = type == TensorType::BF16;
+  for (const int tokens : decode) measure("decode product", tokens, bf16 ? cuda::linear_bf16_decode : cuda::linear_decode, Limit::Copy);
+  for (const int tokens : prefill) measure("prefill product", tokens, bf16 ? cuda::linear_bf16_prefill : cuda::linear_prefill, bf16 ? Limit::None : Limit::Int8);
 }
 
 void Bench::products() {
@@ -536,8 +542,8 @@ void Bench::tune(const std::string& path) {
     products.push_back(tune_product(TensorType::Q4_1, 128, 48, 0));
   } else {
     for (const TensorType type : kTypes) {
+      if (is_float(type)) continue;  // they have a border of their own, which is not in the table
       const double row_bytes = static_cast<double>(cuda::packed_bytes({type, 64, 4096, 0, 0, nullptr})) / 64;
-      if (row_bytes == 0) continue;
       // Measured at half of the largest that a row is for, and at 64 MB for what is larger still.
       for (const int64_t bytes_max : {int64_t{4} << 20, int64_t{16} << 20, int64_t{0}}) {
         const double bytes = bytes_max ? static_cast<double>(bytes_max) / 2 : 64e6;
