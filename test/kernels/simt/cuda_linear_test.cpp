@@ -93,9 +93,11 @@ std::string compare(Launcher launcher, TensorType type, Values values, const Cas
   const std::string at = describe(c, values, schedule, seed);
   if (!is_float_type(type))
     if (const char* problem = cuda::quantize(device_x.data(), x_stride, c.tokens, c.columns, {groups, c.activations}, nullptr)) return std::string("quantize: ") + problem + "; " + at;
-  const cuda::Product product{type, c.rows, c.columns, matrix.layout, weight.data(), groups, c.tokens, static_cast<int>(c.segment_ends.size()), c.segment_ends.data(),
-                              static_cast<int>(c.subtrees.size()), c.subtrees.data(), c.bias ? device_bias.data() : nullptr, out.data(), out_stride, subtree_stride,
-                              c.activations, device_x.data(), x_stride};
+  cuda::Product product{type, c.rows, c.columns, matrix.layout, weight.data(), groups, c.tokens, static_cast<int>(c.segment_ends.size()), c.segment_ends.data(),
+                              static_cast<int>(c.subtrees.size()), c.subtrees.data(), c.bias ? device_bias.data() : nullptr, out.data(), out_stride, subtree_stride};
+  product.activations = c.activations;
+  product.x = device_x.data();
+  product.x_stride = x_stride;
   if (const char* problem = launcher(product, nullptr)) return std::string(problem) + "; " + at;
   const std::string what = simt::difference(expected, out);
   return what.empty() ? "" : what + at;
