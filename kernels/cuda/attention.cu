@@ -271,9 +271,9 @@ __device__ __forceinline__ void attend(const AttentionStep& step, const Attentio
 // Pieces of both kinds stand in one list; this launch takes those of its kind.
 template <int D, int dims, bool whole>
 __global__ void __launch_bounds__(32) attention_kernel(const AttentionStep step) {
-  const int count = *step.work_count;
+  const int count = step.work_count[0], first = step.work_count[1];
   for (int i = static_cast<int>(blockIdx.x); i < count; i += static_cast<int>(gridDim.x)) {
-    const AttentionWork work = step.work[i];
+    const AttentionWork work = step.work[first + i];
     if ((work.span < 0) == whole) attend<D, dims, whole>(step, work);
   }
 }

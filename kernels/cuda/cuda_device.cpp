@@ -1,15 +1,21 @@
 // The device that is a card: operations become launches on one stream, and the host waits where it needs what they made: in front of an exchange, a hand-over to the next
 // stage, sampling, and the end of a step. All memory is planned when the executor is made; a step allocates none on the card, and on the host only what vectors keep.
 //
+// A decode step of at most kGraphRowsMax rows is a graph, or several where the host must act in between: built once for each number of rows in kGraphRows from the same
+// operations as every other step, since a graph that is being built takes launches like a stream. A step takes the next larger graph; the rows that it lacks are marked as
+// such in what it sends ahead, which is also all that differs from step to step. The host then waits for one word (report.cu).
+//
 // Weights lie packed on the card (weight_layout.h), the embedding too: tokens travel, rows do not. A step's rows, block tables and attention work go over as one copy.
 // Rope of q and k and the store into the cache are one launch, at the place of store_kv; so are a norm or activation and the quantising of what it makes. Products that share an input are launches of their own.
 #include <algorithm>
 #include <cstring>
 #include <optional>
 #include <stdexcept>
+#include <type_traits>
 
 #include "../runner/cuda_part.h"
 #include "../runner/device.h"
+#include "../runner/step_run.h"
 #include "attention_plan.h"
 #include "operations.h"
 #include "runtime.h"
@@ -23,6 +29,9 @@ using namespace cuda;
 
 constexpr int kSlotsMax = 4096;
 constexpr uint32_t kNothingFound = 0xffffffffu;
+// Rows of the graphs of decode steps.
+constexpr int kGraphRows[] = {1, 2, 4, 8, 12, 16, 24, 32, 48, 64};
+constexpr int kGraphRowsMax = 64;
 
 [[noreturn]] void refuse(const std::string& what) { throw std::runtime_error("executor kind 'cuda': " + what); }
 
@@ -38,7 +47,8 @@ class CudaDevice final : public Device {
   void clear_kv() override;
   void fetch_rows(int buffer, int first, int count) override;
   void push_rows(int buffer, int first, int count) override;
-  void begin_step(const StepRows& rows) override;
+  void begin_step(const StepRows& rows, int output_rows, int64_t wait_timeout_ms) override;
+  size_t run_ahead(size_t action, const int32_t* tokens) override;
   bool wait() override;
   void embed(const Operation& o, const int32_t* tokens) override;
   void norm(const Operation& o) override;
@@ -53,9 +63,10 @@ class CudaDevice final : public Device {
   void rope(int) override {}  // with store_kv
   void attention(const Operation& o) override;
   void gated_activation(const Operation& o) override;
-  void select_rows(const Operation& o, const OutputRow* outputs) override;
-  void find_candidates(int buffer, int32_t first_token, const std::vector<CandidateRow>& rows) override;
+  void select_rows(const Operation& o) override;
+  void find_candidates(int buffer, int32_t first_token) override;
   shardmesh::Candidate candidate(int r) const override;
+  std::vector<GraphFacts> graphs() const override;
 
  private:
   struct CardMatrix {
@@ -83,12 +94,27 @@ class CudaDevice final : public Device {
     const int32_t* work_count = nullptr;
   };
 
+  // Actions [begin, end) as a graph; what the card does of action `end`, which is the host's, is in it too.
+  struct Piece {
+    size_t begin, end;
+    Graph graph;
+    bool reports;
+  };
+  struct StepGraphs {
+    int rows;
+    std::vector<Piece> pieces;
+  };
+
   const Program& program() const { return shard_.program(); }
   const Operation& operation(int index) const { return program().operations[static_cast<size_t>(index)]; }
   const CardBuffer& card(int buffer) const { return buffers_[static_cast<size_t>(buffer)]; }
   float* values(int buffer, int r = 0) const { return card(buffer).row(shard_.buffer(buffer).stride, r); }
   const float* vector(int weight) const { return weight < 0 ? nullptr : vectors_[static_cast<size_t>(weight)].as<float>(); }
-  FiniteCheck check_of(int action) const { return {least_.as<uint32_t>(), static_cast<uint32_t>(action) << 16}; }
+  // Of a buffer's rows; in a graph only those that the step has.
+  FiniteCheck check_of(int action, int buffer) const {
+    return {step_card_.as<uint32_t>() + kLeast, static_cast<uint32_t>(action) << 16,
+            building_ ? step_card_.as<int32_t>() + (shard_.buffer(buffer).per_output ? kLiveOutputs : kLiveRows) : nullptr};
+  }
 
   void check_program() const;
   void check_matrix(int weight) const;
@@ -96,35 +122,59 @@ class CudaDevice final : public Device {
   void plan_memory();
   void plan_attention_shapes();
   const AttentionShape& shape_of(const Operation& o) const;
+  size_t lay_out(size_t rows, size_t sequences, bool graph);
   void plan_step(const StepRows& rows);
+  void send_step(const int32_t* tokens);
+  bool is_device_only(ActionKind kind) const;
+  void build_graphs();
+  void build(StepGraphs* graphs);
+  void run_action(size_t action);
+  void look_up(const Operation& o);
+  bool run_ahead_of_host(const Action& action);
+  void report();
 
   // Takes note of what a launch or copy answered. After the first fault nothing is queued.
   void queue(Problem problem) {
-    waited_ = false;
+    waited_ = reported_ = false;
     if (problem && problem_.fault.empty()) problem_.fault = problem;
   }
   bool broken() const { return !problem_.fault.empty(); }
+  // Whether the graph that was launched last did operation `index`, whose host part comes now.
+  bool is_ahead(int index) const { return !building_ && ahead_ && shard_.actions()[ahead_->end].operation == index; }
   Product product(const Operation& o, int subtree_count, const Subtree* subtrees, float* out, int64_t out_stride, int64_t subtree_stride) const;
-  void run(const Operation& o, const Product& product) {
-    const int decode_tokens_max = matrices_[static_cast<size_t>(o.weight)].tuning.decode_tokens_max;
-    queue(product.tokens <= decode_tokens_max ? linear_decode(product, stream_) : linear_prefill(product, stream_));
-  }
+  void run(const Product& product) { queue(product.tokens <= kDecodeTokensMax ? linear_decode(product, to_) : linear_prefill(product, to_)); }
+
+  // Words at the beginning of what a step sends ahead.
+  enum { kLeast, kLiveRows, kLiveOutputs, kHeaderWords = 4 };
 
   Card card_facts_{};
   std::optional<Tuning> tuning_;  // while memory is planned
   Stream stream_ = nullptr;
+  Stream to_ = nullptr;  // where operations queue: the stream, or a graph that is being built
   std::vector<CardMatrix> matrices_;  // by weight
   std::vector<Memory> vectors_;       // by weight
   std::vector<Table> tables_;         // by number
   std::vector<CardBuffer> buffers_;
   std::vector<Memory> mirrors_;       // by buffer: its rows on the host
   std::vector<AttentionShape> shapes_;
-  Memory kv_, sums_, received_sums_, partials_, least_, candidates_, maxima_;
-  // On the host, each with its counterpart on the card: what a step needs to know, in one piece; tokens; rows to select; rows to look for candidates in.
+  Memory kv_, sums_, received_sums_, partials_, candidates_, maxima_, reports_;
+  // On the host, each with its counterpart on the card: what a step needs to know, in one piece; and, of steps that are no graph, tokens, rows to select, and rows to
+  // look for candidates in, which lie in the first one else.
   Memory step_host_, step_card_, tokens_host_, tokens_card_, select_host_, select_card_, settings_host_, settings_card_;
-  Memory least_host_, candidates_host_, staging_host_, received_host_, sums_host_;
+  Memory least_host_, candidates_host_, word_host_, staging_host_, received_host_, sums_host_;
   DeviceRows device_rows_{};
-  bool waited_ = true;
+  // Where these lie on the card for the step, or for the graphs: in the step's piece or not.
+  const int32_t *tokens_ = nullptr, *selected_ = nullptr;
+  const HeadRow* settings_ = nullptr;
+  size_t step_bytes_ = 0;  // of what the step sends ahead
+  uint32_t reports_sent_ = 0;
+  int reported_candidates_ = 0;  // that the next report takes along
+  bool waited_ = true, reported_ = false, building_ = false, sent_ = false;
+  int64_t deadline_ns_ = 0;
+  int64_t sum_rows_ = 0;     // own sums are [subtree][so many rows][width]
+  std::vector<StepGraphs> graphs_;
+  const StepGraphs* step_graphs_ = nullptr;  // of this step
+  const Piece* ahead_ = nullptr;             // the piece that was launched last
 };
 
 CudaDevice::CudaDevice(const Shard& shard) : Device(shard) {
@@ -139,10 +189,13 @@ CudaDevice::CudaDevice(const Shard& shard) : Device(shard) {
   plan_attention_shapes();
   plan_memory();
   if (const Problem problem = open_stream(&stream_)) refuse(std::string("no stream: ") + problem);
+  to_ = stream_;
 }
 
 CudaDevice::~CudaDevice() {
   synchronise(stream_);
+  for (const StepGraphs& graphs : graphs_)
+    for (const Piece& piece : graphs.pieces) close_graph(piece.graph);
   close_stream(stream_);
 }
 
@@ -264,13 +317,14 @@ void CudaDevice::plan_memory() {
   // What a step needs to know: positions, sequences, block tables, and a work list for each kind of attention; every list begins at a multiple of 16 bytes.
   const size_t sequences = std::min<size_t>(T, static_cast<size_t>(c.sequences_max));
   const size_t blocks = (static_cast<size_t>(p.context_tokens_max) + static_cast<size_t>(c.block_tokens) - 1) / static_cast<size_t>(c.block_tokens);
-  size_t words = 3 * (T + 4) + sequences * blocks + 8;
+  const size_t rows = std::max<size_t>(T, kGraphRowsMax);
+  size_t words = kHeaderWords + 8 * (rows + 4) + sequences * blocks + 8;
   size_t heads = 0;
   for (AttentionShape& shape : shapes_) {
     const size_t most = AttentionPlan::most_work(T, kSlotsMax, shape.host_runs.size());
     shape.plan.work.reserve(most);
-    shape.plan.first_slot.reserve(T + 1);
-    words += (T + 5) + 4 * most + 8;
+    shape.plan.first_slot.reserve(rows + 1);
+    words += (rows + 5) + 4 * most + 8;
     heads = std::max(heads, static_cast<size_t>(shape.like->heads));
     shape.runs = Memory(Place::Card, shape.host_runs.size() * sizeof(HeadRun), kBuffers);
     if (const Problem problem = copy_now(shape.runs.as<void>(), shape.host_runs.data(), shape.runs.size())) refuse(problem);
@@ -278,7 +332,10 @@ void CudaDevice::plan_memory() {
   step_host_ = Memory(Place::Host, words * 4, kBuffers);
   step_card_ = Memory(Place::Card, words * 4, kBuffers);
   partials_ = Memory(Place::Card, shapes_.empty() ? 0 : kSlotsMax * heads * static_cast<size_t>(p.kv.head_size + 2) * 4, kBuffers);
-  least_ = Memory(Place::Card, 4, kBuffers);
+  reports_ = Memory(Place::Card, 4, kBuffers);
+  if (const Problem problem = copy_now(reports_.as<void>(), &reports_sent_, 4)) refuse(problem);
+  word_host_ = Memory(Place::Host, 4, kBuffers);
+  *word_host_.as<uint32_t>() = 0;
   least_host_ = Memory(Place::Host, 4, kBuffers);
   if (p.stage == 0) {
     tokens_host_ = Memory(Place::Host, T * 4, kBuffers);
@@ -331,72 +388,266 @@ void CudaDevice::finish_loading() {
     copy(tables_.back().cosine, table.cosine);
     copy(tables_.back().sine, table.sine);
   }
+  build_graphs();
 }
 
 // Nothing reads what an epoch has not written; still no epoch leaves its K and V to the next.
 void CudaDevice::clear_kv() {
   synchronise(stream_);
   problem_ = {};
+  reports_sent_ = *word_host_.as<uint32_t>();
   if (kv_.size() > 0) queue(fill(kv_.as<void>(), 0, kv_.size(), stream_));
 }
 
 // ---------------------------------------------------------------- a step
 
-void CudaDevice::begin_step(const StepRows& rows) {
+void CudaDevice::begin_step(const StepRows& rows, int output_rows, int64_t wait_timeout_ms) {
   rows_ = &rows;
-  if (broken()) return;
-  queue(fill(least_.as<void>(), 0xff, 4, stream_));
-  plan_step(rows);
+  deadline_ns_ = monotonic_now_ns() + wait_timeout_ms * 1'000'000;
+  step_graphs_ = nullptr;
+  ahead_ = nullptr;
+  sent_ = false;
+  // Rows and output rows of a decode step pad to the same number.
+  const auto fitting = [&](int count) { return std::find_if(graphs_.begin(), graphs_.end(), [&](const StepGraphs& g) { return g.rows >= count; }); };
+  const auto found = fitting(rows.tokens);
+  const bool has_tail = shard_.tail_begin() < shard_.tail_end();
+  if (found != graphs_.end() && (!has_tail || (output_rows > 0 && fitting(output_rows) == found))) step_graphs_ = &*found;
+  sum_rows_ = step_graphs_ ? step_graphs_->rows : rows.tokens;
+  if (!broken()) plan_step(rows);
 }
 
-// Lays down everything that the step's kernels look up, and sends it in one piece. A sequence's block table goes as far as its rows.
-void CudaDevice::plan_step(const StepRows& rows) {
-  uint8_t* const host = step_host_.as<uint8_t>();
+// Places on the card, for a step of at most so many rows: header, rows, then for graphs tokens, selected rows and settings of the head, then each kind of attention; every list
+// begins at a multiple of 16 bytes. What has no place of its own follows: block tables and attention work, which are found by numbers in here.
+size_t CudaDevice::lay_out(size_t rows, size_t sequences, bool graph) {
   const uint8_t* const card = step_card_.as<uint8_t>();
-  size_t at = 0;
-  const auto put = [&](const auto* values, size_t count) {
-    const auto* there = reinterpret_cast<decltype(values)>(card + at);
-    std::memcpy(host + at, values, count * sizeof *values);
-    at = (at + count * sizeof *values + 15) / 16 * 16;
-    return there;
+  size_t at = kHeaderWords * 4;
+  const auto place = [&](const auto** where, size_t count) {
+    *where = reinterpret_cast<std::remove_reference_t<decltype(*where)>>(card + at);
+    at = (at + count * sizeof **where + 15) / 16 * 16;
   };
-  const size_t T = static_cast<size_t>(rows.tokens);
-  device_rows_.tokens = rows.tokens;
-  device_rows_.positions = put(rows.positions, T);
-  device_rows_.row_sequence = put(rows.row_sequence, T);
-  int32_t* const offsets = reinterpret_cast<int32_t*>(host + at);
-  device_rows_.block_offsets = reinterpret_cast<const int32_t*>(card + at);
-  at = (at + static_cast<size_t>(rows.sequences) * 4 + 15) / 16 * 16;
-  device_rows_.block_tables = reinterpret_cast<const int32_t*>(card + at);
-  int32_t* const tables = reinterpret_cast<int32_t*>(host + at);
-  int32_t blocks = 0;
-  for (int s = 0; s < rows.sequences; s++) {
-    const int32_t needed = rows.positions[rows.first_row[s + 1] - 1] / shard_.config().block_tokens + 1;
-    offsets[s] = blocks;
-    std::memcpy(tables + blocks, rows.block_tables + rows.block_offsets[s], static_cast<size_t>(needed) * 4);
-    blocks += needed;
+  place(&device_rows_.positions, rows);
+  place(&device_rows_.row_sequence, rows);
+  place(&device_rows_.block_offsets, sequences);
+  device_rows_.block_tables = reinterpret_cast<const int32_t*>(card);
+  tokens_ = tokens_card_.as<int32_t>();
+  selected_ = select_card_.as<int32_t>();
+  settings_ = settings_card_.as<HeadRow>();
+  if (graph) {
+    place(&tokens_, rows);
+    place(&selected_, rows);
+    place(&settings_, rows);
   }
-  at = (at + static_cast<size_t>(blocks) * 4 + 15) / 16 * 16;
   for (AttentionShape& shape : shapes_) {
-    plan_attention(rows, shape.host_runs, shape.like->window, {shape.tuning.split_rows_max, kSlotsMax}, &shape.plan);
-    const int32_t count = static_cast<int32_t>(shape.plan.work.size());
-    shape.first_slot = put(shape.plan.first_slot.data(), shape.plan.first_slot.size());
-    shape.work = put(shape.plan.work.data(), shape.plan.work.size());
-    shape.work_count = put(&count, 1);
+    place(&shape.first_slot, rows + 1);
+    place(&shape.work_count, 2);
+    shape.work = reinterpret_cast<const AttentionWork*>(card);
   }
-  queue(copy_to_card(step_card_.as<void>(), host, at, stream_));
+  return at;
+}
+
+// Lays down what the step's kernels look up. A sequence's block table goes as far as its rows. A step that is no graph sends it at once, in one piece; of a graph's step
+// tokens are still missing.
+void CudaDevice::plan_step(const StepRows& rows) {
+  const size_t T = static_cast<size_t>(rows.tokens), padded = step_graphs_ ? kGraphRowsMax : T;
+  size_t at = lay_out(padded, step_graphs_ ? padded : static_cast<size_t>(rows.sequences), step_graphs_ != nullptr);
+  uint8_t* const host = step_host_.as<uint8_t>();
+  const auto on_host = [&]<typename V>(const V* there) { return reinterpret_cast<V*>(host + (reinterpret_cast<const uint8_t*>(there) - step_card_.as<uint8_t>())); };
+  const auto put = [&](const int32_t* there, const int32_t* values, int32_t padding) {
+    int32_t* here = on_host(there);
+    std::memcpy(here, values, T * 4);
+    std::fill(here + T, here + padded, padding);
+  };
+  int32_t* const header = step_host_.as<int32_t>();
+  header[kLeast] = static_cast<int32_t>(kNothingFound);
+  header[kLiveRows] = rows.tokens;
+  header[kLiveOutputs] = 0;
+  device_rows_.tokens = rows.tokens;
+  put(device_rows_.positions, rows.positions, 0);
+  put(device_rows_.row_sequence, rows.row_sequence, -1);
+  int32_t* const offsets = on_host(device_rows_.block_offsets);
+  for (int s = 0; s < rows.sequences; s++) {
+    const size_t needed = static_cast<size_t>(rows.positions[rows.first_row[s + 1] - 1] / shard_.config().block_tokens + 1);
+    offsets[s] = static_cast<int32_t>(at / 4);
+    std::memcpy(host + at, rows.block_tables + rows.block_offsets[s], needed * 4);
+    at += needed * 4;
+  }
+  for (AttentionShape& shape : shapes_) {
+    plan_attention(rows, shape.host_runs, shape.like->window, {kSplitRowsMax, kSlotsMax}, &shape.plan);
+    const std::vector<AttentionWork>& work = shape.plan.work;
+    at = (at + 15) / 16 * 16;
+    std::memcpy(host + at, work.data(), work.size() * sizeof work[0]);
+    int32_t* const count = on_host(shape.work_count);
+    count[0] = static_cast<int32_t>(work.size());
+    count[1] = static_cast<int32_t>(at / sizeof work[0]);
+    at += work.size() * sizeof work[0];
+    put(shape.first_slot, shape.plan.first_slot.data(), shape.plan.first_slot[T]);
+    on_host(shape.first_slot)[padded] = shape.plan.first_slot[T];
+  }
+  step_bytes_ = at;
+  if (!step_graphs_) queue(copy_to_card(step_card_.as<void>(), host, at, stream_));
+}
+
+// Completes what a graph's step needs to know, and sends it.
+void CudaDevice::send_step(const int32_t* tokens) {
+  sent_ = true;
+  uint8_t* const host = step_host_.as<uint8_t>();
+  const auto on_host = [&]<typename V>(const V* there) { return reinterpret_cast<V*>(host + (reinterpret_cast<const uint8_t*>(there) - step_card_.as<uint8_t>())); };
+  int32_t *const ids = on_host(tokens_), *const which = on_host(selected_);
+  HeadRow* const settings = on_host(settings_);
+  for (int r = 0; r < kGraphRowsMax; r++) {
+    ids[r] = r < rows_->tokens ? tokens[r] : -1;
+    const bool selected = r < tail_rows_;
+    which[r] = selected ? outputs_[r].row : 0;
+    settings[r] = selected ? HeadRow{candidate_rows_[r].temperature, candidate_rows_[r].key.low, candidate_rows_[r].key.high} : HeadRow{};
+  }
+  step_host_.as<int32_t>()[kLiveOutputs] = tail_rows_;
+  queue(copy_to_card(step_card_.as<void>(), host, step_bytes_, stream_));
+}
+
+size_t CudaDevice::run_ahead(size_t action, const int32_t* tokens) {
+  if (!step_graphs_ || broken()) return action;
+  const auto found = std::find_if(step_graphs_->pieces.begin(), step_graphs_->pieces.end(), [&](const Piece& p) { return p.begin == action; });
+  if (found == step_graphs_->pieces.end()) return action;
+  if (!sent_) send_step(tokens);
+  if (!broken()) queue(launch_graph(found->graph, stream_));
+  ahead_ = &*found;
+  if (found->reports) {
+    reports_sent_++;
+    reported_ = true;
+  }
+  return found->end;
+}
+
+void CudaDevice::report() {
+  queue(send_report({step_card_.as<uint32_t>() + kLeast, candidates_.as<cuda::Candidate>(), reported_candidates_, least_host_.as<uint32_t>(), candidates_host_.as<cuda::Candidate>(),
+                     reports_.as<uint32_t>(), word_host_.as<uint32_t>()},
+                    to_));
+  reported_candidates_ = 0;
 }
 
 bool CudaDevice::wait() {
   if (!waited_) {
-    if (!broken()) queue(copy_to_host(least_host_.as<void>(), least_.as<void>(), 4, stream_));
-    queue(synchronise(stream_));
+    if (!broken() && !reported_) {
+      report();
+      reports_sent_++;
+    }
+    if (!broken()) queue(wait_for(word_host_.as<uint32_t>(), reports_sent_, stream_, deadline_ns_, shard_.config().spin));
+    if (broken()) synchronise(stream_);  // the host may use again what the card was given
     waited_ = true;
     const uint32_t found = *least_host_.as<uint32_t>();
     if (!broken() && found != kNothingFound) problem_ = {static_cast<int>(found >> 16), static_cast<int>(found & 0xffff), ""};
   }
   return !broken() && problem_.action < 0;
 }
+
+// ---------------------------------------------------------------- graphs
+
+bool CudaDevice::is_device_only(ActionKind kind) const {
+  switch (kind) {
+    case ActionKind::ResolveTokens:
+    case ActionKind::GatherRows:
+    case ActionKind::ReceiveHidden:
+    case ActionKind::SendHidden:
+    case ActionKind::GatherLogits:
+    case ActionKind::Sample:
+    case ActionKind::SendTokens: return false;
+    case ActionKind::LinearPartial:
+    case ActionKind::AllReduce: return program().ranks == 1;
+    default: return true;
+  }
+}
+
+void CudaDevice::build_graphs() {
+  const int most = std::min(kGraphRowsMax, shard_.config().step_tokens_max);
+  building_ = true;
+  lay_out(kGraphRowsMax, kGraphRowsMax, true);
+  for (const int rows : kGraphRows) {
+    StepGraphs graphs{std::min(rows, most), {}};
+    build(&graphs);
+    graphs_.push_back(std::move(graphs));
+    if (rows >= most) break;
+  }
+  building_ = false;
+  to_ = stream_;
+  waited_ = true;
+}
+
+// Output rows that take several passes stay outside: such a step's layers are graphs, its tail is not.
+void CudaDevice::build(StepGraphs* graphs) {
+  StepRows rows{};
+  rows.tokens = device_rows_.tokens = graphs->rows;
+  rows_ = &rows;
+  sum_rows_ = tail_rows_ = graphs->rows;
+  const std::vector<Action>& actions = shard_.actions();
+  const bool whole_tail = graphs->rows <= shard_.output_rows();
+  const auto ends = [&](size_t i, size_t begin) { return i == actions.size() || !is_device_only(actions[i].kind) || (!whole_tail && i == shard_.tail_begin() && i > begin); };
+  for (size_t begin = 0; begin < actions.size(); begin++) {
+    if (ends(begin, begin) || (!whole_tail && begin >= shard_.tail_begin() && begin < shard_.tail_end())) continue;
+    Piece piece{begin, begin, nullptr, false};
+    Problem problem = open_graph(&piece.graph);
+    to_ = stream_of(piece.graph);
+    for (; !ends(piece.end, begin) && !problem; piece.end++) run_action(piece.end);
+    if (piece.end < actions.size()) piece.reports = run_ahead_of_host(actions[piece.end]);
+    if (!problem && broken()) problem = problem_.fault.c_str();
+    if (!problem) problem = finish_graph(piece.graph);
+    graphs->pieces.push_back(piece);
+    if (problem) refuse("the graph of a step of " + std::to_string(graphs->rows) + " rows cannot be made: " + problem);
+    begin = piece.end;
+  }
+  rows_ = nullptr;
+}
+
+// An action as StepRun runs it.
+void CudaDevice::run_action(size_t index) {
+  const Action& action = shard_.actions()[index];
+  const int number = static_cast<int>(index);
+  const Operation& o = operation(action.operation);
+  switch (action.kind) {
+    case ActionKind::Embed: return look_up(o);
+    case ActionKind::RmsNorm: return action.buffer >= 0 ? static_cast<void>(norm_quantized(number, o)) : norm(o);
+    case ActionKind::Quantize: return static_cast<void>(quantize(number, action.buffer));
+    case ActionKind::Linear: return products(action.products);
+    case ActionKind::LinearPartial: return partial_product(action.operation, nullptr);
+    case ActionKind::AllReduce: {
+      const float* const own[1] = {nullptr};
+      return reduce(action.operation, 0, rows_->tokens, own);
+    }
+    case ActionKind::StoreKv: return static_cast<void>(store_kv(number, o));
+    case ActionKind::Attention: return attention(o);
+    case ActionKind::GatedActivation: return action.buffer >= 0 ? static_cast<void>(activation_quantized(number, o)) : gated_activation(o);
+    case ActionKind::SelectRows:
+      check_rows(number, o.in);
+      return select_rows(o);
+    default: return;  // rope goes with store_kv
+  }
+}
+
+// What the card does for an action of the host. True: the graph ends with a report.
+bool CudaDevice::run_ahead_of_host(const Action& action) {
+  if (action.operation < 0) return false;
+  const Operation& o = operation(action.operation);
+  switch (action.kind) {
+    case ActionKind::LinearPartial: partial_product(action.operation, nullptr); return false;  // the host asks for the sums where it wants them
+    case ActionKind::GatherLogits:
+    case ActionKind::Sample:
+      find_candidates(o.in, action.kind == ActionKind::Sample ? 0 : static_cast<int32_t>(o.vocabulary[static_cast<size_t>(program().rank)].from));
+      report();
+      return true;
+    default: return false;
+  }
+}
+
+std::vector<GraphFacts> CudaDevice::graphs() const {
+  std::vector<GraphFacts> facts;
+  for (const StepGraphs& graphs : graphs_) {
+    GraphFacts of_rows{graphs.rows, {}};
+    for (const Piece& piece : graphs.pieces) of_rows.nodes.push_back(node_count(piece.graph));
+    facts.push_back(std::move(of_rows));
+  }
+  return facts;
+}
+
+// ---------------------------------------------------------------- operations
 
 void CudaDevice::fetch_rows(int buffer, int first, int count) {
   const Buffer& b = shard_.buffer(buffer);
@@ -412,22 +663,27 @@ void CudaDevice::embed(const Operation& o, const int32_t* tokens) {
   if (broken()) return;
   const size_t count = static_cast<size_t>(rows_->tokens);
   std::memcpy(tokens_host_.as<void>(), tokens, count * 4);
-  queue(copy_to_card(tokens_card_.as<void>(), tokens_host_.as<void>(), count * 4, stream_));
+  queue(copy_to_card(tokens_card_.as<void>(), tokens_host_.as<void>(), count * 4, to_));
+  if (!broken()) look_up(o);
+}
+
+// The rows of the tokens that are on the card already.
+void CudaDevice::look_up(const Operation& o) {
   const WeightSlice& slice = program().weights[static_cast<size_t>(o.weight)];
   const CardMatrix& matrix = matrices_[static_cast<size_t>(o.weight)];
-  queue(cuda::embed(slice.type, slice.rows.size(), slice.columns.size(), matrix.phase, matrix.data.as<uint8_t>(), tokens_card_.as<int32_t>(), rows_->tokens,
-                    static_cast<int32_t>(o.vocabulary[static_cast<size_t>(program().rank)].from), values(o.out), shard_.buffer(o.out).stride, stream_));
+  queue(cuda::embed(slice.type, slice.rows.size(), slice.columns.size(), matrix.phase, matrix.data.as<uint8_t>(), tokens_, rows_->tokens,
+                    static_cast<int32_t>(o.vocabulary[static_cast<size_t>(program().rank)].from), values(o.out), shard_.buffer(o.out).stride, to_));
 }
 
 void CudaDevice::norm(const Operation& o) {
   if (broken()) return;
   const Buffer& in = shard_.buffer(o.in);
-  queue(rms_norm(values(o.in), in.stride, vector(o.weight), o.epsilon, in.width, rows_of(o.in), values(o.out), shard_.buffer(o.out).stride, nullptr, stream_));
+  queue(rms_norm(values(o.in), in.stride, vector(o.weight), o.epsilon, in.width, rows_of(o.in), values(o.out), shard_.buffer(o.out).stride, nullptr, to_));
 }
 
 bool CudaDevice::quantize(int action, int buffer) {
   const Buffer& b = shard_.buffer(buffer);
-  if (!broken()) queue(cuda::quantize(values(buffer), b.stride, rows_of(buffer), b.width, card(buffer).groups.as<ActivationGroup>(), stream_, check_of(action)));
+  if (!broken()) queue(cuda::quantize(values(buffer), b.stride, rows_of(buffer), b.width, card(buffer).groups.as<ActivationGroup>(), to_, check_of(action, buffer)));
   return true;
 }
 
@@ -435,7 +691,7 @@ bool CudaDevice::norm_quantized(int action, const Operation& o) {
   if (!card(o.out).only_groups) return Device::norm_quantized(action, o);
   const Buffer& in = shard_.buffer(o.in);
   if (!broken())
-    queue(rms_norm(values(o.in), in.stride, vector(o.weight), o.epsilon, in.width, rows_of(o.in), nullptr, 0, card(o.out).groups.as<ActivationGroup>(), stream_, check_of(action)));
+    queue(rms_norm(values(o.in), in.stride, vector(o.weight), o.epsilon, in.width, rows_of(o.in), nullptr, 0, card(o.out).groups.as<ActivationGroup>(), to_, check_of(action, o.out)));
   return true;
 }
 
@@ -444,13 +700,13 @@ bool CudaDevice::activation_quantized(int action, const Operation& o) {
   const Buffer& gate = shard_.buffer(o.in);
   if (!broken())
     queue(cuda::gated_activation(values(o.in), gate.stride, values(o.in2), shard_.buffer(o.in2).stride, gate.width, rows_of(o.in), o.activation, nullptr, 0,
-                                 card(o.out).groups.as<ActivationGroup>(), stream_, check_of(action)));
+                                 card(o.out).groups.as<ActivationGroup>(), to_, check_of(action, o.out)));
   return true;
 }
 
 bool CudaDevice::check_rows(int action, int buffer) {
   const Buffer& b = shard_.buffer(buffer);
-  if (!broken()) queue(cuda::check_rows(values(buffer), b.stride, rows_of(buffer), b.width, check_of(action), stream_));
+  if (!broken()) queue(cuda::check_rows(values(buffer), b.stride, rows_of(buffer), b.width, check_of(action, buffer), to_));
   return true;
 }
 
@@ -478,8 +734,13 @@ void CudaDevice::partial_product(int index, uint8_t* block) {
   if (broken()) return;
   const Operation& o = operation(index);
   const std::vector<Subtree>& subtrees = shard_.own_subtrees(index);
-  run(o, product(o, static_cast<int>(subtrees.size()), subtrees.data(), sums_.as<float>(), o.width, rows_->tokens * o.width));
-  if (program().ranks > 1 && !broken()) queue(copy_to_host(partial_, sums_.as<void>(), subtrees.size() * static_cast<size_t>(rows_->tokens) * static_cast<size_t>(o.width) * 4, stream_));
+  if (!is_ahead(index)) run(product(o, static_cast<int>(subtrees.size()), subtrees.data(), sums_.as<float>(), o.width, sum_rows_ * o.width));
+  if (program().ranks == 1 || building_) return;
+  const int64_t values = rows_->tokens * o.width;  // of a subtree, without the rows that pad
+  for (size_t s = 0; s < subtrees.size() && !broken(); s++) {
+    const int64_t i = static_cast<int64_t>(s);
+    queue(copy_to_host(partial_ + i * values, sums_.as<float>() + i * sum_rows_ * o.width, static_cast<size_t>(values) * 4, to_));
+  }
 }
 
 void CudaDevice::reduce(int index, int first_row, int rows, const float* const* sums) {
@@ -495,7 +756,7 @@ void CudaDevice::reduce(int index, int first_row, int rows, const float* const* 
     const std::vector<Subtree>& subtrees = shard_.subtrees(index)[static_cast<size_t>(r)];
     const size_t values_of_rank = subtrees.size() * static_cast<size_t>(piece);
     const float* from = sums[r] ? there : sums_.as<float>() + first_row * residual.width;
-    const int64_t apart = sums[r] ? piece : rows_->tokens * residual.width;
+    const int64_t apart = sums[r] ? piece : sum_rows_ * residual.width;
     for (const Subtree& s : subtrees) {
       lo[count] = s.first;
       hi[count] = s.first + s.count;
@@ -511,11 +772,11 @@ void CudaDevice::reduce(int index, int first_row, int rows, const float* const* 
       source = host;
       host += values_of_rank;
     }
-    queue(copy_to_card(there, source, values_of_rank * 4, stream_));
+    queue(copy_to_card(there, source, values_of_rank * 4, to_));
     there += values_of_rank;
   }
   if (!broken())
-    queue(finish_tree(o.cut.units, count, lo, hi, nodes, strides, vector(o.bias), values(o.out, first_row), residual.stride, residual.width, rows, stream_));
+    queue(finish_tree(o.cut.units, count, lo, hi, nodes, strides, vector(o.bias), values(o.out, first_row), residual.stride, residual.width, rows, to_));
 }
 
 bool CudaDevice::store_kv(int action, const Operation& o) {
@@ -526,7 +787,7 @@ bool CudaDevice::store_kv(int action, const Operation& o) {
   const Table& table = tables_[static_cast<size_t>(shard_.rope_table_number(index - 2))];
   uint8_t* layer = kv_.as<uint8_t>() + static_cast<size_t>(o.layer) * static_cast<size_t>(shard_.config().kv_blocks) * shard_.kv_layout().block_bytes;
   queue(rope_store_kv(values(q.out), shard_.buffer(q.out).stride, q.heads, values(o.in), shard_.buffer(o.in).stride, values(o.in2), shard_.buffer(o.in2).stride,
-                      {host.dimensions, host.half_style, table.cosine.as<float>(), table.sine.as<float>()}, shard_.kv_layout(), layer, device_rows_, stream_, check_of(action)));
+                      {host.dimensions, host.half_style, table.cosine.as<float>(), table.sine.as<float>()}, shard_.kv_layout(), layer, device_rows_, to_, check_of(action, o.in)));
   return true;
 }
 
@@ -536,36 +797,41 @@ void CudaDevice::attention(const Operation& o) {
   const uint8_t* layer = kv_.as<uint8_t>() + static_cast<size_t>(o.layer) * static_cast<size_t>(shard_.config().kv_blocks) * shard_.kv_layout().block_bytes;
   const AttentionStep step{values(o.in),          shard_.buffer(o.in).stride, values(o.out), shard_.buffer(o.out).stride, o.heads,          static_cast<float>(o.scale), o.window, shard_.kv_layout(),
                            layer,                 device_rows_,               shape.runs.as<HeadRun>(), shape.work,       shape.work_count, partials_.as<float>(),       shape.first_slot};
-  queue(cuda::attention(step, card_facts_.multiprocessors * shape.tuning.warps, stream_));
-  if (!broken() && shape.plan.first_slot.back() > 0) queue(attention_join(step, stream_));
+  queue(cuda::attention(step, card_facts_.multiprocessors * kAttentionWarps, to_));
+  if (!broken() && (building_ || shape.plan.first_slot.back() > 0)) queue(attention_join(step, to_));
 }
 
 void CudaDevice::gated_activation(const Operation& o) {
   if (broken()) return;
   const Buffer& gate = shard_.buffer(o.in);
   queue(cuda::gated_activation(values(o.in), gate.stride, values(o.in2), shard_.buffer(o.in2).stride, gate.width, rows_of(o.in), o.activation, values(o.out), shard_.buffer(o.out).stride, nullptr,
-                               stream_));
+                               to_));
 }
 
-void CudaDevice::select_rows(const Operation& o, const OutputRow* outputs) {
+void CudaDevice::select_rows(const Operation& o) {
   if (broken()) return;
-  int32_t* which = select_host_.as<int32_t>();
-  for (int r = 0; r < tail_rows_; r++) which[r] = outputs[r].row;
-  queue(copy_to_card(select_card_.as<void>(), which, static_cast<size_t>(tail_rows_) * 4, stream_));
+  if (!building_) {
+    int32_t* which = select_host_.as<int32_t>();
+    for (int r = 0; r < tail_rows_; r++) which[r] = outputs_[r].row;
+    queue(copy_to_card(select_card_.as<void>(), which, static_cast<size_t>(tail_rows_) * 4, to_));
+  }
   const Buffer& in = shard_.buffer(o.in);
-  if (!broken()) queue(cuda::select_rows(values(o.in), in.stride, select_card_.as<int32_t>(), tail_rows_, in.width, values(o.out), shard_.buffer(o.out).stride, stream_));
+  const int32_t* from = building_ ? selected_ : select_card_.as<int32_t>();
+  if (!broken()) queue(cuda::select_rows(values(o.in), in.stride, from, tail_rows_, in.width, values(o.out), shard_.buffer(o.out).stride, to_));
 }
 
-void CudaDevice::find_candidates(int buffer, int32_t first_token, const std::vector<CandidateRow>& rows) {
-  if (broken()) return;
-  HeadRow* settings = settings_host_.as<HeadRow>();
-  for (size_t r = 0; r < rows.size(); r++) settings[r] = {rows[r].temperature, rows[r].key.low, rows[r].key.high};
-  queue(copy_to_card(settings_card_.as<void>(), settings, rows.size() * sizeof(HeadRow), stream_));
+void CudaDevice::find_candidates(int buffer, int32_t first_token) {
+  if (broken() || (!building_ && ahead_ && ahead_->reports)) return;
+  if (!building_) {
+    HeadRow* settings = settings_host_.as<HeadRow>();
+    for (int r = 0; r < tail_rows_; r++) settings[r] = {candidate_rows_[r].temperature, candidate_rows_[r].key.low, candidate_rows_[r].key.high};
+    queue(copy_to_card(settings_card_.as<void>(), settings, static_cast<size_t>(tail_rows_) * sizeof(HeadRow), to_));
+  }
   const Buffer& logits = shard_.buffer(buffer);
+  const HeadRow* settings = building_ ? settings_ : settings_card_.as<HeadRow>();
   if (!broken())
-    queue(head_candidates(values(buffer), logits.stride, static_cast<int>(rows.size()), logits.width, first_token, settings_card_.as<HeadRow>(), candidates_.as<cuda::Candidate>(),
-                          maxima_.as<float>(), stream_));
-  if (!broken()) queue(copy_to_host(candidates_host_.as<void>(), candidates_.as<void>(), rows.size() * sizeof(cuda::Candidate), stream_));
+    queue(head_candidates(values(buffer), logits.stride, tail_rows_, logits.width, first_token, settings, candidates_.as<cuda::Candidate>(), maxima_.as<float>(), to_));
+  reported_candidates_ = tail_rows_;
 }
 
 shardmesh::Candidate CudaDevice::candidate(int r) const {

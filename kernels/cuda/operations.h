@@ -10,7 +10,7 @@
 
 namespace shardmesh::cuda {
 
-using Stream = void*;  // a cudaStream_t
+using Stream = void*;  // a cudaStream_t, or a graph that this thread builds (runtime.h): there a launch becomes a node
 using Problem = const char*;
 
 struct ActivationGroup;
@@ -27,10 +27,11 @@ size_t activation_bytes(int tokens, int64_t columns);
 // ---------------------------------------------------------------- rows
 
 // Where a kernel says that row r of what it read is not finite: *least becomes the smaller of itself and mark + r. Null: nobody looks. Quantising turns a NaN into
-// a zero, so that it must be noticed there.
+// a zero, so that it must be noticed there. Rows from *live_rows on (device memory; null: none) pad the step to the rows of its graph and hold anything.
 struct FiniteCheck {
   uint32_t* least = nullptr;
   uint32_t mark = 0;
+  const int32_t* live_rows = nullptr;
 };
 // x [rows, width].
 Problem check_rows(const float* x, int64_t x_stride, int rows, int64_t width, const FiniteCheck& check, Stream stream);
@@ -80,7 +81,8 @@ Problem finish_tree(int units, int node_count, const int* lo, const int* hi, con
 
 // ---------------------------------------------------------------- attention
 
-// Rows of a step in device memory; fields as in StepRows.
+// Rows of a step in device memory; fields as in StepRows. Rows that pad the step to the rows of its graph have sequence -1 and position 0: they read and write rows of
+// buffers, never the cache, and no piece of attention is theirs.
 struct DeviceRows {
   int tokens;
   const int32_t* positions;
@@ -117,7 +119,7 @@ struct AttentionStep {
   DeviceRows rows;
   const HeadRun* runs;
   const AttentionWork* work;
-  const int32_t* work_count;     // device, so that one launch fits every step
+  const int32_t* work_count;     // device, so that one launch fits every step: how many pieces, and the first of them in `work`
   float* partials;               // [slots][heads][D + 2]: values, then maximum and sum of weights
   const int32_t* first_slot;     // [T + 1]: the slots of row t, a span each; none for rows that are done in one piece
 };
@@ -140,5 +142,19 @@ struct HeadRow {
 Problem head_candidates(const float* logits, int64_t stride, int rows, int64_t count, int32_t first_token, const HeadRow* settings, Candidate* best, float* maximum, Stream stream);
 // sums[row, s] = sum of exp(logit - maximum[row]) over slice s of 1,024 tokens, as SamplerLoops::sum_exp makes it.
 Problem head_sums(const float* logits, int64_t stride, int rows, int64_t count, const float* maximum, float* sums, int64_t sums_stride, Stream stream);
+
+// ---------------------------------------------------------------- for the host
+
+// What goes to memory of the host that the card writes directly: `least` of FiniteCheck and the first candidates; then *word becomes *reports + 1, as does *reports.
+struct Report {
+  const uint32_t* least;
+  const Candidate* candidates;
+  int candidate_count;
+  uint32_t* host_least;
+  Candidate* host_candidates;
+  uint32_t* reports;
+  uint32_t* word;
+};
+Problem send_report(const Report& report, Stream stream);
 
 }  // namespace shardmesh::cuda

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kWarps * 32) rope_store_kv_kernel(float* q, in
                                                                     const FiniteCheck check) {
   const int lane = static_cast<int>(threadIdx.x % 32), D = layout.head_size, token = static_cast<int>(blockIdx.y);
   const int item = static_cast<int>(blockIdx.x * kWarps + threadIdx.x / 32);  // heads of q, then of k, then of v
-  if (item >= q_heads + 2 * layout.heads) return;
+  if (item >= q_heads + 2 * layout.heads || rows.row_sequence[token] < 0) return;
   const bool is_q = item < q_heads, is_k = !is_q && item < q_heads + layout.heads;
   const int head = is_q ? item : is_k ? item - q_heads : item - q_heads - layout.heads, position = rows.positions[token];
   const float* source = (is_q ? q + token * q_stride : is_k ? k + token * k_stride : v + token * v_stride) + head * D;

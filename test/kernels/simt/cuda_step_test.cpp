@@ -307,7 +307,7 @@ std::string compare_attention(const Shape& shape, Values values, const cuda::Spl
   const Guarded<uint8_t> cache("cache", pool);
   const Guarded<cuda::HeadRun> runs("runs", head_runs);
   const Guarded<cuda::AttentionWork> work("work", plan.work);
-  const Guarded<int32_t> work_count("work_count", std::vector<int32_t>{static_cast<int32_t>(plan.work.size())}), first_slot("first_slot", plan.first_slot);
+  const Guarded<int32_t> work_count("work_count", std::vector<int32_t>{static_cast<int32_t>(plan.work.size()), 0}), first_slot("first_slot", plan.first_slot);
   const cuda::AttentionStep step{dq.data(),      q_stride,    out.data(),  out_stride,        heads,           scale,            shape.window, scene.layout,
                                  cache.data(),   device.rows(), runs.data(), work.data(), work_count.data(), partials.data(), first_slot.data()};
   if (const char* problem = cuda::attention(step, blocks, nullptr)) return failed(problem);
