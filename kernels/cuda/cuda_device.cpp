@@ -6,7 +6,9 @@
 // such in what it sends ahead, which is also all that differs from step to step. The host then waits for one word (report.cu).
 //
 // Weights lie packed on the card (weight_layout.h), the embedding too: tokens travel, rows do not. A step's rows, block tables and attention work go over as one copy.
-// Rope of q and k and the store into the cache are one launch, at the place of store_kv; so are a norm or activation and the quantising of what it makes. Products that share an input are launches of their own.
+// Rope of q and k and the store into the cache are one launch, at the place of store_kv; so are a norm or activation and the quantising of what it makes. In graphs of at most
+// kFusedTokensMax rows a layer is five launches: q, k, v with rope and store; attention with its join; o with the residual and the next norm; gate and up with the activation; down
+// like o (fuse).
 #include <algorithm>
 #include <cstring>
 #include <optional>
@@ -111,6 +113,7 @@ class CudaDevice final : public Device {
   float* values(int buffer, int r = 0) const { return card(buffer).row(shard_.buffer(buffer).stride, r); }
   const float* vector(int weight) const { return weight < 0 ? nullptr : vectors_[static_cast<size_t>(weight)].as<float>(); }
   // Of a buffer's rows; in a graph only those that the step has.
+  FiniteCheck check_of(size_t action, int buffer) const { return check_of(static_cast<int>(action), buffer); }
   FiniteCheck check_of(int action, int buffer) const {
     return {step_card_.as<uint32_t>() + kLeast, static_cast<uint32_t>(action) << 16,
             building_ ? step_card_.as<int32_t>() + (shard_.buffer(buffer).per_output ? kLiveOutputs : kLiveRows) : nullptr};
@@ -129,6 +132,13 @@ class CudaDevice final : public Device {
   void build_graphs();
   void build(StepGraphs* graphs);
   void run_action(size_t action);
+  RopeStore rope_store(int action, const Operation& o);
+  uint8_t* kv_layer(int layer) const;
+  AttentionStep attention_step(const Operation& o) const;
+  size_t fuse(size_t action);
+  FusedProducts fused(Then then, const std::vector<int>& operations, size_t action);
+  bool are_quantized(const std::vector<int>& operations) const;
+  const Action* action_of(size_t index, ActionKind kind) const;
   void look_up(const Operation& o);
   bool run_ahead_of_host(const Action& action);
   void report();
@@ -157,7 +167,7 @@ class CudaDevice final : public Device {
   std::vector<CardBuffer> buffers_;
   std::vector<Memory> mirrors_;       // by buffer: its rows on the host
   std::vector<AttentionShape> shapes_;
-  Memory kv_, sums_, received_sums_, partials_, candidates_, maxima_, reports_;
+  Memory kv_, sums_, received_sums_, partials_, candidates_, maxima_, reports_, arrivals_;
   // On the host, each with its counterpart on the card: what a step needs to know, in one piece; and, of steps that are no graph, tokens, rows to select, and rows to
   // look for candidates in, which lie in the first one else.
   Memory step_host_, step_card_, tokens_host_, tokens_card_, select_host_, select_card_, settings_host_, settings_card_;
@@ -166,11 +176,13 @@ class CudaDevice final : public Device {
   // Where these lie on the card for the step, or for the graphs: in the step's piece or not.
   const int32_t *tokens_ = nullptr, *selected_ = nullptr;
   const HeadRow* settings_ = nullptr;
+  int slots_ = kSlotsMax;  // of partials_
   size_t step_bytes_ = 0;  // of what the step sends ahead
   uint32_t reports_sent_ = 0;
   int reported_candidates_ = 0;  // that the next report takes along
   bool waited_ = true, reported_ = false, building_ = false, sent_ = false;
   int64_t deadline_ns_ = 0;
+  Subtree fused_trees_[kFusedProductsMax]{};
   int64_t sum_rows_ = 0;     // own sums are [subtree][so many rows][width]
   std::vector<StepGraphs> graphs_;
   const StepGraphs* step_graphs_ = nullptr;  // of this step
@@ -318,10 +330,11 @@ void CudaDevice::plan_memory() {
   const size_t sequences = std::min<size_t>(T, static_cast<size_t>(c.sequences_max));
   const size_t blocks = (static_cast<size_t>(p.context_tokens_max) + static_cast<size_t>(c.block_tokens) - 1) / static_cast<size_t>(c.block_tokens);
   const size_t rows = std::max<size_t>(T, kGraphRowsMax);
+  slots_ = std::max(kSlotsMax, kFusedTokensMax * static_cast<int>(p.context_tokens_max / kSpanTokens + 1));
   size_t words = kHeaderWords + 8 * (rows + 4) + sequences * blocks + 8;
   size_t heads = 0;
   for (AttentionShape& shape : shapes_) {
-    const size_t most = AttentionPlan::most_work(T, kSlotsMax, shape.host_runs.size());
+    const size_t most = AttentionPlan::most_work(T, static_cast<size_t>(slots_), shape.host_runs.size());
     shape.plan.work.reserve(most);
     shape.plan.first_slot.reserve(rows + 1);
     words += (rows + 5) + 4 * most + 8;
@@ -331,7 +344,14 @@ void CudaDevice::plan_memory() {
   }
   step_host_ = Memory(Place::Host, words * 4, kBuffers);
   step_card_ = Memory(Place::Card, words * 4, kBuffers);
-  partials_ = Memory(Place::Card, shapes_.empty() ? 0 : kSlotsMax * heads * static_cast<size_t>(p.kv.head_size + 2) * 4, kBuffers);
+  partials_ = Memory(Place::Card, shapes_.empty() ? 0 : static_cast<size_t>(slots_) * heads * static_cast<size_t>(p.kv.head_size + 2) * 4, kBuffers);
+  size_t arrivals = 1;
+  for (const Operation& o : p.operations) {  // of fuse(): groups of an activation, heads of q, k and v
+    if (o.kind == OperationKind::GatedActivation) arrivals = std::max(arrivals, static_cast<size_t>(shard_.buffer(o.out).width) / 32);
+    if (o.kind == OperationKind::Attention) arrivals = std::max(arrivals, static_cast<size_t>(o.heads + 2 * p.kv.heads));
+  }
+  for (const AttentionShape& shape : shapes_) arrivals = std::max(arrivals, static_cast<size_t>(kFusedTokensMax) * shape.host_runs.size());
+  arrivals_ = Memory(Place::Card, arrivals * 4, kBuffers);
   reports_ = Memory(Place::Card, 4, kBuffers);
   if (const Problem problem = copy_now(reports_.as<void>(), &reports_sent_, 4)) refuse(problem);
   word_host_ = Memory(Place::Host, 4, kBuffers);
@@ -396,6 +416,7 @@ void CudaDevice::clear_kv() {
   synchronise(stream_);
   problem_ = {};
   reports_sent_ = *word_host_.as<uint32_t>();
+  queue(fill(arrivals_.as<void>(), 0, arrivals_.size(), stream_));
   if (kv_.size() > 0) queue(fill(kv_.as<void>(), 0, kv_.size(), stream_));
 }
 
@@ -472,7 +493,7 @@ void CudaDevice::plan_step(const StepRows& rows) {
     at += needed * 4;
   }
   for (AttentionShape& shape : shapes_) {
-    plan_attention(rows, shape.host_runs, shape.like->window, {kSplitRowsMax, kSlotsMax}, &shape.plan);
+    plan_attention(rows, shape.host_runs, shape.like->window, {kSplitRowsMax, slots_, step_graphs_ && step_graphs_->rows <= kFusedTokensMax}, &shape.plan);
     const std::vector<AttentionWork>& work = shape.plan.work;
     at = (at + 15) / 16 * 16;
     std::memcpy(host + at, work.data(), work.size() * sizeof work[0]);
@@ -586,7 +607,11 @@ void CudaDevice::build(StepGraphs* graphs) {
     Piece piece{begin, begin, nullptr, false};
     Problem problem = open_graph(&piece.graph);
     to_ = stream_of(piece.graph);
-    for (; !ends(piece.end, begin) && !problem; piece.end++) run_action(piece.end);
+    while (!ends(piece.end, begin) && !problem) {
+      const size_t fused = fuse(piece.end);
+      if (fused == 0) run_action(piece.end);
+      piece.end += std::max<size_t>(fused, 1);
+    }
     if (piece.end < actions.size()) piece.reports = run_ahead_of_host(actions[piece.end]);
     if (!problem && broken()) problem = problem_.fault.c_str();
     if (!problem) problem = finish_graph(piece.graph);
@@ -620,6 +645,93 @@ void CudaDevice::run_action(size_t index) {
       return select_rows(o);
     default: return;  // rope goes with store_kv
   }
+}
+
+// ---------------------------------------------------------------- several actions as one launch
+
+// Action `index` when it is of that kind.
+const Action* CudaDevice::action_of(size_t index, ActionKind kind) const {
+  const std::vector<Action>& actions = shard_.actions();
+  return index < actions.size() && actions[index].kind == kind ? &actions[index] : nullptr;
+}
+
+bool CudaDevice::are_quantized(const std::vector<int>& operations) const {
+  return std::all_of(operations.begin(), operations.end(), [&](int index) { return shard_.is_quantized(operation(index).weight); });
+}
+
+// `operations` with what follows them; `action`: the one whose output is quantised.
+FusedProducts CudaDevice::fused(Then then, const std::vector<int>& operations, size_t action) {
+  FusedProducts f{};
+  f.then = then;
+  f.count = static_cast<int>(operations.size());
+  for (size_t i = 0; i < operations.size(); i++) {
+    const Operation& o = operation(operations[i]);
+    fused_trees_[i] = {0, static_cast<int>(o.segments.size())};
+    f.product[i] = product(o, 1, &fused_trees_[i], o.out < 0 ? nullptr : values(o.out), o.out < 0 ? 0 : shard_.buffer(o.out).stride, 0);
+  }
+  f.arrivals = arrivals_.as<uint32_t>();
+  if (const int buffer = action < shard_.actions().size() ? shard_.actions()[action].buffer : -1; buffer >= 0) {
+    f.quantized = card(buffer).groups.as<ActivationGroup>();
+    f.check = check_of(action, buffer);
+  }
+  return f;
+}
+
+// Adds the launch that does the actions from `index` on in one; returns how many it does, 0 when there is none.
+size_t CudaDevice::fuse(size_t index) {
+  const Program& p = program();
+  if (rows_->tokens > kFusedTokensMax || p.activations != ActivationType::Int8 || p.kv.key != KeyType::Int8 || p.kv.value != ValueType::Int8) return 0;
+  const std::vector<Action>& actions = shard_.actions();
+  const Action& first = actions[index];
+  // An output that nobody reads but in its quantised form.
+  const auto only_quantized = [&](const Action* action) { return action && action->buffer >= 0 && card(action->buffer).only_groups; };
+
+  if (first.kind == ActionKind::Linear && are_quantized(first.products)) {
+    const Action* store = action_of(index + 3, ActionKind::StoreKv);
+    if (first.products.size() == 3 && store && action_of(index + 1, ActionKind::Rope) && action_of(index + 2, ActionKind::Rope)) {
+      const Operation &kv = operation(store->operation), &q = operation(store->operation - 2);
+      if (operation(first.products[0]).out != q.out || operation(first.products[1]).out != kv.in || operation(first.products[2]).out != kv.in2) return 0;
+      FusedProducts f = fused(Then::RopeStoreKv, first.products, actions.size());
+      f.rope = rope_store(static_cast<int>(index + 3), kv);
+      queue(linear_fused(f, to_));
+      return 4;
+    }
+    const Action* activation = action_of(index + 1, ActionKind::GatedActivation);
+    if (first.products.size() == 2 && only_quantized(activation)) {
+      const Operation& o = operation(activation->operation);
+      if (operation(first.products[0]).out != o.in || operation(first.products[1]).out != o.in2) return 0;
+      FusedProducts f = fused(Then::Activation, first.products, index + 1);
+      f.activation = o.activation;
+      queue(linear_fused(f, to_));
+      return 2;
+    }
+    return 0;
+  }
+  if (const Action* quantize = action_of(index + 1, ActionKind::Quantize); first.kind == ActionKind::Attention && only_quantized(quantize)) {
+    const Operation& o = operation(first.operation);
+    if (quantize->buffer != o.out) return 0;
+    const AttentionShape& shape = shape_of(o);
+    queue(attention_fused(attention_step(o), static_cast<int>(shape.host_runs.size()), card(o.out).groups.as<ActivationGroup>(), arrivals_.as<uint32_t>(),
+                          card_facts_.multiprocessors * kAttentionWarps, to_, check_of(index + 1, o.out)));
+    return 2;
+  }
+  const Action* reduce = action_of(index + 1, ActionKind::AllReduce);
+  if (first.kind == ActionKind::LinearPartial && p.ranks == 1 && reduce && are_quantized({first.operation})) {
+    const Operation& sum = operation(reduce->operation);
+    const Action* norm = action_of(index + 2, ActionKind::RmsNorm);
+    const bool normed = only_quantized(norm) && operation(norm->operation).in == sum.out;
+    FusedProducts f = fused(normed ? Then::ResidualNorm : Then::Residual, {first.operation}, normed ? index + 2 : actions.size());
+    f.product[0].out = values(sum.out);
+    f.product[0].out_stride = shard_.buffer(sum.out).stride;
+    f.product[0].bias = vector(sum.bias);
+    if (normed) {
+      f.norm_weight = vector(operation(norm->operation).weight);
+      f.epsilon = operation(norm->operation).epsilon;
+    }
+    queue(linear_fused(f, to_));
+    return normed ? 3 : 2;
+  }
+  return 0;
 }
 
 // What the card does for an action of the host. True: the graph ends with a report.
@@ -780,25 +892,35 @@ void CudaDevice::reduce(int index, int first_row, int rows, const float* const* 
 }
 
 bool CudaDevice::store_kv(int action, const Operation& o) {
-  if (broken()) return true;
+  if (!broken()) queue(rope_store_kv(rope_store(action, o), to_));
+  return true;
+}
+
+RopeStore CudaDevice::rope_store(int action, const Operation& o) {
   const int index = static_cast<int>(&o - program().operations.data());
   const Operation& q = operation(index - 2);
-  const RopeTable host = shard_.rope_table(index - 2);
-  const Table& table = tables_[static_cast<size_t>(shard_.rope_table_number(index - 2))];
-  uint8_t* layer = kv_.as<uint8_t>() + static_cast<size_t>(o.layer) * static_cast<size_t>(shard_.config().kv_blocks) * shard_.kv_layout().block_bytes;
-  queue(rope_store_kv(values(q.out), shard_.buffer(q.out).stride, q.heads, values(o.in), shard_.buffer(o.in).stride, values(o.in2), shard_.buffer(o.in2).stride,
-                      {host.dimensions, host.half_style, table.cosine.as<float>(), table.sine.as<float>()}, shard_.kv_layout(), layer, device_rows_, to_, check_of(action, o.in)));
-  return true;
+  const int number = shard_.rope_table_number(index - 2);
+  const Table& table = tables_[static_cast<size_t>(number)];
+  const RopeTable host = shard_.rope_table_of(number);
+  return {values(q.out), shard_.buffer(q.out).stride, q.heads, values(o.in), shard_.buffer(o.in).stride, values(o.in2), shard_.buffer(o.in2).stride,
+          {host.dimensions, host.half_style, table.cosine.as<float>(), table.sine.as<float>()}, shard_.kv_layout(), kv_layer(o.layer), device_rows_, check_of(action, o.in)};
+}
+
+uint8_t* CudaDevice::kv_layer(int layer) const {
+  return kv_.as<uint8_t>() + static_cast<size_t>(layer) * static_cast<size_t>(shard_.config().kv_blocks) * shard_.kv_layout().block_bytes;
+}
+
+AttentionStep CudaDevice::attention_step(const Operation& o) const {
+  const AttentionShape& shape = shape_of(o);
+  return {values(o.in),      shard_.buffer(o.in).stride, values(o.out), shard_.buffer(o.out).stride, o.heads,          static_cast<float>(o.scale), o.window, shard_.kv_layout(),
+          kv_layer(o.layer), device_rows_,               shape.runs.as<HeadRun>(), shape.work,       shape.work_count, partials_.as<float>(),       shape.first_slot};
 }
 
 void CudaDevice::attention(const Operation& o) {
   if (broken()) return;
-  const AttentionShape& shape = shape_of(o);
-  const uint8_t* layer = kv_.as<uint8_t>() + static_cast<size_t>(o.layer) * static_cast<size_t>(shard_.config().kv_blocks) * shard_.kv_layout().block_bytes;
-  const AttentionStep step{values(o.in),          shard_.buffer(o.in).stride, values(o.out), shard_.buffer(o.out).stride, o.heads,          static_cast<float>(o.scale), o.window, shard_.kv_layout(),
-                           layer,                 device_rows_,               shape.runs.as<HeadRun>(), shape.work,       shape.work_count, partials_.as<float>(),       shape.first_slot};
+  const AttentionStep step = attention_step(o);
   queue(cuda::attention(step, card_facts_.multiprocessors * kAttentionWarps, to_));
-  if (!broken() && (building_ || shape.plan.first_slot.back() > 0)) queue(attention_join(step, to_));
+  if (!broken() && (building_ || shape_of(o).plan.first_slot.back() > 0)) queue(attention_join(step, to_));
 }
 
 void CudaDevice::gated_activation(const Operation& o) {

@@ -92,9 +92,21 @@ struct DeviceRows {
 };
 
 // Rotates q [T, q_heads * D] in place, and writes rotated k and v [T, layout.heads * D] into the cache. k itself is left as it was.
-// K int8 or f16. D: multiple of 32, at most 256. table.cosine and sine: device memory. `check` looks at rotated k and at v.
-Problem rope_store_kv(float* q, int64_t q_stride, int q_heads, const float* k, int64_t k_stride, const float* v, int64_t v_stride, const RopeTable& table, const KvLayout& layout,
-                      uint8_t* cache, const DeviceRows& rows, Stream stream, const FiniteCheck& check = {});
+struct RopeStore {
+  float* q;
+  int64_t q_stride;
+  int q_heads;
+  const float* k;
+  int64_t k_stride;
+  const float* v;
+  int64_t v_stride;
+  RopeTable table;     // cosine and sine: device memory
+  KvLayout layout;     // K int8 or f16; D a multiple of 32, at most 256
+  uint8_t* cache;
+  DeviceRows rows;
+  FiniteCheck check;   // looks at rotated k and at v
+};
+Problem rope_store_kv(const RopeStore& step, Stream stream);
 
 // One piece of attention: the query heads of `run` for rows [row, row + rows) of one sequence; rows * heads of the run is at most 16.
 // span >= 0: only that span of 256 positions, the partial result goes to the rows' slots. span < 0: all spans, the result goes to `out`.
@@ -126,6 +138,36 @@ struct AttentionStep {
 Problem attention(const AttentionStep& step, int blocks, Stream stream);
 // Joins the spans of every row that has slots.
 Problem attention_join(const AttentionStep& step, Stream stream);
+
+// As attention() where every piece is one span, with the join: the last piece of a row and run of heads folds their spans, and quantises the result into `quantized`
+// [T, heads * D], whose values `check` looks at. `arrivals`: T * runs counters, 0 before and after.
+Problem attention_fused(const AttentionStep& step, int runs, ActivationGroup* quantized, uint32_t* arrivals, int blocks, Stream stream, const FiniteCheck& check);
+
+// ---------------------------------------------------------------- products with what comes before or after them, for few tokens
+
+constexpr int kFusedTokensMax = 8, kFusedProductsMax = 3;
+
+enum class Then { Nothing, RopeStoreKv, Activation, Residual, ResidualNorm };
+
+// Products of one input in one launch, and what is made of them by the block that comes last of those it needs.
+//   RopeStoreKv    products q, k, v: a head whose rows are all there is rotated and stored
+//   Activation     products gate, up: 32 rows that are there in both become a group of quantised activations
+//   Residual       one product, one subtree: residual[t, r] += the product, in the place of `out`
+//   ResidualNorm   the same, and the norm of the residual, quantised, when all of it is there
+struct FusedProducts {
+  int count;
+  Product product[kFusedProductsMax];  // tokens at most kFusedTokensMax, as many segments each, one subtree
+  Then then;
+  RopeStore rope;          // RopeStoreKv
+  int activation;          // Activation, as for gated_activation()
+  ActivationGroup* quantized;  // Activation, ResidualNorm
+  const float* norm_weight;    // ResidualNorm
+  float epsilon;
+  FiniteCheck check;       // of what is quantised
+  uint32_t* arrivals;      // fused_arrivals() counters, 0 before and after
+};
+size_t fused_arrivals(const FusedProducts& fused);
+Problem linear_fused(const FusedProducts& fused, Stream stream);
 
 // ---------------------------------------------------------------- head
 

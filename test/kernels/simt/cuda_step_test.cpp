@@ -257,8 +257,9 @@ std::string compare_rope_store(const Shape& shape, int dimensions, bool half_sty
 
   const Guarded<float> dq("q", q), dk("k", k), dv("v", v), dc("cosine", cosine), ds("sine", sine);
   const Guarded<uint8_t> cache("cache", pool);
-  if (const char* problem = cuda::rope_store_kv(dq.data(), q_stride, q_heads, dk.data(), kv_stride, dv.data(), kv_stride, {dimensions, half_style, dc.data(), ds.data()}, scene.layout, cache.data(),
-                                                device.rows(), nullptr))
+  if (const char* problem = cuda::rope_store_kv({dq.data(), q_stride, q_heads, dk.data(), kv_stride, dv.data(), kv_stride, {dimensions, half_style, dc.data(), ds.data()}, scene.layout, cache.data(),
+                                                 device.rows(), {}},
+                                                nullptr))
     return failed(problem);
   const std::string what = simt::difference(expected_q, dq);
   return what.empty() ? simt::difference(expected_pool, cache) : "q: " + what;
@@ -450,8 +451,7 @@ std::string check_finite_keys_and_values() {
     const Guarded<float> dq("q", q), dk("k", k), dv("v", v), cosine("cosine", ones), sine("sine", ones);
     const Guarded<uint8_t> cache("cache", scene.fresh_pool(random));
     const Guarded<uint32_t> least("least", std::vector<uint32_t>{0xffffffffu});
-    if (const char* problem = cuda::rope_store_kv(dq.data(), 128, 2, dk.data(), 64, dv.data(), 64, {64, 0, cosine.data(), sine.data()}, scene.layout, cache.data(), device.rows(), nullptr,
-                                                  {least.data(), 3 << 16}))
+    if (const char* problem = cuda::rope_store_kv({dq.data(), 128, 2, dk.data(), 64, dv.data(), 64, {64, 0, cosine.data(), sine.data()}, scene.layout, cache.data(), device.rows(), {least.data(), 3 << 16}}, nullptr))
       return failed(problem);
     if (const std::string problem = simt::finish(); !problem.empty()) return problem;
     if (least.data()[0] != (3 << 16) + 2) return std::string(in_v ? "v" : "k") + ": the mark is " + std::to_string(least.data()[0]) + "; ";
