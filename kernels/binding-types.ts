@@ -180,6 +180,13 @@ export interface StepTotals {
   timings: StepTimings;
 }
 
+/** Steps of up to `rows` rows as graphs of kernels: nodes of each piece between two actions of the host, and how many steps took them. */
+export interface GraphFacts {
+  rows: number;
+  nodes: number[];
+  steps: number;
+}
+
 /** A frame of the mesh between ranks: reductions, gathers, hidden states, sampled ids. Same fields as the wire header. */
 export type FrameKind = 'reduce' | 'rows' | 'logits' | 'hidden' | 'tokens';
 
@@ -282,6 +289,8 @@ export interface NativeExecutor {
   /** A frame of the host driver that arrived; the bytes are copied. False: nobody wants it (unknown peer, wrong kind, late, twice, too many waiting). */
   deliver(frame: NativeFrame): boolean;
   totals(): StepTotals;
+  /** While no step runs. Empty where the executor has no graphs. */
+  graphs(): GraphFacts[];
   /** From the next step on, every action and every wait is recorded (`StepDone.spans`), or none. */
   trace(on: boolean): void;
   /** Fails the running and queued steps. Resolves when the compute threads are idle. */

@@ -166,6 +166,7 @@ class ExecutorWrap : public Napi::ObjectWrap<ExecutorWrap> {
                            InstanceMethod<&ExecutorWrap::submit>("submit"),
                            InstanceMethod<&ExecutorWrap::deliver>("deliver"),
                            InstanceMethod<&ExecutorWrap::totals>("totals"),
+                           InstanceMethod<&ExecutorWrap::graphs>("graphs"),
                            InstanceMethod<&ExecutorWrap::trace>("trace"),
                            InstanceMethod<&ExecutorWrap::abort>("abort"),
                            InstanceMethod<&ExecutorWrap::dispose>("dispose"),
@@ -453,6 +454,22 @@ class ExecutorWrap : public Napi::ObjectWrap<ExecutorWrap> {
       object.Set("lastStep", totals.last_step);
       object.Set("timings", timings_object(info.Env(), totals.timings));
       return object;
+    });
+  }
+
+  Napi::Value graphs(const Napi::CallbackInfo& info) {
+    return guarded(info.Env(), [&]() -> Napi::Value {
+      Napi::Array all = Napi::Array::New(info.Env());
+      for (const GraphFacts& facts : executor(info.Env()).graphs()) {
+        Napi::Array nodes = Napi::Array::New(info.Env());
+        for (const int count : facts.nodes) nodes.Set(nodes.Length(), count);
+        Napi::Object object = Napi::Object::New(info.Env());
+        object.Set("rows", facts.rows);
+        object.Set("nodes", nodes);
+        object.Set("steps", static_cast<double>(facts.steps));
+        all.Set(all.Length(), object);
+      }
+      return all;
     });
   }
 

@@ -303,7 +303,7 @@ __global__ void attention_join_kernel(const AttentionStep step) {
 
 // Pieces that are spans, then the join: the piece that comes last of its rows and heads folds their spans and quantises what they give, 32 values of a head at a time.
 template <int D, int dims>
-__global__ void __launch_bounds__(32) attention_fused_kernel(const AttentionStep step, int runs, ActivationGroup* quantized, uint32_t* arrivals, const FiniteCheck check) {
+__global__ void __launch_bounds__(32, 8) attention_fused_kernel(const AttentionStep step, int runs, ActivationGroup* quantized, uint32_t* arrivals, const FiniteCheck check) {
   uint32_t* flag = reinterpret_cast<uint32_t*>(dynamic_shared());
   const int lane = static_cast<int>(threadIdx.x), count = step.work_count[0], first_piece = step.work_count[1];
   for (int i = static_cast<int>(blockIdx.x); i < count; i += static_cast<int>(gridDim.x)) {

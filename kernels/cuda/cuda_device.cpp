@@ -105,6 +105,7 @@ class CudaDevice final : public Device {
   struct StepGraphs {
     int rows;
     std::vector<Piece> pieces;
+    uint64_t steps = 0;
   };
 
   const Program& program() const { return shard_.program(); }
@@ -433,6 +434,7 @@ void CudaDevice::begin_step(const StepRows& rows, int output_rows, int64_t wait_
   const auto found = fitting(rows.tokens);
   const bool has_tail = shard_.tail_begin() < shard_.tail_end();
   if (found != graphs_.end() && (!has_tail || (output_rows > 0 && fitting(output_rows) == found))) step_graphs_ = &*found;
+  if (step_graphs_) found->steps++;
   sum_rows_ = step_graphs_ ? step_graphs_->rows : rows.tokens;
   if (!broken()) plan_step(rows);
 }
@@ -583,7 +585,7 @@ void CudaDevice::build_graphs() {
   building_ = true;
   lay_out(kGraphRowsMax, kGraphRowsMax, true);
   for (const int rows : kGraphRows) {
-    StepGraphs graphs{std::min(rows, most), {}};
+    StepGraphs graphs{std::min(rows, most), {}, 0};
     build(&graphs);
     graphs_.push_back(std::move(graphs));
     if (rows >= most) break;
@@ -752,7 +754,7 @@ bool CudaDevice::run_ahead_of_host(const Action& action) {
 std::vector<GraphFacts> CudaDevice::graphs() const {
   std::vector<GraphFacts> facts;
   for (const StepGraphs& graphs : graphs_) {
-    GraphFacts of_rows{graphs.rows, {}};
+    GraphFacts of_rows{graphs.rows, {}, graphs.steps};
     for (const Piece& piece : graphs.pieces) of_rows.nodes.push_back(node_count(piece.graph));
     facts.push_back(std::move(of_rows));
   }

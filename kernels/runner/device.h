@@ -29,12 +29,6 @@ struct DeviceProblem {
   std::string fault;
 };
 
-// Of a device that has decode steps as graphs: nodes of each piece between two actions of the host, for steps of up to `rows` rows.
-struct GraphFacts {
-  int rows;
-  std::vector<int> nodes;
-};
-
 // How a row's best candidate is looked for. temperature 0: by its logit alone.
 struct CandidateRow {
   float temperature;

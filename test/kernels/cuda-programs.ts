@@ -187,6 +187,65 @@ export function describeCudaPrograms(load: () => Promise<Addon>): void {
     });
   });
 
+  describe('graphs', () => {
+    const sequences = 13;
+    /** `counts.length` steps, of so many sequences each, one token a sequence; every sequence has a prompt of its own length. */
+    const decode = (options: TinyMeshOptions, counts: readonly number[]) =>
+      onMesh({ kvBlocks: 3 * sequences, ...options }, async (mesh) => {
+        const blocks = (slot: number) => [slot, 2 * sequences - 1 - slot, 2 * sequences + slot];
+        const lengths = Array.from({ length: sequences }, (_, slot) => 1 + ((slot * 5) % 20));
+        for (let slot = 0; slot < sequences; slot++) mesh.open(slot, slot % 3 ? { logprobs: null, temperature: slot % 2 } : {});
+        await mesh.run(
+          lengths.map((length, slot) => ({
+            slot,
+            position: 0,
+            tokens: randomTokens(length, slot + 1),
+            blocks: blocks(slot),
+            outputs: [],
+          })),
+        );
+        const found: unknown[] = [];
+        for (const count of counts) {
+          const rows = Array.from({ length: count }, (_, slot): TinyRows => {
+            const position = lengths[slot]!++;
+            const outputs = [{ row: 0, score: null }];
+            return { slot, position, tokens: randomTokens(1, position), blocks: blocks(slot), outputs };
+          });
+          found.push(await mesh.run(rows));
+        }
+        return [found, mesh.members.map(({ executor }) => executor.graphs())] as const;
+      });
+    const counts = [3, 13, 1, 8, 5, 2, 9, 3, 13];
+
+    it.for([
+      ['one worker', wholeCut, {}],
+      ['two ranks', twoRankCut, {}],
+      ['three uneven ranks by two stages, on q8 wires', threeRankTwoStageCut, { wire: 'q8' }],
+      ['one worker whose steps are small', wholeCut, { stepTokensMax: 150 }],
+    ] as const)('cuda program - steps of any number of rows pad to those of a graph and keep their bits: %s', async ([, cut, options]) => {
+      const [want] = await decode({ cut, ...options }, counts);
+      const [found, graphs] = await decode({ ...cuda, cut, ...options }, counts);
+      expect(found).toEqual(want);
+      for (const of of graphs) {
+        expect(of.map(({ rows }) => rows)).toEqual([1, 2, 4, 8, 12, 16, 24, 32, 48, 64]);
+        expect(of.map(({ steps }) => steps)).toEqual([1, 1, 2, 2, 1, 2, 0, 0, 0, 0]);
+      }
+    });
+
+    it('cuda program - a step is one graph on a worker alone, with five nodes a layer for 8 rows and fewer', async () => {
+      const [, [graphs]] = await decode({ ...cuda }, [1]);
+      const layers = 2;
+      // Embed, of few rows the first norm, and of the tail: look at the rows, select them, norm, head, candidates, report.
+      for (const { rows, nodes } of graphs!) expect(nodes, `${rows} rows`).toEqual([rows <= 8 ? 8 + 5 * layers : 7 + 17 * layers]);
+    });
+
+    it('cuda program - between two exchanges a step is one graph', async () => {
+      const [, [graphs]] = await decode({ ...cuda, cut: twoRankCut }, [1]);
+      // embed; norm, q k v with rope, attention, o; norm, gate up with the activation, down; the tail
+      expect(graphs![0]!.nodes).toEqual([1, 4, 3, 4, 3, 6]);
+    });
+  });
+
   describe('failures', () => {
     const rows: TinyRows[] = [{ slot: 0, position: 0, tokens: [1, 2, 3], blocks: [0], outputs: [{ row: 2, score: null }] }];
 

@@ -45,6 +45,9 @@ const cases = [
   'a stream works in order, and not before it is waited for',
   'finds a host that changes what a queued copy reads',
   "a stream stops at a kernel's fault, and says it once",
+  'a graph does its nodes as often as it is launched, each behind those of its edges',
+  'nodes that no edge orders are done in any order',
+  'finds a missing edge of a graph',
   'refuses launches that no card takes',
 ];
 
