@@ -256,10 +256,13 @@ export interface SegmentInfo {
 export interface ExecutorCallbacks {
   onStep(done: StepDone): void;
   onFrame(destination: PeerAddress, frame: NativeFrame): void;
-  /** The step failed: deadline of a wait or a lost connection (the peer is named in the message), non-finite value, abort. The executor takes no further step until `connect`. */
+  /**
+   * The step failed: deadline of a wait or a lost connection (the peer is named in the message), non-finite value, abort. The executor takes no further step until
+   * `connect`; after `device_lost` no executor of this process has a device any more.
+   */
   onStepFailed(
     step: number,
-    code: 'wait_timeout' | 'link_lost' | 'non_finite' | 'aborted' | 'internal',
+    code: 'wait_timeout' | 'link_lost' | 'non_finite' | 'aborted' | 'device_lost' | 'internal',
     message: string,
     peer: PeerAddress | null,
   ): void;

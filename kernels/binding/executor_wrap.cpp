@@ -108,6 +108,7 @@ const char* failure_code(FailureCode code) {
     case FailureCode::LinkLost: return "link_lost";
     case FailureCode::NonFinite: return "non_finite";
     case FailureCode::Aborted: return "aborted";
+    case FailureCode::DeviceLost: return "device_lost";
     case FailureCode::Internal: return "internal";
   }
   return "internal";

@@ -35,6 +35,8 @@ constexpr uint32_t kNothingFound = 0xffffffffu;
 constexpr int kGraphRows[] = {1, 2, 4, 8, 12, 16, 24, 32, 48, 64};
 constexpr int kGraphRowsMax = 64;
 
+constexpr const char* kSmallerShard = "; cut the model over more workers, or take a smaller one";
+
 [[noreturn]] void refuse(const std::string& what) { throw std::runtime_error("executor kind 'cuda': " + what); }
 
 class CudaDevice final : public Device {
@@ -143,6 +145,8 @@ class CudaDevice final : public Device {
   void look_up(const Operation& o);
   bool run_ahead_of_host(const Action& action);
   void report();
+  void give_up();
+  void allocate_kv();
 
   // Takes note of what a launch or copy answered. After the first fault nothing is queued.
   void queue(Problem problem) {
@@ -200,7 +204,12 @@ CudaDevice::CudaDevice(const Shard& shard) : Device(shard) {
     refuse(std::string(error.what()) + " (run `shardmesh tune` again, or remove its file)");
   }
   plan_attention_shapes();
-  plan_memory();
+  try {
+    plan_memory();
+  } catch (const std::runtime_error& error) {
+    refuse(std::string(error.what()) + kSmallerShard);
+  }
+  allocate_kv();
   if (const Problem problem = open_stream(&stream_)) refuse(std::string("no stream: ") + problem);
   to_ = stream_;
 }
@@ -288,8 +297,6 @@ void CudaDevice::plan_memory() {
       matrices_[i].tuning = tuning_->product(source.type, static_cast<int64_t>(matrices_[i].data.size()));
     }
   }
-  kv_ = Memory(Place::Card, static_cast<size_t>(p.kv.layers) * static_cast<size_t>(c.kv_blocks) * shard_.kv_layout().block_bytes, "the KV cache (kvBlocks, --kv-cache-bytes)");
-
   buffers_.resize(p.buffers.size());
   mirrors_.resize(p.buffers.size());
   host_.resize(p.buffers.size());
@@ -371,6 +378,26 @@ void CudaDevice::plan_memory() {
     candidates_host_ = Memory(Place::Host, outputs * sizeof(cuda::Candidate), kBuffers);
     maxima_ = Memory(Place::Card, outputs * 4, kBuffers);
   }
+  tables_.resize(static_cast<size_t>(shard_.rope_tables()));
+  for (size_t i = 0; i < p.operations.size(); i++) {
+    if (p.operations[i].kind != OperationKind::Rope) continue;
+    Table& table = tables_[static_cast<size_t>(shard_.rope_table_number(static_cast<int>(i)))];
+    const size_t table_bytes = static_cast<size_t>(p.context_tokens_max) * static_cast<size_t>(p.operations[i].dimensions / 2) * 4;
+    if (table.cosine.size() == 0) table = {Memory(Place::Card, table_bytes, "the rope tables"), Memory(Place::Card, table_bytes, "the rope tables")};
+  }
+}
+
+// Last, so that what is free is what it may have.
+void CudaDevice::allocate_kv() {
+  const size_t block = static_cast<size_t>(program().kv.layers) * shard_.kv_layout().block_bytes, asked = block * static_cast<size_t>(shard_.config().kv_blocks);
+  const size_t free = free_bytes();
+  try {
+    kv_ = Memory(Place::Card, asked, "the KV cache");
+  } catch (const std::runtime_error& error) {
+    const size_t usable = free - free / 32;  // the runtime takes some for graphs
+    const size_t fitting = usable / block * block >> 20;
+    refuse(std::string(error.what()) + (fitting > 0 ? "; --kv-cache-bytes " + std::to_string(fitting) + "m fits" : kSmallerShard));
+  }
 }
 
 size_t CudaDevice::bytes() const {
@@ -381,7 +408,7 @@ size_t CudaDevice::bytes() const {
   for (const Table& t : tables_) add(t.cosine, t.sine);
   for (const CardBuffer& b : buffers_) add(b.values, b.groups);
   for (const Memory& m : mirrors_) add(m);
-  add(kv_, sums_, received_sums_, partials_, step_host_, step_card_, staging_host_, received_host_, sums_host_);
+  add(arrivals_, candidates_, maxima_, kv_, sums_, received_sums_, partials_, step_host_, step_card_, staging_host_, received_host_, sums_host_);
   return sum;
 }
 
@@ -402,12 +429,10 @@ void CudaDevice::finish_loading() {
   };
   for (size_t i = 0; i < vectors_.size(); i++)
     if (vectors_[i].size() > 0) copy(vectors_[i], shard_.vector(static_cast<int>(i)));
-  for (int number = 0; number < shard_.rope_tables(); number++) {
-    const RopeTable table = shard_.rope_table_of(number);
-    const size_t bytes = static_cast<size_t>(program().context_tokens_max) * static_cast<size_t>(table.dimensions / 2) * 4;
-    tables_.push_back({Memory(Place::Card, bytes, "the rope tables"), Memory(Place::Card, bytes, "the rope tables")});
-    copy(tables_.back().cosine, table.cosine);
-    copy(tables_.back().sine, table.sine);
+  for (size_t number = 0; number < tables_.size(); number++) {
+    const RopeTable table = shard_.rope_table_of(static_cast<int>(number));
+    copy(tables_[number].cosine, table.cosine);
+    copy(tables_[number].sine, table.sine);
   }
   build_graphs();
 }
@@ -548,6 +573,15 @@ void CudaDevice::report() {
   reported_candidates_ = 0;
 }
 
+// After a fault: the host may use again what the card was given; and whether only a new process has a card again.
+void CudaDevice::give_up() {
+  synchronise(stream_);
+  const std::string why = lost_card();
+  if (why.empty() || problem_.lost) return;
+  problem_.lost = true;
+  problem_.fault = "the card (" + card_facts_.name + ") does nothing more for this process: " + why;
+}
+
 bool CudaDevice::wait() {
   if (!waited_) {
     if (!broken() && !reported_) {
@@ -555,7 +589,7 @@ bool CudaDevice::wait() {
       reports_sent_++;
     }
     if (!broken()) queue(wait_for(word_host_.as<uint32_t>(), reports_sent_, stream_, deadline_ns_, shard_.config().spin));
-    if (broken()) synchronise(stream_);  // the host may use again what the card was given
+    if (broken()) give_up();
     waited_ = true;
     const uint32_t found = *least_host_.as<uint32_t>();
     if (!broken() && found != kNothingFound) problem_ = {static_cast<int>(found >> 16), static_cast<int>(found & 0xffff), ""};

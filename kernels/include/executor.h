@@ -106,7 +106,8 @@ struct StepTotals {
   StepTimings timings;
 };
 
-enum class FailureCode { WaitTimeout, LinkLost, NonFinite, Aborted, Internal };
+// DeviceLost: this process can do nothing more with its device; a new one may.
+enum class FailureCode { WaitTimeout, LinkLost, NonFinite, Aborted, DeviceLost, Internal };
 
 struct StepFailure {
   uint32_t step;

@@ -27,6 +27,7 @@ struct DeviceProblem {
   int action = -1;
   int row = -1;
   std::string fault;
+  bool lost = false;  // the device answers this process no more
 };
 
 // How a row's best candidate is looked for. temperature 0: by its logit alone.

@@ -153,7 +153,7 @@ StepRun::Status StepRun::fail(FailureCode code, std::string message) {
 
 StepRun::Status StepRun::fail_by_device() {
   const DeviceProblem& problem = device_.problem();
-  if (problem.action < 0) return fail(FailureCode::Internal, where(-1) + ": " + problem.fault);
+  if (problem.action < 0) return fail(problem.lost ? FailureCode::DeviceLost : FailureCode::Internal, where(-1) + ": " + problem.fault);
   const Action& action = shard_.actions()[static_cast<size_t>(problem.action)];
   const std::string row = problem.row < 0 ? "" : " of row " + std::to_string(problem.row);
   switch (action.kind) {
