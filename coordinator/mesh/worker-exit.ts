@@ -9,7 +9,7 @@ export function exitReason(code: number | null): string {
     case workerExit.lostParent:
       return ' (its coordinator was gone)';
     case workerExit.cardLost:
-      return ' (its card answered no more: a fault of the card or its driver, see the host\'s kernel log for Xid)';
+      return " (its card answered no more: a fault of the card or its driver, see the host's kernel log for Xid)";
     case workerExit.cardAbsent:
       return ' (there is no card that it can use)';
     default:

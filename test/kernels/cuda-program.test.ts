@@ -38,9 +38,9 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('cuda ex
     expect(await generate({ addon, kind: 'cuda' })).toEqual(want);
     // Node 1 is the first norm, 2 the products q, k and v, 5 the products gate and up.
     for (const node of ['1', '2', '5'])
-      expect(
-        await withFault('SHARDMESH_EMULATED_GRAPH_WITHOUT_EDGE', node, () => generate({ addon, kind: 'cuda' })),
-      ).not.toEqual(want);
+      expect(await withFault('SHARDMESH_EMULATED_GRAPH_WITHOUT_EDGE', node, () => generate({ addon, kind: 'cuda' }))).not.toEqual(
+        want,
+      );
   });
 
   it('cuda executor - says what the card has no room for, what is free, and the --kv-cache-bytes that fits', async () => {

@@ -222,21 +222,25 @@ export function describeCudaPrograms(load: () => Promise<Addon>): void {
       ['two ranks', twoRankCut, {}],
       ['three uneven ranks by two stages, on q8 wires', threeRankTwoStageCut, { wire: 'q8' }],
       ['one worker whose steps are small', wholeCut, { stepTokensMax: 150 }],
-    ] as const)('cuda program - steps of any number of rows pad to those of a graph and keep their bits: %s', async ([, cut, options]) => {
-      const [want] = await decode({ cut, ...options }, counts);
-      const [found, graphs] = await decode({ ...cuda, cut, ...options }, counts);
-      expect(found).toEqual(want);
-      for (const of of graphs) {
-        expect(of.map(({ rows }) => rows)).toEqual([1, 2, 4, 8, 12, 16, 24, 32, 48, 64]);
-        expect(of.map(({ steps }) => steps)).toEqual([1, 1, 2, 2, 1, 2, 0, 0, 0, 0]);
-      }
-    });
+    ] as const)(
+      'cuda program - steps of any number of rows pad to those of a graph and keep their bits: %s',
+      async ([, cut, options]) => {
+        const [want] = await decode({ cut, ...options }, counts);
+        const [found, graphs] = await decode({ ...cuda, cut, ...options }, counts);
+        expect(found).toEqual(want);
+        for (const of of graphs) {
+          expect(of.map(({ rows }) => rows)).toEqual([1, 2, 4, 8, 12, 16, 24, 32, 48, 64]);
+          expect(of.map(({ steps }) => steps)).toEqual([1, 1, 2, 2, 1, 2, 0, 0, 0, 0]);
+        }
+      },
+    );
 
     it('cuda program - a step is one graph on a worker alone, with five nodes a layer for 8 rows and fewer', async () => {
       const [, [graphs]] = await decode({ ...cuda }, [1]);
       const layers = 2;
       // Embed, of few rows the first norm, and of the tail: look at the rows, select them, norm, head, candidates, report.
-      for (const { rows, nodes } of graphs!) expect(nodes, `${rows} rows`).toEqual([rows <= 8 ? 8 + 5 * layers : 7 + 17 * layers]);
+      for (const { rows, nodes } of graphs!)
+        expect(nodes, `${rows} rows`).toEqual([rows <= 8 ? 8 + 5 * layers : 7 + 17 * layers]);
     });
 
     it('cuda program - between two exchanges a step is one graph', async () => {
