@@ -30,6 +30,9 @@ namespace {
 using namespace cuda;
 
 constexpr int kSlotsMax = 4096;
+constexpr int kAttentionWarps = 16;  // of a multiprocessor
+// A card that is late by its step's deadline may take so much longer before it counts as lost.
+constexpr int64_t kSettleNs = 5'000'000'000;
 constexpr uint32_t kNothingFound = 0xffffffffu;
 // Rows of the graphs of decode steps.
 constexpr int kGraphRows[] = {1, 2, 4, 8, 12, 16, 24, 32, 48, 64};
@@ -214,7 +217,9 @@ CudaDevice::CudaDevice(const Shard& shard) : Device(shard) {
   to_ = stream_;
 }
 
+// What a lost card holds ends with the process; asking it to let go of it could take for ever.
 CudaDevice::~CudaDevice() {
+  if (problem_.lost) return;
   synchronise(stream_);
   for (const StepGraphs& graphs : graphs_)
     for (const Piece& piece : graphs.pieces) close_graph(piece.graph);
@@ -575,10 +580,12 @@ void CudaDevice::report() {
 
 // After a fault: the host may use again what the card was given; and whether only a new process has a card again.
 void CudaDevice::give_up() {
-  synchronise(stream_);
-  const std::string why = lost_card();
-  if (why.empty() || problem_.lost) return;
+  if (problem_.lost) return;
+  const bool settled = settles(stream_, monotonic_now_ns() + kSettleNs, shard_.config().spin);
+  const std::string why = settled ? lost_card() : problem_.fault;
+  if (why.empty()) return;
   problem_.lost = true;
+  abandon_card();
   problem_.fault = "the card (" + card_facts_.name + ") does nothing more for this process: " + why;
 }
 

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 #include <time.h>
 
+#include <atomic>
 #include <stdexcept>
 #include <thread>
 #include <vector>
@@ -44,6 +45,8 @@ Problem copy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, Stre
     return problem_of(add_node(graph, [&](auto... place) { return cudaGraphAddMemcpyNode1D(place..., to, from, bytes, kind); }));
   return problem_of(cudaMemcpyAsync(to, from, bytes, kind, raw(stream)));
 }
+
+std::atomic<bool> abandoned{false};
 
 constexpr int kPollsOfWord = 2048;  // between two looks at the stream
 
@@ -94,6 +97,7 @@ void* allocate(Place place, size_t bytes, const char* what) {
 }
 
 void release(Place place, void* memory) {
+  if (abandoned) return;
   if (place == Place::Card) cudaFree(memory);
   else cudaFreeHost(memory);
 }
@@ -154,11 +158,21 @@ Problem wait_for(const uint32_t* word, uint32_t value, Stream stream, int64_t de
   return nullptr;
 }
 
+bool settles(Stream stream, int64_t deadline_ns, bool spin) {
+  while (cudaStreamQuery(raw(stream)) == cudaErrorNotReady) {
+    if (now_ns() > deadline_ns) return false;
+    if (!spin) std::this_thread::yield();
+  }
+  return true;
+}
+
 std::string lost_card() {
   cudaGetLastError();  // a fault that stays is not forgotten by asking
   const cudaError_t status = cudaStreamQuery(cudaStreamLegacy);
   return status == cudaSuccess || status == cudaErrorNotReady ? "" : cudaGetErrorString(status);
 }
+
+void abandon_card() { abandoned = true; }
 
 Problem open_graph(Graph* graph) {
   auto* nodes = new GraphNodes;

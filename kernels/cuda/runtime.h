@@ -49,8 +49,12 @@ Problem synchronise(Stream stream);
 // Waits until `word`, in memory of the host, is `value`, without a call that holds the card's lock: something queued writes it (send_report). Looks now and then whether the
 // stream has met a fault, or has ended without that. `deadline_ns`: of the monotonic clock. `spin`: this thread has its core to itself.
 Problem wait_for(const uint32_t* word, uint32_t value, Stream stream, int64_t deadline_ns, bool spin);
+// Whether all that was queued has ended, well or not, by then.
+bool settles(Stream stream, int64_t deadline_ns, bool spin);
 // Why this process can do nothing with the card any more, one line, after a fault that only a new process heals (ECC, Xid, a kernel's fault); "" when the card answers.
 std::string lost_card();
+// From now on nothing is given back: a card that hangs would let nobody go who asks.
+void abandon_card();
 
 // Work that is described once, node by node, and then done as often as it is launched. Between open_graph() and finish_graph() launchers, copies and fill() of this thread
 // take stream_of(graph) for a stream, and add a node each: it waits for the node before it, or for those that come_after() named.

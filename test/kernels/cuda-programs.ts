@@ -256,14 +256,17 @@ export function describeCudaPrograms(load: () => Promise<Addon>): void {
     it('cuda program - a value that overflows fails the step with the words of the CPU', async () => {
       const broken = tinyWeights();
       new Float32Array(broken.get('1.ffn_norm')!.blocks.buffer).fill(3e38);
-      const failure = (options: TinyMeshOptions) =>
-        onMesh({ weights: broken, ...options }, async (mesh) => {
-          mesh.open(0);
-          return mesh.run(rows).catch((error: unknown) => (error as Error).message);
-        });
-      const message = await failure(cuda);
-      expect(message).toMatch(/^step 1, operation \d+ \(rms_norm\): its output 'n' is not finite$/);
-      expect(message).toBe(await failure({}));
+      const one: TinyRows[] = [{ ...rows[0]!, tokens: [1], outputs: [{ row: 0, score: null }] }]; // a step that is a graph
+      for (const step of [rows, one]) {
+        const failure = (options: TinyMeshOptions) =>
+          onMesh({ weights: broken, ...options }, async (mesh) => {
+            mesh.open(0);
+            return mesh.run(step).catch((error: unknown) => (error as Error).message);
+          });
+        const message = await failure(cuda);
+        expect(message).toMatch(/^step 1, operation \d+ \(rms_norm\): its output 'n' is not finite$/);
+        expect(message).toBe(await failure({}));
+      }
     });
 
     it('cuda program - a peer that is silent fails the step at its deadline, and the next epoch works', async () => {

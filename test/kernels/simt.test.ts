@@ -41,6 +41,7 @@ const cases = [
   'finds misaligned rows of ldmatrix',
   'finds wrong asynchronous copies',
   'finds a spin without end',
+  'the block that comes last sees what the others have written; finds one that comes a block too early',
   'finds a race between blocks that live together',
   'a stream works in order, and not before it is waited for',
   'finds a host that changes what a queued copy reads',

@@ -208,13 +208,25 @@ Problem synchronise(Stream stream) {
   return s.problem.empty() ? nullptr : s.problem.c_str();
 }
 
+// A card that hangs does nothing more.
+bool hangs() { return asked("SHARDMESH_EMULATED_CARD_HANGS") != nullptr; }
+
 Problem wait_for(const uint32_t* word, uint32_t value, Stream stream, int64_t, bool) {
+  if (hangs()) return "the card has not finished in time";
   if (*word == value) return "the word is there before anything was done";
   if (const Problem problem = synchronise(stream)) return problem;
   return *word == value ? nullptr : "the card has done everything and reported nothing";
 }
 
+bool settles(Stream stream, int64_t, bool) {
+  if (hangs()) return false;
+  synchronise(stream);
+  return true;
+}
+
 std::string lost_card() { return lasting_fault().here ? LastingFault::kText : ""; }
+
+void abandon_card() {}  // other executors of this process go on
 
 Problem open_graph(Graph* graph) {
   *graph = static_cast<simt::WorkQueue*>(new EmulatedGraph);

@@ -7,6 +7,7 @@
 
 #include "cuda_source.h"
 
+#include "../../../kernels/cuda/arrivals.cuh"
 #include "../../../kernels/cuda/runtime.h"
 #include "guarded.h"
 
@@ -57,13 +58,13 @@ std::string caught_sometimes(const std::function<bool()>& right) {
 
 constexpr unsigned kAll = 0xffffffffu;
 
-// A stream with memory of the card and of the host beside it.
 struct OpenGraph {
   Graph graph = nullptr;
   OpenGraph() { open_graph(&graph); }
   ~OpenGraph() { close_graph(graph); }
 };
 
+// A stream with memory of the card and of the host beside it.
 struct OpenStream {
   Stream stream = nullptr;
   Memory card{Place::Card, 64, "card"}, host{Place::Host, 64, "host"}, back{Place::Host, 64, "back"};
@@ -73,7 +74,13 @@ struct OpenStream {
 
 // ---------------------------------------------------------------- right kernels
 
-__global__ void append_kernel(int* value, int digit) { value[0] = value[0] * 10 + digit; }
+void last_block_kernel(uint32_t* values, uint32_t* count, uint32_t* out, unsigned waited_for) {
+  if (threadIdx.x == 0) values[blockIdx.x] = blockIdx.x;
+  if (!comes_last(count, waited_for, reinterpret_cast<uint32_t*>(dynamic_shared())) || threadIdx.x > 0) return;
+  for (unsigned i = 0; i < gridDim.x; i++) *out += values[i];
+}
+
+void append_kernel(int* value, int digit) { value[0] = value[0] * 10 + digit; }
 void increment_kernel(int* values) { values[threadIdx.x]++; }
 
 // Sum of a block's values: through registers in the warp, through shared memory between warps.
@@ -473,6 +480,14 @@ int main() {
     simt::set_schedule({});
     const char* fault = launch(spin_kernel, 1, 1, 0, nullptr, flag.data());
     return std::string(fault && std::string(fault).find("every thread spins") != std::string::npos ? "" : "not found");
+  });
+  test_case("simt - the block that comes last sees what the others have written; finds one that comes a block too early", [] {
+    const auto sum = [](unsigned waited_for) {
+      const Guarded<uint32_t> values("values", 6), count("count", std::vector<uint32_t>{0}), out("out", std::vector<uint32_t>{0});
+      return launch(last_block_kernel, 6, 32, 4, nullptr, values.data(), count.data(), out.data(), waited_for) ? 0u : out.data()[0];
+    };
+    const std::string whole = in_every_order([&] { return std::string(sum(6) == 15 ? "" : "a wrong sum"); });
+    return whole.empty() ? caught_sometimes([&] { return sum(5) == 15; }) : whole;
   });
   test_case("simt - finds a race between blocks that live together", [] {
     const auto total = [](unsigned resident) {
