@@ -144,6 +144,12 @@ class CudaDevice final : public Device {
   size_t fuse(size_t action);
   FusedProducts fused(Then then, const std::vector<int>& operations, size_t action);
   bool are_quantized(const std::vector<int>& operations) const;
+  bool norms(size_t index) const;
+  NormAfter norm_after(size_t action, int first_row) const;
+  bool fuses(int rows) const {
+    const Program& p = program();
+    return rows <= kFusedTokensMax && p.activations == ActivationType::Int8 && p.kv.key == KeyType::Int8 && p.kv.value == ValueType::Int8;
+  }
   const Action* action_of(size_t index, ActionKind kind) const;
   void look_up(const Operation& o);
   bool run_ahead_of_host(const Action& action);
@@ -190,6 +196,7 @@ class CudaDevice final : public Device {
   int reported_candidates_ = 0;  // that the next report takes along
   bool waited_ = true, reported_ = false, building_ = false, sent_ = false;
   int64_t deadline_ns_ = 0;
+  std::vector<size_t> action_of_reduce_;  // by operation
   Subtree fused_trees_[kFusedProductsMax]{};
   int64_t sum_rows_ = 0;     // own sums are [subtree][so many rows][width]
   std::vector<StepGraphs> graphs_;
@@ -525,7 +532,7 @@ void CudaDevice::plan_step(const StepRows& rows) {
     at += needed * 4;
   }
   for (AttentionShape& shape : shapes_) {
-    plan_attention(rows, shape.host_runs, shape.like->window, {kSplitRowsMax, slots_, step_graphs_ && step_graphs_->rows <= kFusedTokensMax}, &shape.plan);
+    plan_attention(rows, shape.host_runs, shape.like->window, {kSplitRowsMax, slots_, step_graphs_ && fuses(step_graphs_->rows)}, &shape.plan);
     const std::vector<AttentionWork>& work = shape.plan.work;
     at = (at + 15) / 16 * 16;
     std::memcpy(host + at, work.data(), work.size() * sizeof work[0]);
@@ -623,6 +630,9 @@ bool CudaDevice::is_device_only(ActionKind kind) const {
 
 void CudaDevice::build_graphs() {
   const int most = std::min(kGraphRowsMax, shard_.config().step_tokens_max);
+  action_of_reduce_.resize(program().operations.size());
+  for (size_t i = 0; i < shard_.actions().size(); i++)
+    if (const Action* reduce = action_of(i, ActionKind::AllReduce)) action_of_reduce_[static_cast<size_t>(reduce->operation)] = i;
   building_ = true;
   lay_out(kGraphRowsMax, kGraphRowsMax, true);
   for (const int rows : kGraphRows) {
@@ -650,6 +660,7 @@ void CudaDevice::build(StepGraphs* graphs) {
     Piece piece{begin, begin, nullptr, false};
     Problem problem = open_graph(&piece.graph);
     to_ = stream_of(piece.graph);
+    if (begin > 0 && program().ranks > 1 && fuses(graphs->rows) && norms(begin - 1)) piece.end++;  // reduce() does it
     while (!ends(piece.end, begin) && !problem) {
       const size_t fused = fuse(piece.end);
       if (fused == 0) run_action(piece.end);
@@ -720,10 +731,21 @@ FusedProducts CudaDevice::fused(Then then, const std::vector<int>& operations, s
   return f;
 }
 
+// Whether the action behind reduction `index` is the norm of its result, which nobody reads but in its quantised form.
+bool CudaDevice::norms(size_t index) const {
+  const Action *reduce = action_of(index, ActionKind::AllReduce), *norm = action_of(index + 1, ActionKind::RmsNorm);
+  return reduce && norm && norm->buffer >= 0 && card(norm->buffer).only_groups && operation(norm->operation).in == operation(reduce->operation).out;
+}
+
+NormAfter CudaDevice::norm_after(size_t action, int first_row) const {
+  const Operation& o = operation(shard_.actions()[action].operation);
+  return {vector(o.weight), o.epsilon, card(o.out).groups.as<ActivationGroup>(), first_row, check_of(action, o.out)};
+}
+
 // Adds the launch that does the actions from `index` on in one; returns how many it does, 0 when there is none.
 size_t CudaDevice::fuse(size_t index) {
   const Program& p = program();
-  if (rows_->tokens > kFusedTokensMax || p.activations != ActivationType::Int8 || p.kv.key != KeyType::Int8 || p.kv.value != ValueType::Int8) return 0;
+  if (!fuses(rows_->tokens)) return 0;
   const std::vector<Action>& actions = shard_.actions();
   const Action& first = actions[index];
   // An output that nobody reads but in its quantised form.
@@ -761,16 +783,12 @@ size_t CudaDevice::fuse(size_t index) {
   const Action* reduce = action_of(index + 1, ActionKind::AllReduce);
   if (first.kind == ActionKind::LinearPartial && p.ranks == 1 && reduce && are_quantized({first.operation})) {
     const Operation& sum = operation(reduce->operation);
-    const Action* norm = action_of(index + 2, ActionKind::RmsNorm);
-    const bool normed = only_quantized(norm) && operation(norm->operation).in == sum.out;
-    FusedProducts f = fused(normed ? Then::ResidualNorm : Then::Residual, {first.operation}, normed ? index + 2 : actions.size());
+    const bool normed = norms(index + 1);
+    FusedProducts f = fused(normed ? Then::ResidualNorm : Then::Residual, {first.operation}, actions.size());
     f.product[0].out = values(sum.out);
     f.product[0].out_stride = shard_.buffer(sum.out).stride;
     f.product[0].bias = vector(sum.bias);
-    if (normed) {
-      f.norm_weight = vector(operation(norm->operation).weight);
-      f.epsilon = operation(norm->operation).epsilon;
-    }
+    if (normed) f.norm = norm_after(index + 2, 0);
     queue(linear_fused(f, to_));
     return normed ? 3 : 2;
   }
@@ -930,8 +948,13 @@ void CudaDevice::reduce(int index, int first_row, int rows, const float* const* 
     queue(copy_to_card(there, source, values_of_rank * 4, to_));
     there += values_of_rank;
   }
-  if (!broken())
-    queue(finish_tree(o.cut.units, count, lo, hi, nodes, strides, vector(o.bias), values(o.out, first_row), residual.stride, residual.width, rows, to_));
+  if (broken()) return;
+  float* out = values(o.out, first_row);
+  // In front of a graph whose first node would be the norm.
+  const size_t action = program().ranks > 1 && step_graphs_ && fuses(step_graphs_->rows) ? action_of_reduce_[static_cast<size_t>(index)] : 0;
+  if (action > 0 && norms(action))
+    queue(finish_tree_norm(o.cut.units, count, lo, hi, nodes, strides, vector(o.bias), out, residual.stride, residual.width, rows, norm_after(action + 1, first_row), arrivals_.as<uint32_t>(), to_));
+  else queue(finish_tree(o.cut.units, count, lo, hi, nodes, strides, vector(o.bias), out, residual.stride, residual.width, rows, to_));
 }
 
 bool CudaDevice::store_kv(int action, const Operation& o) {

@@ -8,6 +8,7 @@
 #include "finite.cuh"
 #include "gated_value.cuh"
 #include "group_product.cuh"
+#include "norm_rows.cuh"
 #include "operations.h"
 #include "product_plan.h"
 #include "quantize_group.cuh"
@@ -26,8 +27,7 @@ struct FusedPlan {
   Then then;
   RopeStore rope;
   ActivationGroup* quantized;
-  const float* norm_weight;
-  float epsilon;
+  NormAfter norm;
   FiniteCheck check;
   uint32_t* arrivals;
 };
@@ -52,34 +52,6 @@ __device__ __forceinline__ void multiply(TensorType type, const ProductPlan& pla
     case TensorType::Q5_K: return multiply<Format<8, Scales::Super, 0>>(plan, strip, segment, lane, acc);
     case TensorType::Q6_K: return multiply<Format<8, Scales::Halves, 0>>(plan, strip, segment, lane, acc);
     default: return multiply<Format<8, Scales::Half, 0>>(plan, strip, segment, lane, acc);  // Q5_0, Q8_0
-  }
-}
-
-// Norm of the rows of residual that this step has, by one block of any number of warps: the arithmetic of rms_norm.cu. shared: 128 floats a token.
-__device__ __forceinline__ void norm_rows(const FusedPlan& plan, float* shared) {
-  const ProductPlan& p = plan.product[0];
-  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x), width = p.rows, groups = width / 32;
-  for (int i = thread; i < p.tokens * kPartials; i += threads) {
-    const float* row = p.out + i / kPartials * p.out_stride;
-    float partial = 0.0f;
-    for (int k = i % kPartials; k < width; k += kPartials) partial = __fmaf_rn(row[k], row[k], partial);
-    shared[i] = partial;
-  }
-  for (int distance = kPartials / 2; distance; distance /= 2) {
-    __syncthreads();
-    for (int i = thread; i < p.tokens * distance; i += threads) {
-      float* sums = shared + i / distance * kPartials + i % distance;
-      sums[0] = __fadd_rn(sums[0], sums[distance]);
-    }
-  }
-  __syncthreads();
-  for (int i = thread / 32; i < p.tokens * groups; i += threads / 32) {
-    const int token = i / groups, group = i % groups, lane = thread % 32, k = group * 32 + lane;
-    const float mean = __fdiv_rn(shared[token * kPartials], __ll2float_rn(width));
-    const float r = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, plan.epsilon)));
-    const float y = __fmul_rn(__fmul_rn(p.out[token * p.out_stride + k], r), plan.norm_weight[k]);
-    note_unless_finite(y, plan.check, token);
-    quantize_group(y, token, group, groups, lane, plan.quantized);
   }
 }
 
@@ -121,7 +93,7 @@ __global__ void __launch_bounds__(kSegmentsMax * 32, 1) linear_fused_kernel(cons
       quantize_group(y, token, group, product.rows / 32, lane, plan.quantized);
     }
   } else if (plan.then == Then::ResidualNorm) {
-    if (comes_last(plan.arrivals, gridDim.x, flag)) norm_rows(plan, leaves);
+    if (comes_last(plan.arrivals, gridDim.x, flag)) norm_rows(plan.norm, product.out, product.out_stride, product.rows, product.tokens, leaves);
   }
 }
 
@@ -171,8 +143,7 @@ Problem linear_fused(const FusedProducts& f, Stream stream) {
   plan.then = f.then;
   plan.rope = f.rope;
   plan.quantized = f.quantized;
-  plan.norm_weight = f.norm_weight;
-  plan.epsilon = f.epsilon;
+  plan.norm = f.norm;
   plan.check = f.check;
   plan.arrivals = f.arrivals;
   const int warps = f.product[0].segment_count;

@@ -75,9 +75,21 @@ Problem rms_norm(const float* x, int64_t x_stride, const float* w, float epsilon
 // activation 0: silu, 1: gelu (tanh form). Outputs as for rms_norm.
 Problem gated_activation(const float* gate, int64_t gate_stride, const float* up, int64_t up_stride, int64_t width, int tokens, int activation, float* out, int64_t out_stride,
                          ActivationGroup* quantized, Stream stream, const FiniteCheck& check = {});
+// A norm in the launch that completes its input, for few rows; its output is quantised, and `check` looks at it. first_row: what the launch's first row is in the step.
+constexpr int kFusedTokensMax = 8;
+struct NormAfter {
+  const float* weight;
+  float epsilon;
+  ActivationGroup* quantized;
+  int first_row;
+  FiniteCheck check;
+};
 // residual[t, r] += tree of the nodes + bias[r]; the nodes as in KernelSet::finish_tree, `lo` and `hi` and the arrays of pointers and strides on the host.
 Problem finish_tree(int units, int node_count, const int* lo, const int* hi, const float* const* nodes, const int64_t* strides, const float* bias, float* residual,
                     int64_t residual_stride, int64_t width, int tokens, Stream stream);
+// With the norm of the residual behind it: at most kFusedTokensMax tokens, width a multiple of 32. arrivals: one counter, 0 before and after.
+Problem finish_tree_norm(int units, int node_count, const int* lo, const int* hi, const float* const* nodes, const int64_t* strides, const float* bias, float* residual,
+                         int64_t residual_stride, int64_t width, int tokens, const NormAfter& norm, uint32_t* arrivals, Stream stream);
 
 // ---------------------------------------------------------------- attention
 
@@ -145,7 +157,7 @@ Problem attention_fused(const AttentionStep& step, int runs, ActivationGroup* qu
 
 // ---------------------------------------------------------------- products with what comes before or after them, for few tokens
 
-constexpr int kFusedTokensMax = 8, kFusedProductsMax = 3;
+constexpr int kFusedProductsMax = 3;
 
 enum class Then { Nothing, RopeStoreKv, Activation, Residual, ResidualNorm };
 
@@ -160,10 +172,9 @@ struct FusedProducts {
   Then then;
   RopeStore rope;          // RopeStoreKv
   int activation;          // Activation, as for gated_activation()
-  ActivationGroup* quantized;  // Activation, ResidualNorm
-  const float* norm_weight;    // ResidualNorm
-  float epsilon;
-  FiniteCheck check;       // of what is quantised
+  ActivationGroup* quantized;  // Activation
+  FiniteCheck check;       // of what is quantised there
+  NormAfter norm;          // ResidualNorm
   uint32_t* arrivals;      // fused_arrivals() counters, 0 before and after
 };
 size_t fused_arrivals(const FusedProducts& fused);

@@ -79,7 +79,9 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('cuda ex
   it('cuda executor - a card that hangs fails the step as a lost card', async () => {
     const addon = await load('shardmesh_cuda_emulated');
     const mesh = await TinyMesh.start({ addon, kind: 'cuda' });
-    const error = await withFault('SHARDMESH_EMULATED_CARD_HANGS', '1', () => mesh.generate(prompt, {}, 2).catch((e: unknown) => e));
+    const error = await withFault('SHARDMESH_EMULATED_CARD_HANGS', '1', () =>
+      mesh.generate(prompt, {}, 2).catch((e: unknown) => e),
+    );
     await mesh.stop();
     expect(error).toMatchObject({ code: 'device_lost', message: expect.stringContaining('the card has not finished in time') });
   });

@@ -46,6 +46,7 @@ const cases = {
     'cuda fused - products of a gate and their activation have the bits of single launches',
     'cuda fused - a product into the residual has the bits of single launches',
     'cuda fused - a product into the residual and the norm behind it have the bits of single launches',
+    'cuda fused - the end of a reduction and the norm behind it have the bits of single launches',
     'cuda fused - q, k and v, rotated and stored, have the bits of single launches, and rows that pad are left alone',
     'cuda fused - attention with its join has the bits of single launches',
     'cuda fused - refuses by name what does not belong together',

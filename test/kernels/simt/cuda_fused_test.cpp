@@ -1,4 +1,4 @@
-// The launches that do several operations of a step in one (linear_fused, attention_fused) on the emulated machine against the kernels that do them one by one, bit for
+// The launches that do several operations of a step in one (linear_fused, attention_fused, finish_tree_norm) on the emulated machine against the kernels that do them one by one, bit for
 // bit; those are held against the reference by cuda_linear_test and cuda_step_test.
 //
 //   cuda_fused_test    runs all; prints "ok NAME" or "FAIL NAME: what", a line each
@@ -111,9 +111,7 @@ std::string into_residual(int tokens, int segments, size_t type, bool normed, ui
   f.count = 1;
   f.product[0] = in.product(matrix, added, found_residual.data(), stride);
   f.then = normed ? cuda::Then::ResidualNorm : cuda::Then::Residual;
-  f.quantized = reinterpret_cast<cuda::ActivationGroup*>(found.data());
-  f.norm_weight = weight.data();
-  f.epsilon = 1e-5f;
+  f.norm = {weight.data(), 1e-5f, reinterpret_cast<cuda::ActivationGroup*>(found.data()), 0, {}};
   f.arrivals = arrivals.data();
   const int lo[] = {0}, hi[] = {1};
   const float* node[] = {sums.data()};
@@ -123,6 +121,45 @@ std::string into_residual(int tokens, int segments, size_t type, bool normed, ui
   if (problem.empty() && normed)
     problem = run({cuda::rms_norm(want_residual.data(), stride, weight.data(), 1e-5f, rows, tokens, nullptr, 0, reinterpret_cast<cuda::ActivationGroup*>(want.data()), nullptr)});
   return first_of({problem, simt::difference(want_residual.values(), found_residual), simt::difference(want.values(), found), simt::difference(std::vector<uint32_t>(1, 0), arrivals)});
+}
+
+// Rows [first, first + tokens) of a step: the end of a reduction of two ranks, and the norm.
+std::string tree_and_norm(int tokens, size_t type, uint64_t seed) {
+  Random random(seed);
+  const int64_t width = 32 * (1 + static_cast<int64_t>(type)) + 192, stride = width + 2;
+  const int first = static_cast<int>(seed % 3), units = 3;
+  const size_t count = static_cast<size_t>(stride * tokens);
+  const Floats a = values("a", count, random), b = values("b", count, random), bias = values("bias", static_cast<size_t>(width), random), weight = values("weight", static_cast<size_t>(width), random);
+  const Floats want_residual = values("residual", count, random), found_residual("residual", want_residual.values());
+  const size_t bytes = cuda::activation_bytes(tokens + first, width);
+  const Guarded<uint8_t> whole("whole", bytes), found("found", bytes);
+  const Guarded<uint32_t> arrivals("arrivals", std::vector<uint32_t>(1, 0));
+  const int lo[] = {0, 2}, hi[] = {2, 3};
+  const float* nodes[] = {a.data(), b.data()};
+  const int64_t strides[] = {stride, stride};
+  const float* added = seed % 2 ? bias.data() : nullptr;
+  const cuda::NormAfter norm{weight.data(), 1e-6f, reinterpret_cast<cuda::ActivationGroup*>(found.data()), first, {}};
+  const Floats all("all", static_cast<size_t>(stride * (tokens + first)));  // the norm of all rows of the step, those in front zeros
+  std::memset(all.data(), 0, static_cast<size_t>(stride * first) * 4);
+  std::string problem = run({cuda::finish_tree(units, 2, lo, hi, nodes, strides, added, want_residual.data(), stride, width, tokens, nullptr),
+                             cuda::finish_tree_norm(units, 2, lo, hi, nodes, strides, added, found_residual.data(), stride, width, tokens, norm, arrivals.data(), nullptr)});
+  std::memcpy(all.data() + stride * first, want_residual.data(), count * 4);
+  if (problem.empty())
+    problem = run({cuda::rms_norm(all.data(), stride, weight.data(), 1e-6f, width, tokens + first, nullptr, 0, reinterpret_cast<cuda::ActivationGroup*>(whole.data()), nullptr)});
+  // Of rows in front nothing was written: take theirs from the whole.
+  std::vector<uint8_t> want = found.values();
+  const auto* from = reinterpret_cast<const cuda::ActivationGroup*>(whole.data());
+  auto* to = reinterpret_cast<cuda::ActivationGroup*>(want.data());
+  for (int64_t g = 0; g < static_cast<int64_t>(bytes / sizeof *to); g++)
+    for (int t = 0; t < cuda::kTileTokens; t++) {
+      const int row = static_cast<int>(g / (width / 32)) * cuda::kTileTokens + t;
+      if (row < first || row >= first + tokens) continue;
+      for (int lane = 4 * t; lane < 4 * t + 4; lane++) to[g].q[lane] = from[g].q[lane];
+      to[g].sa[t] = from[g].sa[t];
+      to[g].ms[t] = from[g].ms[t];
+      to[g].sum[t] = from[g].sum[t];
+    }
+  return first_of({problem, simt::difference(want_residual.values(), found_residual), simt::difference(want, found), simt::difference(std::vector<uint32_t>(1, 0), arrivals)});
 }
 
 // Two sequences, and a row that only pads.
@@ -266,6 +303,9 @@ int main() {
   });
   simt::test_case("cuda fused - a product into the residual and the norm behind it have the bits of single launches", [] {
     return each([](int tokens, int segments, size_t type, uint64_t seed) { return into_residual(tokens, segments, type, true, seed); });
+  });
+  simt::test_case("cuda fused - the end of a reduction and the norm behind it have the bits of single launches", [] {
+    return each([](int tokens, int, size_t type, uint64_t seed) { return tree_and_norm(tokens, type, seed); });
   });
   simt::test_case("cuda fused - q, k and v, rotated and stored, have the bits of single launches, and rows that pad are left alone", [] {
     return each([](int tokens, int segments, size_t type, uint64_t seed) { return rope_and_store(tokens, std::min(segments, 8), type, type % 2 ? 32 : 64, seed); });
