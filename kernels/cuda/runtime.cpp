@@ -188,12 +188,13 @@ void come_after(Graph graph, std::initializer_list<int> nodes) {
 
 int node_count(Graph graph) { return static_cast<int>(static_cast<GraphNodes*>(graph)->nodes.size()); }
 
-// An uploaded graph is launched the first time as fast as later.
+// An uploaded graph is launched the first time as fast as later. It is there when this returns: the stream that launches it does not wait for the legacy one.
 Problem finish_graph(Graph graph) {
   auto& g = *static_cast<GraphNodes*>(graph);
   building = nullptr;
-  const cudaError_t made = cudaGraphInstantiate(&g.executable, g.graph, 0);
-  return problem_of(made == cudaSuccess ? cudaGraphUpload(g.executable, cudaStreamLegacy) : made);
+  cudaError_t status = cudaGraphInstantiate(&g.executable, g.graph, 0);
+  if (status == cudaSuccess) status = cudaGraphUpload(g.executable, cudaStreamLegacy);
+  return problem_of(status == cudaSuccess ? cudaStreamSynchronize(cudaStreamLegacy) : status);
 }
 
 Problem launch_graph(Graph graph, Stream stream) { return problem_of(cudaGraphLaunch(static_cast<GraphNodes*>(graph)->executable, raw(stream))); }

@@ -113,13 +113,11 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('a mesh 
     const cuda = await startServe(['--executor', 'cuda', ...small.slice(2)], { env, main });
     try {
       await expect(complete(cuda, { prompt: 'Paris', max_tokens: 8, temperature: 0 })).rejects.toThrow();
-      expect(cuda.events('epoch_ended')[0]).toMatchObject({
-        message: expect.stringContaining('does nothing more for this process: uncorrectable ECC error encountered'),
-      });
+      expect(cuda.events('epoch_ended')[0]?.['message']).toContain('does nothing more for this process: uncorrectable ECC error');
       await waitFor('the worker to be started again', 10_000, () => cuda.events('worker_restarting').length > 0);
-      expect(cuda.events('worker_restarting')[0]).toMatchObject({
-        cause: expect.stringMatching(/ended with exit code 71 \(its card answered no more: .*Xid\) after/),
-      });
+      expect(cuda.events('worker_restarting')[0]?.['cause']).toMatch(
+        /ended with exit code 71 \(its card answered no more: .*Xid\) after/,
+      );
     } finally {
       await cuda.stop();
     }
