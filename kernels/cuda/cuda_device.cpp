@@ -133,6 +133,9 @@ class CudaDevice final : public Device {
   const AttentionShape& shape_of(const Operation& o) const;
   size_t lay_out(size_t rows, size_t sequences, bool graph);
   void plan_step(const StepRows& rows);
+  // What the host lays down for a place of the step's piece on the card.
+  template <typename V>
+  V* on_host(const V* there) const { return reinterpret_cast<V*>(step_host_.as<uint8_t>() + (reinterpret_cast<const uint8_t*>(there) - step_card_.as<uint8_t>())); }
   void send_step(const int32_t* tokens);
   bool is_device_only(ActionKind kind) const;
   void build_graphs();
@@ -511,7 +514,6 @@ void CudaDevice::plan_step(const StepRows& rows) {
   const size_t T = static_cast<size_t>(rows.tokens), padded = step_graphs_ ? kGraphRowsMax : T;
   size_t at = lay_out(padded, step_graphs_ ? padded : static_cast<size_t>(rows.sequences), step_graphs_ != nullptr);
   uint8_t* const host = step_host_.as<uint8_t>();
-  const auto on_host = [&]<typename V>(const V* there) { return reinterpret_cast<V*>(host + (reinterpret_cast<const uint8_t*>(there) - step_card_.as<uint8_t>())); };
   const auto put = [&](const int32_t* there, const int32_t* values, int32_t padding) {
     int32_t* here = on_host(there);
     std::memcpy(here, values, T * 4);
@@ -550,8 +552,6 @@ void CudaDevice::plan_step(const StepRows& rows) {
 // Completes what a graph's step needs to know, and sends it.
 void CudaDevice::send_step(const int32_t* tokens) {
   sent_ = true;
-  uint8_t* const host = step_host_.as<uint8_t>();
-  const auto on_host = [&]<typename V>(const V* there) { return reinterpret_cast<V*>(host + (reinterpret_cast<const uint8_t*>(there) - step_card_.as<uint8_t>())); };
   int32_t *const ids = on_host(tokens_), *const which = on_host(selected_);
   HeadRow* const settings = on_host(settings_);
   for (int r = 0; r < kGraphRowsMax; r++) {
@@ -561,7 +561,7 @@ void CudaDevice::send_step(const int32_t* tokens) {
     settings[r] = selected ? HeadRow{candidate_rows_[r].temperature, candidate_rows_[r].key.low, candidate_rows_[r].key.high} : HeadRow{};
   }
   step_host_.as<int32_t>()[kLiveOutputs] = tail_rows_;
-  queue(copy_to_card(step_card_.as<void>(), host, step_bytes_, stream_));
+  queue(copy_to_card(step_card_.as<void>(), step_host_.as<void>(), step_bytes_, stream_));
 }
 
 size_t CudaDevice::run_ahead(size_t action, const int32_t* tokens) {

@@ -243,6 +243,40 @@ export function describeCudaPrograms(load: () => Promise<Addon>): void {
         expect(nodes, `${rows} rows`).toEqual([rows <= 8 ? 8 + 5 * layers : 7 + 17 * layers]);
     });
 
+    it('cuda program - where output rows take several passes, the layers are a graph and the tail is not', async () => {
+      const model = smallModel({
+        architecture: 'llama',
+        layers: 1,
+        hidden: 64,
+        heads: 2,
+        kvHeads: 1,
+        headSize: 32,
+        feedForward: 96,
+        vocabulary: 280_000, // logits of 14 rows are a pass
+        window: null,
+        types: { q: 'Q4_0', k: 'Q4_0', v: 'Q8_0', o: 'Q4_0', gate: 'Q4_0', up: 'Q4_0', down: 'Q4_0', embedding: 'Q4_0' },
+      });
+      const tokens = randomTokens(15, 5);
+      const run = async (options: MeshOptions) => {
+        const mesh = await TinyMesh.ofPrograms(model.programs(1, 1), (slice) => model.blocksOf(slice), options);
+        try {
+          mesh.open(0, { logprobs: null });
+          const outputs = tokens.map((_, row) => ({ row, score: tokens[row + 1] ?? null }));
+          const found = await mesh.run([{ slot: 0, position: 0, tokens, blocks: [1], outputs }]);
+          return [found, mesh.members[0]!.executor.graphs()] as const;
+        } finally {
+          await mesh.stop();
+        }
+      };
+      const [found, graphs] = await run(cuda);
+      expect(found).toEqual((await run({ kind: 'cpu' }))[0]);
+      // Of 16 rows the embedding and the layer only.
+      expect(graphs.slice(4, 6)).toEqual([
+        { rows: 12, nodes: [7 + 17], steps: 0 },
+        { rows: 16, nodes: [1 + 17], steps: 1 },
+      ]);
+    });
+
     it('cuda program - between two exchanges a step is one graph', async () => {
       const [, [graphs]] = await decode({ ...cuda, cut: twoRankCut }, [1]);
       // embed; the first norm, q k v with rope, attention, o; gate up with the activation, down; the next layer without its norm, which is done where sums meet; the tail
