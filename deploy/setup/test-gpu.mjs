@@ -14,10 +14,8 @@ const vitest = join(root, 'node_modules', 'vitest', 'vitest.mjs');
 
 try {
   await buildCuda();
-  for (const program of ['cuda_linear_test', 'cuda_step_test', 'cuda_fused_test']) {
-    const { status } = spawnSync(join(cudaBuild, program), { stdio: 'inherit' });
-    if (status !== 0) process.exitCode = 1;
-  }
+  const { status } = spawnSync('sh', [join(cardFolder, 'run.sh'), '--tests'], { stdio: 'inherit' });
+  if (status !== 0) process.exitCode = 1;
   await setUp({ only: 'build' });
   const programs = spawnSync(
     process.execPath,

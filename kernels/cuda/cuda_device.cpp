@@ -30,7 +30,6 @@ namespace {
 using namespace cuda;
 
 constexpr int kSlotsMax = 4096;
-constexpr int kAttentionWarps = 16;  // of a multiprocessor
 // A card that is late by its step's deadline may take so much longer before it counts as lost.
 constexpr int64_t kSettleNs = 5'000'000'000;
 constexpr uint32_t kNothingFound = 0xffffffffu;
@@ -169,7 +168,10 @@ class CudaDevice final : public Device {
   // Whether the graph that was launched last did operation `index`, whose host part comes now.
   bool is_ahead(int index) const { return !building_ && ahead_ && shard_.actions()[ahead_->end].operation == index; }
   Product product(const Operation& o, int subtree_count, const Subtree* subtrees, float* out, int64_t out_stride, int64_t subtree_stride) const;
-  void run(const Product& product) { queue(product.tokens <= kDecodeTokensMax ? linear_decode(product, to_) : linear_prefill(product, to_)); }
+  void run(const Operation& o, const Product& product) {
+    const int decode_tokens_max = matrices_[static_cast<size_t>(o.weight)].tuning.decode_tokens_max;
+    queue(product.tokens <= decode_tokens_max ? linear_decode(product, to_) : linear_prefill(product, to_));
+  }
 
   // Words at the beginning of what a step sends ahead.
   enum { kLeast, kLiveRows, kLiveOutputs, kHeaderWords = 4 };
@@ -534,7 +536,7 @@ void CudaDevice::plan_step(const StepRows& rows) {
     at += needed * 4;
   }
   for (AttentionShape& shape : shapes_) {
-    plan_attention(rows, shape.host_runs, shape.like->window, {kSplitRowsMax, slots_, step_graphs_ && fuses(step_graphs_->rows)}, &shape.plan);
+    plan_attention(rows, shape.host_runs, shape.like->window, {shape.tuning.split_rows_max, slots_, step_graphs_ && fuses(step_graphs_->rows)}, &shape.plan);
     const std::vector<AttentionWork>& work = shape.plan.work;
     at = (at + 15) / 16 * 16;
     std::memcpy(host + at, work.data(), work.size() * sizeof work[0]);
@@ -777,7 +779,7 @@ size_t CudaDevice::fuse(size_t index) {
     if (quantize->buffer != o.out) return 0;
     const AttentionShape& shape = shape_of(o);
     queue(attention_fused(attention_step(o), static_cast<int>(shape.host_runs.size()), card(o.out).groups.as<ActivationGroup>(), arrivals_.as<uint32_t>(),
-                          card_facts_.multiprocessors * kAttentionWarps, to_, check_of(index + 1, o.out)));
+                          card_facts_.multiprocessors * shape.tuning.warps, to_, check_of(index + 1, o.out)));
     return 2;
   }
   const Action* reduce = action_of(index + 1, ActionKind::AllReduce);
@@ -907,7 +909,7 @@ void CudaDevice::partial_product(int index, uint8_t* block) {
   if (broken()) return;
   const Operation& o = operation(index);
   const std::vector<Subtree>& subtrees = shard_.own_subtrees(index);
-  if (!is_ahead(index)) run(product(o, static_cast<int>(subtrees.size()), subtrees.data(), sums_.as<float>(), o.width, sum_rows_ * o.width));
+  if (!is_ahead(index)) run(o, product(o, static_cast<int>(subtrees.size()), subtrees.data(), sums_.as<float>(), o.width, sum_rows_ * o.width));
   if (program().ranks == 1 || building_) return;
   const int64_t values = rows_->tokens * o.width;  // of a subtree, without the rows that pad
   for (size_t s = 0; s < subtrees.size() && !broken(); s++) {
@@ -985,7 +987,7 @@ AttentionStep CudaDevice::attention_step(const Operation& o) const {
 void CudaDevice::attention(const Operation& o) {
   if (broken()) return;
   const AttentionStep step = attention_step(o);
-  queue(cuda::attention(step, card_facts_.multiprocessors * kAttentionWarps, to_));
+  queue(cuda::attention(step, card_facts_.multiprocessors * shape_of(o).tuning.warps, to_));
   if (!broken() && (building_ || shape_of(o).plan.first_slot.back() > 0)) queue(attention_join(step, to_));
 }
 

@@ -130,7 +130,7 @@ uint64_t digest(const void* data, size_t bytes) {  // FNV-1a over words
 
 std::string find_card(Card* card) {
   if (const char* absent = asked("SHARDMESH_EMULATED_CARD_ABSENT")) return absent;
-  *card = {"emulated CUDA machine", 80, 2, card_bytes()};
+  *card = {"emulated CUDA machine", 80, 2, card_bytes(), 1e9, 5, "none"};
   return "";
 }
 
