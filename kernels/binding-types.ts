@@ -180,6 +180,13 @@ export interface StepTotals {
   timings: StepTimings;
 }
 
+/** Steps of up to `rows` rows as graphs of kernels: nodes of each piece between two actions of the host, and how many steps took them. */
+export interface GraphFacts {
+  rows: number;
+  nodes: number[];
+  steps: number;
+}
+
 /** A frame of the mesh between ranks: reductions, gathers, hidden states, sampled ids. Same fields as the wire header. */
 export type FrameKind = 'reduce' | 'rows' | 'logits' | 'hidden' | 'tokens';
 
@@ -249,10 +256,13 @@ export interface SegmentInfo {
 export interface ExecutorCallbacks {
   onStep(done: StepDone): void;
   onFrame(destination: PeerAddress, frame: NativeFrame): void;
-  /** The step failed: deadline of a wait or a lost connection (the peer is named in the message), non-finite value, abort. The executor takes no further step until `connect`. */
+  /**
+   * The step failed: deadline of a wait or a lost connection (the peer is named in the message), non-finite value, abort. The executor takes no further step until
+   * `connect`; after `device_lost` no executor of this process has a device any more.
+   */
   onStepFailed(
     step: number,
-    code: 'wait_timeout' | 'link_lost' | 'non_finite' | 'aborted' | 'internal',
+    code: 'wait_timeout' | 'link_lost' | 'non_finite' | 'aborted' | 'device_lost' | 'internal',
     message: string,
     peer: PeerAddress | null,
   ): void;
@@ -282,6 +292,8 @@ export interface NativeExecutor {
   /** A frame of the host driver that arrived; the bytes are copied. False: nobody wants it (unknown peer, wrong kind, late, twice, too many waiting). */
   deliver(frame: NativeFrame): boolean;
   totals(): StepTotals;
+  /** While no step runs. Empty where the executor has no graphs. */
+  graphs(): GraphFacts[];
   /** From the next step on, every action and every wait is recorded (`StepDone.spans`), or none. */
   trace(on: boolean): void;
   /** Fails the running and queued steps. Resolves when the compute threads are idle. */

@@ -92,6 +92,8 @@ export const errorTable = {
   model_invalid: { ...failed, retryable: false, message: 'The model file is broken or not supported.' },
   placement_impossible: { ...failed, retryable: false, message: 'The model cannot be cut this way.' },
   load_failed: { ...failed, message: 'Worker {worker} could not load its shard.' },
+  card_absent: { ...failed, retryable: false, message: 'There is no card that this worker can use.' },
+  card_lost: { ...failed, message: 'The card of worker {worker} answers no more.' },
   config_invalid: { ...failed, retryable: false, message: 'The configuration is not valid.' },
   invalid_message: { ...failed, retryable: false, message: 'A message does not follow the protocol.' },
   invalid_frame: { ...failed, retryable: false, message: 'A frame does not follow the protocol.' },

@@ -427,6 +427,8 @@ export class ShardWorker {
     this.#links.disconnect();
     this.#options.log('warn', 'step_failed', { epoch: this.#epoch, step, code, message, peer: name });
     this.#send({ type: 'worker_failed', worker: this.#worker, epoch: this.#epoch, step, code, message, peer: name });
+    // Only another process has the device again, if any.
+    if (code === 'device_lost') this.#options.onFatal(new ShardmeshError('card_lost', message));
   }
 
   async #probe({ id, peer, grpcAddress, driver, bytes, rounds }: Probe): Promise<void> {

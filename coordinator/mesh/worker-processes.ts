@@ -6,6 +6,7 @@
  * SIGTERM while its parent lives (`deploy/cli/worker.ts`), and ends when it is told so over the IPC channel.
  */
 import { fork, type ChildProcess } from 'node:child_process';
+import { exitReason } from './worker-exit.ts';
 
 export interface WorkerProcessesOptions {
   /** Compiled main module of the worker. */
@@ -92,7 +93,7 @@ export class WorkerProcesses {
       if (this.#stopping) return;
       const livedMs = performance.now() - slot.startedAt;
       slot.failures = livedMs > 10_000 ? 0 : slot.failures + 1;
-      const cause = `process ${child.pid} of worker ${slot.worker} ended with ${signal ? `signal ${signal}` : `exit code ${code}`} after ${(livedMs / 1000).toFixed(1)} s`;
+      const cause = `process ${child.pid} of worker ${slot.worker} ended with ${signal ? `signal ${signal}` : `exit code ${code}${exitReason(code)}`} after ${(livedMs / 1000).toFixed(1)} s`;
       const delay = Math.min(this.#options.backoffMaxMs ?? 10_000, (this.#options.backoffBaseMs ?? 100) * 2 ** slot.failures);
       this.#options.onExit(slot.worker, cause);
       this.#options.event('worker_restarting', { worker: slot.worker, cause, delayMs: delay });

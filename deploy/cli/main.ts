@@ -1,6 +1,7 @@
 /** The `shardmesh` command. Each subcommand is a file of its own; options are named once, in `options.ts`. */
 import { setFlagsFromString } from 'node:v8';
 import { Command, CommanderError } from 'commander';
+import { workerExit } from '../../coordinator/mesh/worker-exit.ts';
 import { ShardmeshError } from '../../protocol/errors.ts';
 
 /**
@@ -35,7 +36,7 @@ export async function shardmeshProgram(name = ''): Promise<Command> {
   return program;
 }
 
-/** @param args  without the program's name. Sets the exit code: 1 for failures, 2 for a wrong command line or configuration. */
+/** @param args  without the program's name. Sets the exit code: 1 for failures, 2 for a wrong command line or configuration, 72 for a worker without a card. */
 export async function main(args: string[]): Promise<void> {
   const program = await shardmeshProgram(args[0]);
   try {
@@ -47,7 +48,8 @@ export async function main(args: string[]): Promise<void> {
     }
     const known = error instanceof ShardmeshError || (error as Error).name === 'ModelFileError';
     process.stderr.write(`shardmesh: ${known ? (error as Error).message : ((error as Error).stack ?? String(error))}\n`);
-    process.exitCode = error instanceof ShardmeshError && error.code === 'config_invalid' ? 2 : 1;
+    const code = error instanceof ShardmeshError ? error.code : null;
+    process.exitCode = code === 'config_invalid' ? 2 : code === 'card_absent' ? workerExit.cardAbsent : 1;
   }
 }
 

@@ -3,6 +3,7 @@ import { Command } from 'commander';
 import { existsSync, mkdirSync, readFileSync } from 'node:fs';
 import { availableParallelism, cpus, totalmem } from 'node:os';
 import { dirname } from 'node:path';
+import { workerExit } from '../../coordinator/mesh/worker-exit.ts';
 import { stopMessage } from '../../coordinator/mesh/worker-processes.ts';
 import { createLog } from '../../coordinator/observe/log.ts';
 import { loadAddon } from '../../kernels/index.ts';
@@ -24,8 +25,6 @@ type WorkerValues = Pick<
   OptionValues,
   'enroll' | 'advertise' | 'nats' | 'credentials' | 'executor' | 'cores' | 'localModel' | 'logLevel'
 >;
-
-const exitLostParent = 70;
 
 export function workerCommand(): Command {
   const command = new Command('worker').description(
@@ -80,7 +79,7 @@ async function runWorker({
   const addon = loadAddon();
   const features = addon.cpuFeatures();
   const cuda = executor === 'cuda' ? addon.cudaFacts() : null;
-  if (cuda?.absent) throw new ShardmeshError('config_invalid', `--executor cuda: ${cuda.absent}`);
+  if (cuda?.absent) throw new ShardmeshError('card_absent', `--executor cuda: ${cuda.absent}`);
 
   const [transport, frameTransport] = await Promise.all([
     connectNats({ credentials, name: `worker-${credentials.worker}`, patienceMs: 30_000 }),
@@ -134,14 +133,14 @@ async function runWorker({
       }),
     onFatal: (error) => {
       log.error({ message: error.message }, 'fatal');
-      void stop(1);
+      void stop(error instanceof ShardmeshError && error.code === 'card_lost' ? workerExit.cardLost : 1);
     },
     log: (level, name, fields) => log[level](fields, name),
     logSteps: log.isLevelEnabled('debug'),
   });
   // Started by `serve`: it decides when this ends, and when that process is gone, however it went, so is this one.
   process.on('message', (message) => void (message === stopMessage && stop(0)));
-  process.once('disconnect', () => process.exit(exitLostParent));
+  process.once('disconnect', () => process.exit(workerExit.lostParent));
   for (const signal of ['SIGTERM', 'SIGINT'] as const) process.on(signal, () => void (process.channel ? undefined : stop(0)));
   await new Promise(() => undefined);
 }

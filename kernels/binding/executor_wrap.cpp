@@ -108,6 +108,7 @@ const char* failure_code(FailureCode code) {
     case FailureCode::LinkLost: return "link_lost";
     case FailureCode::NonFinite: return "non_finite";
     case FailureCode::Aborted: return "aborted";
+    case FailureCode::DeviceLost: return "device_lost";
     case FailureCode::Internal: return "internal";
   }
   return "internal";
@@ -166,6 +167,7 @@ class ExecutorWrap : public Napi::ObjectWrap<ExecutorWrap> {
                            InstanceMethod<&ExecutorWrap::submit>("submit"),
                            InstanceMethod<&ExecutorWrap::deliver>("deliver"),
                            InstanceMethod<&ExecutorWrap::totals>("totals"),
+                           InstanceMethod<&ExecutorWrap::graphs>("graphs"),
                            InstanceMethod<&ExecutorWrap::trace>("trace"),
                            InstanceMethod<&ExecutorWrap::abort>("abort"),
                            InstanceMethod<&ExecutorWrap::dispose>("dispose"),
@@ -453,6 +455,22 @@ class ExecutorWrap : public Napi::ObjectWrap<ExecutorWrap> {
       object.Set("lastStep", totals.last_step);
       object.Set("timings", timings_object(info.Env(), totals.timings));
       return object;
+    });
+  }
+
+  Napi::Value graphs(const Napi::CallbackInfo& info) {
+    return guarded(info.Env(), [&]() -> Napi::Value {
+      Napi::Array all = Napi::Array::New(info.Env());
+      for (const GraphFacts& facts : executor(info.Env()).graphs()) {
+        Napi::Array nodes = Napi::Array::New(info.Env());
+        for (const int count : facts.nodes) nodes.Set(nodes.Length(), count);
+        Napi::Object object = Napi::Object::New(info.Env());
+        object.Set("rows", facts.rows);
+        object.Set("nodes", nodes);
+        object.Set("steps", static_cast<double>(facts.steps));
+        all.Set(all.Length(), object);
+      }
+      return all;
     });
   }
 

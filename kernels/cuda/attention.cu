@@ -7,13 +7,16 @@
 //   scores  A: q as int8, B: 8 keys. Column 2t' + e of product n stands for key 4t' + 2n + e of the subblock, so that after both products lane t holds keys
 //           4t .. 4t + 3, which is what the second product wants of it: nothing moves between lanes.
 //   values  A: softmax weights u8, B: V words of four tokens; 8 of D per product.
-// Decode splits a context: a piece is one span of 256 positions, attention_join folds the spans. Prefill folds them in registers, in the same order.
+// Decode splits a context: a piece is one span of 256 positions, attention_join folds the spans, or, in steps of few rows, whichever piece comes last. Prefill folds them in registers, in the same order.
 // A cache with f16 in it is for attention_f16.cu.
 // Limits: D = 32, 64, 96, 128 or 256; q_stride a multiple of 4, q 16-byte aligned.
+#include "arrivals.cuh"
 #include "attention_rows.cuh"
 #include "device.cuh"
+#include "finite.cuh"
 #include "kv_place.cuh"
 #include "operations.h"
+#include "quantize_group.cuh"
 
 namespace shardmesh::cuda {
 namespace {
@@ -271,17 +274,15 @@ __device__ __forceinline__ void attend(const AttentionStep& step, const Attentio
 // Pieces of both kinds stand in one list; this launch takes those of its kind.
 template <int D, int dims, bool whole>
 __global__ void __launch_bounds__(32) attention_kernel(const AttentionStep step) {
-  const int count = *step.work_count;
+  const int count = step.work_count[0], first = step.work_count[1];
   for (int i = static_cast<int>(blockIdx.x); i < count; i += static_cast<int>(gridDim.x)) {
-    const AttentionWork work = step.work[i];
+    const AttentionWork work = step.work[first + i];
     if ((work.span < 0) == whole) attend<D, dims, whole>(step, work);
   }
 }
 
-__global__ void attention_join_kernel(const AttentionStep step) {
-  const int row = static_cast<int>(blockIdx.x), head = static_cast<int>(blockIdx.y), D = static_cast<int>(blockDim.x), d = static_cast<int>(threadIdx.x);
-  const int first = step.first_slot[row], last = step.first_slot[row + 1];
-  if (first == last) return;
+// Value d of a head: its spans, which lie in slots [first, last), folded from the left.
+__device__ __forceinline__ float joined(const AttentionStep& step, int head, int first, int last, int D, int d) {
   const auto partial = [&](int slot) { return step.partials + (static_cast<int64_t>(slot) * step.heads + head) * (D + 2); };
   float m = partial(first)[D], l = partial(first)[D + 1], o = partial(first)[d];
   for (int slot = first + 1; slot < last; slot++) {
@@ -291,7 +292,34 @@ __global__ void attention_join_kernel(const AttentionStep step) {
     o = __fadd_rn(__fmul_rn(o, a), __fmul_rn(next[d], b));
     m = larger_m;
   }
-  step.out[row * step.out_stride + head * D + d] = __fmul_rn(o, __fdiv_rn(1.0f, l));
+  return __fmul_rn(o, __fdiv_rn(1.0f, l));
+}
+
+__global__ void attention_join_kernel(const AttentionStep step) {
+  const int row = static_cast<int>(blockIdx.x), head = static_cast<int>(blockIdx.y), D = static_cast<int>(blockDim.x), d = static_cast<int>(threadIdx.x);
+  const int first = step.first_slot[row], last = step.first_slot[row + 1];
+  if (first < last) step.out[row * step.out_stride + head * D + d] = joined(step, head, first, last, D, d);
+}
+
+// Pieces that are spans, then the join: the piece that comes last of its rows and heads folds their spans and quantises what they give, 32 values of a head at a time.
+template <int D, int dims>
+__global__ void __launch_bounds__(32, 8) attention_fused_kernel(const AttentionStep step, int runs, ActivationGroup* quantized, uint32_t* arrivals, const FiniteCheck check) {
+  uint32_t* flag = reinterpret_cast<uint32_t*>(dynamic_shared());
+  const int lane = static_cast<int>(threadIdx.x), count = step.work_count[0], first_piece = step.work_count[1];
+  for (int i = static_cast<int>(blockIdx.x); i < count; i += static_cast<int>(gridDim.x)) {
+    const AttentionWork work = step.work[first_piece + i];
+    attend<D, dims, false>(step, work);
+    const int spans = step.rows.positions[work.row + work.rows - 1] / kSpan - oldest_key(step.rows.positions[work.row], step.window) / kSpan + 1;
+    if (!comes_last(arrivals + work.row * runs + work.run, static_cast<uint32_t>(spans) * gridDim.y, flag)) continue;
+    const HeadRun run = step.runs[work.run];
+    for (int row = work.row; row < work.row + work.rows; row++)
+      for (int head = run.first; head < run.first + run.count; head++)
+        for (int d = lane; d < D; d += 32) {
+          const float y = joined(step, head, step.first_slot[row], step.first_slot[row + 1], D, d);
+          note_unless_finite(y, check, row);
+          quantize_group(y, row, head * (D / 32) + d / 32, step.heads * (D / 32), lane, quantized);
+        }
+  }
 }
 
 template <int D, int dims>
@@ -299,6 +327,11 @@ Problem launch_both(const AttentionStep& step, int blocks, Stream stream) {
   const dim3 grid(static_cast<unsigned>(blocks), D / dims);
   if (const Problem problem = launch(attention_kernel<D, dims, false>, grid, 32, 0, stream, step)) return problem;
   return launch(attention_kernel<D, dims, true>, grid, 32, 0, stream, step);
+}
+
+template <int D, int dims>
+Problem launch_fused(const AttentionStep& step, int runs, ActivationGroup* quantized, uint32_t* arrivals, int blocks, Stream stream, const FiniteCheck& check) {
+  return launch(attention_fused_kernel<D, dims>, dim3(static_cast<unsigned>(blocks), D / dims), 32, 16, stream, step, runs, quantized, arrivals, check);
 }
 
 }  // namespace
@@ -313,6 +346,19 @@ Problem attention(const AttentionStep& step, int blocks, Stream stream) {
     case 96: return launch_both<96, 96>(step, blocks, stream);
     case 128: return launch_both<128, 128>(step, blocks, stream);
     default: return launch_both<256, 64>(step, blocks, stream);
+  }
+}
+
+Problem attention_fused(const AttentionStep& step, int runs, ActivationGroup* quantized, uint32_t* arrivals, int blocks, Stream stream, const FiniteCheck& rows_check) {
+  if (const Problem problem = check_attention(step)) return problem;
+  if (step.layout.key != KeyType::Int8 || step.layout.value != ValueType::Int8) return "attention_fused: K and V must be int8";
+  if (blocks < 1 || runs < 1) return "attention_fused: blocks and runs must be positive";
+  switch (step.layout.head_size) {
+    case 32: return launch_fused<32, 32>(step, runs, quantized, arrivals, blocks, stream, rows_check);
+    case 64: return launch_fused<64, 64>(step, runs, quantized, arrivals, blocks, stream, rows_check);
+    case 96: return launch_fused<96, 96>(step, runs, quantized, arrivals, blocks, stream, rows_check);
+    case 128: return launch_fused<128, 128>(step, runs, quantized, arrivals, blocks, stream, rows_check);
+    default: return launch_fused<256, 64>(step, runs, quantized, arrivals, blocks, stream, rows_check);
   }
 }
 

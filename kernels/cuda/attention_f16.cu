@@ -361,13 +361,13 @@ template <int D>
 __global__ void __launch_bounds__(kWarps * 32, D <= 128 ? 3 : 2) attention_f16_kernel(const AttentionStep step) {
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   WarpShared<D>* shared = reinterpret_cast<WarpShared<D>*>(dynamic_shared()) + warp;
-  const int count = *step.work_count;
+  const int count = step.work_count[0], first_piece = step.work_count[1];
 #pragma unroll 1
   for (int pass = 0; pass < 2; pass++) {  // pieces of both kinds stand in one list
     const bool whole = pass == 0;
     const int first = static_cast<int>(whole ? blockIdx.x : blockIdx.x * kWarps + warp), apart = static_cast<int>(whole ? gridDim.x : gridDim.x * kWarps);
     for (int i = first; i < count; i += apart) {
-      const AttentionWork work = step.work[i];
+      const AttentionWork work = step.work[first_piece + i];
       if ((work.span < 0) != whole) continue;
 #pragma unroll 1
       for (int quarter = whole ? warp : 0; quarter < (whole ? warp + 1 : kWarps); quarter++) attend<D>(step, work, shared, quarter, lane);

@@ -24,6 +24,7 @@ struct SplitLimits {
   int rows_max;   // a sequence with at most so many rows in this step has its context split into spans, so that one long context fills the card; with more
                   // rows than that, the rows themselves fill it, and each piece folds its spans
   int slots_max;  // partial results that there is room for: sequences beyond it are not split
+  bool all = false;  // every sequence is split, also one that a single span holds: for attention_fused(), which needs slots for all
 };
 
 // A plan keeps its memory from step to step: with room for most_work() and T + 1 slots it allocates nothing.
@@ -42,10 +43,10 @@ inline void plan_attention(const StepRows& rows, const std::vector<HeadRun>& run
   int slots = 0;
   for (int s = 0; s < rows.sequences; s++) {
     const int begin = rows.first_row[s], end = rows.first_row[s + 1];
-    bool split = end - begin <= limits.rows_max && end > begin && last_span(end - 1) > first_span(begin);
+    bool split = limits.all || (end - begin <= limits.rows_max && end > begin && last_span(end - 1) > first_span(begin));
     int needed = 0;
     for (int row = begin; split && row < end; row++) needed += last_span(row) - first_span(row) + 1;
-    if (slots + needed > limits.slots_max) split = false;
+    if (slots + needed > limits.slots_max && !limits.all) split = false;
     for (int row = begin; row < end; row++) {
       plan->first_slot.push_back(slots);
       if (split) slots += last_span(row) - first_span(row) + 1;

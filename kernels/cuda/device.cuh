@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #if defined(__CUDACC__)
+#include <tuple>
 
 namespace shardmesh::cuda {
 
@@ -72,6 +73,9 @@ __device__ __forceinline__ uint16_t float_to_bfloat(float f) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(b) : "f"(f));
   return b;
 }
+
+// Everything that this thread has written, or seen written, is there for whoever reads `value` with acquire, the host too.
+__device__ __forceinline__ void store_release_system(uint32_t* word, uint32_t value) { asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory"); }
 
 }  // namespace shardmesh::cuda
 
@@ -181,16 +185,19 @@ __device__ __forceinline__ float tree_sum(const float* leaf, int count, int stri
 }
 
 #if defined(__CUDACC__)
-// Queues a kernel on a stream. Null, or what the runtime says.
+// runtime.cpp: queues a kernel on a stream, or makes it a node of the graph that this thread builds.
+const char* queue_kernel(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void** arguments, void* stream);
+
+// Queues a kernel. Null, or what the runtime says.
 template <typename... Parameters, typename... Given>
 const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream, Given... given) {
-  if (shared_bytes > 48 * 1024) {  // more must be asked for, once for each kernel; asking again costs nothing that matters
-    const cudaError_t asked = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (asked != cudaSuccess) return cudaGetErrorString(asked);
-  }
-  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(given...);
-  const cudaError_t status = cudaGetLastError();
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+  std::tuple<Parameters...> values(given...);
+  return std::apply(
+      [&](auto&... value) {
+        void* arguments[] = {&value...};
+        return queue_kernel(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, arguments, stream);
+      },
+      values);
 }
 #endif
 

@@ -3,6 +3,7 @@
 // A warp is 32 values of one token, which are one group when they are quantised. Limit: width a multiple of 32 for quantised output.
 #include "device.cuh"
 #include "finite.cuh"
+#include "gated_value.cuh"
 #include "operations.h"
 #include "quantize_group.cuh"
 
@@ -11,17 +12,12 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__device__ __forceinline__ float sigmoid_fixed(float x) { return __fdiv_rn(1.0f, __fadd_rn(1.0f, exp_fixed(-x))); }
-__device__ __forceinline__ float gelu_inner(float g) { return __fmul_rn(0.7978845608f, __fmaf_rn(__fmul_rn(0.044715f, __fmul_rn(g, g)), g, g)); }
-
 __global__ void __launch_bounds__(kThreads) gated_activation_kernel(const float* gate, int64_t gate_stride, const float* up, int64_t up_stride, int64_t width, int activation,
                                                                     float* out, int64_t out_stride, const ActivationTiles quantized_out, const FiniteCheck check) {
   const int token = static_cast<int>(blockIdx.y);
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= width) return;
-  const float g = gate[token * gate_stride + i];
-  const float act = __fmul_rn(g, sigmoid_fixed(activation == 0 ? g : __fmul_rn(2.0f, gelu_inner(g))));
-  const float y = __fmul_rn(act, up[token * up_stride + i]);
+  const float y = gated_value(gate[token * gate_stride + i], up[token * up_stride + i], activation);
   if (quantized_out.groups) {
     note_unless_finite(y, check, token);
     quantize_group(y, token, i / 32, width / 32, static_cast<int>(threadIdx.x % 32), quantized_out);

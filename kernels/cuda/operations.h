@@ -10,7 +10,7 @@
 
 namespace shardmesh::cuda {
 
-using Stream = void*;  // a cudaStream_t
+using Stream = void*;  // a cudaStream_t, or a graph that this thread builds (runtime.h): there a launch becomes a node
 using Problem = const char*;
 
 struct ActivationGroup;
@@ -40,10 +40,11 @@ size_t brain_bytes(int tokens, int64_t columns);
 // ---------------------------------------------------------------- rows
 
 // Where a kernel says that row r of what it read is not finite: *least becomes the smaller of itself and mark + r. Null: nobody looks. Quantising turns a NaN into
-// a zero, so that it must be noticed there.
+// a zero, so that it must be noticed there. Rows from *live_rows on (device memory; null: none) pad the step to the rows of its graph and hold anything.
 struct FiniteCheck {
   uint32_t* least = nullptr;
   uint32_t mark = 0;
+  const int32_t* live_rows = nullptr;
 };
 // x [rows, width].
 Problem check_rows(const float* x, int64_t x_stride, int rows, int64_t width, const FiniteCheck& check, Stream stream);
@@ -99,15 +100,28 @@ Problem rms_norm(const float* x, int64_t x_stride, const float* w, float epsilon
 // activation 0: silu, 1: gelu (tanh form). Outputs as for rms_norm.
 Problem gated_activation(const float* gate, int64_t gate_stride, const float* up, int64_t up_stride, int64_t width, int tokens, int activation, float* out, int64_t out_stride,
                          ActivationTiles quantized, Stream stream, const FiniteCheck& check = {});
+// A norm in the launch that completes its input, for few rows; its output is quantised, and `check` looks at it. first_row: what the launch's first row is in the step.
+constexpr int kFusedTokensMax = 8;
+struct NormAfter {
+  const float* weight;
+  float epsilon;
+  ActivationGroup* quantized;
+  int first_row;
+  FiniteCheck check;
+};
 // residual[t, r] += tree of the nodes + bias[r]; the nodes as in KernelSet::finish_tree, `lo` and `hi` and the arrays of pointers and strides on the host.
 Problem finish_tree(int units, int node_count, const int* lo, const int* hi, const float* const* nodes, const int64_t* strides, const float* bias, float* residual,
                     int64_t residual_stride, int64_t width, int tokens, Stream stream);
+// With the norm of the residual behind it: at most kFusedTokensMax tokens, width a multiple of 32. arrivals: one counter, 0 before and after.
+Problem finish_tree_norm(int units, int node_count, const int* lo, const int* hi, const float* const* nodes, const int64_t* strides, const float* bias, float* residual,
+                         int64_t residual_stride, int64_t width, int tokens, const NormAfter& norm, uint32_t* arrivals, Stream stream);
 
 // ---------------------------------------------------------------- attention
 
 constexpr int kSpanTokens = 256;
 
-// Rows of a step in device memory; fields as in StepRows.
+// Rows of a step in device memory; fields as in StepRows. Rows that pad the step to the rows of its graph have sequence -1 and position 0: they read and write rows of
+// buffers, never the cache, and no piece of attention is theirs.
 struct DeviceRows {
   int tokens;
   const int32_t* positions;
@@ -117,9 +131,21 @@ struct DeviceRows {
 };
 
 // Rotates q [T, q_heads * D] in place, and writes rotated k and v [T, layout.heads * D] into the cache. k itself is left as it was.
-// K and V int8 or f16. D: multiple of 32, at most 256. table.cosine and sine: device memory. `check` looks at rotated k and at v.
-Problem rope_store_kv(float* q, int64_t q_stride, int q_heads, const float* k, int64_t k_stride, const float* v, int64_t v_stride, const RopeTable& table, const KvLayout& layout,
-                      uint8_t* cache, const DeviceRows& rows, Stream stream, const FiniteCheck& check = {});
+struct RopeStore {
+  float* q;
+  int64_t q_stride;
+  int q_heads;
+  const float* k;
+  int64_t k_stride;
+  const float* v;
+  int64_t v_stride;
+  RopeTable table;     // cosine and sine: device memory
+  KvLayout layout;     // K and V int8 or f16; D a multiple of 32, at most 256
+  uint8_t* cache;
+  DeviceRows rows;
+  FiniteCheck check;   // looks at rotated k and at v
+};
+Problem rope_store_kv(const RopeStore& step, Stream stream);
 
 // One piece of attention: the query heads of `run` for rows [row, row + rows) of one sequence; rows * heads of the run is at most 16.
 // span >= 0: only that span of 256 positions, the partial result goes to the rows' slots. span < 0: all spans, the result goes to `out`.
@@ -144,7 +170,7 @@ struct AttentionStep {
   DeviceRows rows;
   const HeadRun* runs;
   const AttentionWork* work;
-  const int32_t* work_count;     // device, so that one launch fits every step
+  const int32_t* work_count;     // device, so that one launch fits every step: how many pieces, and the first of them in `work`
   float* partials;               // [slots][heads][D + 2]: values, then maximum and sum of weights
   const int32_t* first_slot;     // [T + 1]: the slots of row t, a span each; none for rows that are done in one piece
 };
@@ -153,6 +179,35 @@ Problem attention(const AttentionStep& step, int blocks, Stream stream);
 Problem attention_f16(const AttentionStep& step, int blocks, Stream stream);
 // Joins the spans of every row that has slots.
 Problem attention_join(const AttentionStep& step, Stream stream);
+
+// As attention() where every piece is one span, with the join: the last piece of a row and run of heads folds their spans, and quantises the result into `quantized`
+// [T, heads * D], whose values `check` looks at. `arrivals`: T * runs counters, 0 before and after.
+Problem attention_fused(const AttentionStep& step, int runs, ActivationGroup* quantized, uint32_t* arrivals, int blocks, Stream stream, const FiniteCheck& check);
+
+// ---------------------------------------------------------------- products with what comes before or after them, for few tokens
+
+constexpr int kFusedProductsMax = 3;
+
+enum class Then { Nothing, RopeStoreKv, Activation, Residual, ResidualNorm };
+
+// Products of one input in one launch, and what is made of them by the block that comes last of those it needs.
+//   RopeStoreKv    products q, k, v: a head whose rows are all there is rotated and stored
+//   Activation     products gate, up: 32 rows that are there in both become a group of quantised activations
+//   Residual       one product, one subtree: residual[t, r] += the product, in the place of `out`
+//   ResidualNorm   the same, and the norm of the residual, quantised, when all of it is there
+struct FusedProducts {
+  int count;
+  Product product[kFusedProductsMax];  // tokens at most kFusedTokensMax, as many segments each, one subtree
+  Then then;
+  RopeStore rope;          // RopeStoreKv
+  int activation;          // Activation, as for gated_activation()
+  ActivationGroup* quantized;  // Activation
+  FiniteCheck check;       // of what is quantised there
+  NormAfter norm;          // ResidualNorm
+  uint32_t* arrivals;      // fused_arrivals() counters, 0 before and after
+};
+size_t fused_arrivals(const FusedProducts& fused);
+Problem linear_fused(const FusedProducts& fused, Stream stream);
 
 // ---------------------------------------------------------------- head
 
@@ -169,5 +224,19 @@ struct HeadRow {
 Problem head_candidates(const float* logits, int64_t stride, int rows, int64_t count, int32_t first_token, const HeadRow* settings, Candidate* best, float* maximum, Stream stream);
 // sums[row, s] = sum of exp(logit - maximum[row]) over slice s of 1,024 tokens, as SamplerLoops::sum_exp makes it.
 Problem head_sums(const float* logits, int64_t stride, int rows, int64_t count, const float* maximum, float* sums, int64_t sums_stride, Stream stream);
+
+// ---------------------------------------------------------------- for the host
+
+// What goes to memory of the host that the card writes directly: `least` of FiniteCheck and the first candidates; then *word becomes *reports + 1, as does *reports.
+struct Report {
+  const uint32_t* least;
+  const Candidate* candidates;
+  int candidate_count;
+  uint32_t* host_least;
+  Candidate* host_candidates;
+  uint32_t* reports;
+  uint32_t* word;
+};
+Problem send_report(const Report& report, Stream stream);
 
 }  // namespace shardmesh::cuda

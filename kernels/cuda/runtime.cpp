@@ -2,8 +2,12 @@
 #include "runtime.h"
 
 #include <cuda_runtime.h>
+#include <time.h>
 
+#include <atomic>
 #include <stdexcept>
+#include <thread>
+#include <vector>
 
 #include "nvml.h"
 
@@ -17,7 +21,40 @@ constexpr const char* kDriverNeeded = kMajor == 12 ? "525.60" : kMajor == 13 ? "
 Problem problem_of(cudaError_t status) { return status == cudaSuccess ? nullptr : cudaGetErrorString(status); }
 cudaStream_t raw(Stream stream) { return static_cast<cudaStream_t>(stream); }
 
-std::string mebibytes(size_t bytes) { return std::to_string((bytes + (1 << 20) - 1) >> 20) + " MiB"; }
+struct GraphNodes {
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t executable = nullptr;
+  std::vector<cudaGraphNode_t> nodes, after;  // after: what the next node waits for
+};
+thread_local GraphNodes* building = nullptr;
+GraphNodes* graph_of(Stream stream) { return building && stream == building ? building : nullptr; }
+
+// `add` is a cudaGraphAdd...Node that lacks its first four arguments.
+template <typename Add>
+cudaError_t add_node(GraphNodes* graph, const Add& add) {
+  cudaGraphNode_t node = nullptr;
+  const cudaError_t status = add(&node, graph->graph, graph->after.data(), graph->after.size());
+  if (status != cudaSuccess) return status;
+  graph->nodes.push_back(node);
+  graph->after.assign(1, node);
+  return cudaSuccess;
+}
+
+Problem copy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, Stream stream) {
+  if (GraphNodes* graph = graph_of(stream))
+    return problem_of(add_node(graph, [&](auto... place) { return cudaGraphAddMemcpyNode1D(place..., to, from, bytes, kind); }));
+  return problem_of(cudaMemcpyAsync(to, from, bytes, kind, raw(stream)));
+}
+
+std::atomic<bool> abandoned{false};
+
+constexpr int kPollsOfWord = 2048;  // between two looks at the stream
+
+int64_t now_ns() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return static_cast<int64_t>(t.tv_sec) * 1'000'000'000 + t.tv_nsec;
+}
 
 }  // namespace
 
@@ -56,11 +93,11 @@ void* allocate(Place place, size_t bytes, const char* what) {
   const cudaError_t status = place == Place::Card ? cudaMalloc(&memory, bytes) : cudaMallocHost(&memory, bytes);
   if (status == cudaSuccess) return memory;
   cudaGetLastError();  // an allocation that failed leaves the card as it was
-  const std::string where = place == Place::Card ? "on the card, where " + mebibytes(free_bytes()) + " are free" : "of host memory that the card reads directly";
-  throw std::runtime_error(std::string(what) + ": no room for " + mebibytes(bytes) + " " + where + " (" + cudaGetErrorString(status) + "); ask for less");
+  throw std::runtime_error(no_room(place, bytes, what, cudaGetErrorString(status)));
 }
 
 void release(Place place, void* memory) {
+  if (abandoned) return;
   if (place == Place::Card) cudaFree(memory);
   else cudaFreeHost(memory);
 }
@@ -73,10 +110,103 @@ Problem open_stream(Stream* stream) {
 }
 void close_stream(Stream stream) { cudaStreamDestroy(raw(stream)); }
 
-Problem copy_to_card(void* card, const void* host, size_t bytes, Stream stream) { return problem_of(cudaMemcpyAsync(card, host, bytes, cudaMemcpyHostToDevice, raw(stream))); }
-Problem copy_to_host(void* host, const void* card, size_t bytes, Stream stream) { return problem_of(cudaMemcpyAsync(host, card, bytes, cudaMemcpyDeviceToHost, raw(stream))); }
-Problem fill(void* card, uint8_t value, size_t bytes, Stream stream) { return problem_of(cudaMemsetAsync(card, value, bytes, raw(stream))); }
+Problem copy_to_card(void* card, const void* host, size_t bytes, Stream stream) { return copy(card, host, bytes, cudaMemcpyHostToDevice, stream); }
+Problem copy_to_host(void* host, const void* card, size_t bytes, Stream stream) { return copy(host, card, bytes, cudaMemcpyDeviceToHost, stream); }
+Problem fill(void* card, uint8_t value, size_t bytes, Stream stream) {
+  GraphNodes* graph = graph_of(stream);
+  if (!graph) return problem_of(cudaMemsetAsync(card, value, bytes, raw(stream)));
+  cudaMemsetParams parameters{};
+  parameters.dst = card;
+  parameters.value = value;
+  parameters.elementSize = 1;
+  parameters.width = bytes;
+  parameters.height = 1;
+  return problem_of(add_node(graph, [&](auto... place) { return cudaGraphAddMemsetNode(place..., &parameters); }));
+}
+
+const char* queue_kernel(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void** arguments, void* stream) {
+  if (shared_bytes > 48 * 1024) {  // more must be asked for, once for each kernel; asking again costs nothing that matters
+    const cudaError_t asked = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (asked != cudaSuccess) return problem_of(asked);
+  }
+  GraphNodes* graph = graph_of(stream);
+  if (!graph) return problem_of(cudaLaunchKernel(kernel, grid, block, arguments, shared_bytes, raw(stream)));
+  cudaKernelNodeParams parameters{};
+  parameters.func = const_cast<void*>(kernel);
+  parameters.gridDim = grid;
+  parameters.blockDim = block;
+  parameters.sharedMemBytes = static_cast<unsigned>(shared_bytes);
+  parameters.kernelParams = arguments;
+  return problem_of(add_node(graph, [&](auto... place) { return cudaGraphAddKernelNode(place..., &parameters); }));
+}
+
 Problem synchronise(Stream stream) { return problem_of(cudaStreamSynchronize(raw(stream))); }
+
+Problem wait_for(const uint32_t* word, uint32_t value, Stream stream, int64_t deadline_ns, bool spin) {
+  const auto is_here = [&] { return __atomic_load_n(word, __ATOMIC_ACQUIRE) == value; };
+  for (uint64_t polls = 1; !is_here(); polls++) {
+    if (!spin) std::this_thread::yield();
+#if defined(__x86_64__)
+    else __builtin_ia32_pause();
+#endif
+    if (polls % kPollsOfWord != 0) continue;
+    const cudaError_t status = cudaStreamQuery(raw(stream));
+    if (status == cudaSuccess) return is_here() ? nullptr : "the card has done everything and reported nothing";
+    if (status != cudaErrorNotReady) return problem_of(status);
+    if (now_ns() > deadline_ns) return "the card has not finished in time";
+  }
+  return nullptr;
+}
+
+bool settles(Stream stream, int64_t deadline_ns, bool spin) {
+  while (cudaStreamQuery(raw(stream)) == cudaErrorNotReady) {
+    if (now_ns() > deadline_ns) return false;
+    if (!spin) std::this_thread::yield();
+  }
+  return true;
+}
+
+std::string lost_card() {
+  cudaGetLastError();  // a fault that stays is not forgotten by asking
+  const cudaError_t status = cudaStreamQuery(cudaStreamLegacy);
+  return status == cudaSuccess || status == cudaErrorNotReady ? "" : cudaGetErrorString(status);
+}
+
+void abandon_card() { abandoned = true; }
+
+Problem open_graph(Graph* graph) {
+  auto* nodes = new GraphNodes;
+  *graph = building = nodes;
+  return problem_of(cudaGraphCreate(&nodes->graph, 0));
+}
+
+void come_after(Graph graph, std::initializer_list<int> nodes) {
+  auto& g = *static_cast<GraphNodes*>(graph);
+  g.after.clear();
+  for (const int node : nodes) g.after.push_back(g.nodes[static_cast<size_t>(node)]);
+}
+
+int node_count(Graph graph) { return static_cast<int>(static_cast<GraphNodes*>(graph)->nodes.size()); }
+
+// An uploaded graph is launched the first time as fast as later. It is there when this returns: the stream that launches it does not wait for the legacy one.
+Problem finish_graph(Graph graph) {
+  auto& g = *static_cast<GraphNodes*>(graph);
+  building = nullptr;
+  cudaError_t status = cudaGraphInstantiate(&g.executable, g.graph, 0);
+  if (status == cudaSuccess) status = cudaGraphUpload(g.executable, cudaStreamLegacy);
+  return problem_of(status == cudaSuccess ? cudaStreamSynchronize(cudaStreamLegacy) : status);
+}
+
+Problem launch_graph(Graph graph, Stream stream) { return problem_of(cudaGraphLaunch(static_cast<GraphNodes*>(graph)->executable, raw(stream))); }
+
+void close_graph(Graph graph) {
+  auto* g = static_cast<GraphNodes*>(graph);
+  if (building == g) building = nullptr;
+  if (g->executable) cudaGraphExecDestroy(g->executable);
+  if (g->graph) cudaGraphDestroy(g->graph);
+  delete g;
+}
+
 // From pageable memory cudaMemcpy may return when the bytes are staged, in front of their last hop, and our stream does not wait for the default one.
 Problem copy_now(void* card, const void* host, size_t bytes) {
   const cudaError_t status = cudaMemcpy(card, host, bytes, cudaMemcpyHostToDevice);

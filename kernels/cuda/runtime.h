@@ -1,8 +1,9 @@
-// What the CUDA device needs of a card beside its kernels: memory, copies, one stream, facts. Two implementations: runtime.cpp on the CUDA runtime, which opens the
+// What the CUDA device needs of a card beside its kernels: memory, copies, one stream, graphs, facts. Two implementations: runtime.cpp on the CUDA runtime, which opens the
 // driver at its first call, and test/kernels/simt/runtime.cpp on the emulated machine.
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 #include <utility>
 
@@ -29,6 +30,12 @@ size_t free_bytes();
 // Memory of the card, or memory of the host that the card reads and writes directly. Both throw std::runtime_error naming `what` and the sizes.
 enum class Place { Card, Host };
 void* allocate(Place place, size_t bytes, const char* what);
+// What allocate() then throws: what it was for, what was asked, and what is free.
+inline std::string no_room(Place place, size_t bytes, const char* what, const char* answer) {
+  const auto mebibytes = [](size_t n) { return std::to_string((n + (1 << 20) - 1) >> 20) + " MiB"; };
+  const std::string where = place == Place::Card ? "on the card, where " + mebibytes(free_bytes()) + " are free" : "of host memory that the card reads directly";
+  return std::string("no room for ") + what + ": " + mebibytes(bytes) + " " + where + " (" + answer + ")";
+}
 void release(Place place, void* memory);
 
 Problem open_stream(Stream* stream);
@@ -39,6 +46,28 @@ Problem copy_to_host(void* host, const void* card, size_t bytes, Stream stream);
 Problem fill(void* card, uint8_t value, size_t bytes, Stream stream);
 // Waits for all that was queued, and says what went wrong in it.
 Problem synchronise(Stream stream);
+// Waits until `word`, in memory of the host, is `value`, without a call that holds the card's lock: something queued writes it (send_report). Looks now and then whether the
+// stream has met a fault, or has ended without that. `deadline_ns`: of the monotonic clock. `spin`: this thread has its core to itself.
+Problem wait_for(const uint32_t* word, uint32_t value, Stream stream, int64_t deadline_ns, bool spin);
+// Whether all that was queued has ended, well or not, by then.
+bool settles(Stream stream, int64_t deadline_ns, bool spin);
+// Why this process can do nothing with the card any more, one line, after a fault that only a new process heals (ECC, Xid, a kernel's fault); "" when the card answers.
+std::string lost_card();
+// From now on nothing is given back: a card that hangs would let nobody go who asks.
+void abandon_card();
+
+// Work that is described once, node by node, and then done as often as it is launched. Between open_graph() and finish_graph() launchers, copies and fill() of this thread
+// take stream_of(graph) for a stream, and add a node each: it waits for the node before it, or for those that come_after() named.
+using Graph = void*;
+Problem open_graph(Graph* graph);
+inline Stream stream_of(Graph graph) { return graph; }
+// The next node waits for these, numbered from 0 as they were added, and for no other.
+void come_after(Graph graph, std::initializer_list<int> nodes);
+int node_count(Graph graph);
+Problem finish_graph(Graph graph);
+Problem launch_graph(Graph graph, Stream stream);
+void close_graph(Graph graph);
+
 // Not queued: done when it returns. Any thread.
 Problem copy_now(void* card, const void* host, size_t bytes);
 

@@ -92,6 +92,13 @@ struct StepDone {
   std::vector<StepSpan> spans;  // empty unless traced
 };
 
+// Of a device that has decode steps as graphs of kernels, for steps of up to `rows` rows: nodes of each piece between two actions of the host, and how many steps took it.
+struct GraphFacts {
+  int rows;
+  std::vector<int> nodes;
+  uint64_t steps;
+};
+
 // Sums over all steps that were done.
 struct StepTotals {
   uint64_t steps = 0;
@@ -99,7 +106,8 @@ struct StepTotals {
   StepTimings timings;
 };
 
-enum class FailureCode { WaitTimeout, LinkLost, NonFinite, Aborted, Internal };
+// DeviceLost: this process can do nothing more with its device; a new one may.
+enum class FailureCode { WaitTimeout, LinkLost, NonFinite, Aborted, DeviceLost, Internal };
 
 struct StepFailure {
   uint32_t step;
@@ -144,6 +152,8 @@ class Executor {
   virtual bool deliver(PeerAddress source, const FrameKey& key, int rows, const void* data, size_t bytes) = 0;
   // Any thread.
   virtual StepTotals totals() const = 0;
+  // While no step runs. Empty where steps are no graphs.
+  virtual std::vector<GraphFacts> graphs() const = 0;
   // From the next step on, every action and every wait leaves a span. Any thread.
   virtual void trace(bool on) = 0;
   // Fails the running and the queued steps; none runs until the next connect(). Returns at once.

@@ -231,8 +231,8 @@ bool CpuDevice::check_rows(int action, int buffer) {
   return true;
 }
 
-void CpuDevice::select_rows(const Operation& o, const OutputRow* outputs) {
-  for (int r = 0; r < tail_rows_; r++) std::memcpy(row(o.out, r), row(o.in, outputs[r].row), static_cast<size_t>(shard_.buffer(o.in).width) * 4);
+void CpuDevice::select_rows(const Operation& o) {
+  for (int r = 0; r < tail_rows_; r++) std::memcpy(row(o.out, r), row(o.in, outputs_[r].row), static_cast<size_t>(shard_.buffer(o.in).width) * 4);
 }
 
 }  // namespace shardmesh

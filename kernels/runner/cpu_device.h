@@ -17,7 +17,7 @@ class CpuDevice final : public Device {
   void clear_kv() override { kv_memory_.clear(); }
   void fetch_rows(int, int, int) override {}
   void push_rows(int, int, int) override {}
-  void begin_step(const StepRows& rows) override { rows_ = &rows; }
+  void begin_step(const StepRows& rows, int, int64_t) override { rows_ = &rows; }
   bool wait() override { return true; }
   void embed(const Operation& o, const int32_t* tokens) override;
   void norm(const Operation& o) override;
@@ -32,8 +32,8 @@ class CpuDevice final : public Device {
   void rope(int index) override;
   void attention(const Operation& o) override;
   void gated_activation(const Operation& o) override;
-  void select_rows(const Operation& o, const OutputRow* outputs) override;
-  void find_candidates(int, int32_t, const std::vector<CandidateRow>&) override {}
+  void select_rows(const Operation& o) override;
+  void find_candidates(int, int32_t) override {}
   Candidate candidate(int) const override { return {-1, 0}; }
 
  private:

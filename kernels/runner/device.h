@@ -27,6 +27,7 @@ struct DeviceProblem {
   int action = -1;
   int row = -1;
   std::string fault;
+  bool lost = false;  // the device answers this process no more
 };
 
 // How a row's best candidate is looked for. temperature 0: by its logit alone.
@@ -63,10 +64,21 @@ class Device {
   // Own subtree sums of the last partial product as the host sees them, [subtree][token][width].
   const float* partial() const { return partial_; }
 
-  // --- a step. `rows` stays where it is to the end of the step.
-  virtual void begin_step(const StepRows& rows) = 0;
-  // Output rows of the pass of the tail that begins.
-  void begin_tail(int rows) { tail_rows_ = rows; }
+  // --- a step. `rows` stays where it is to the end of the step. output_rows: of all passes of the tail, 0 without one. A queueing device gives up at the timeout.
+  virtual void begin_step(const StepRows& rows, int output_rows, int64_t wait_timeout_ms) = 0;
+  // Output rows of the pass of the tail that begins, and, where the device finds candidates, how; both stay to the end of the pass.
+  void begin_tail(int rows, const OutputRow* outputs, const CandidateRow* candidates) {
+    tail_rows_ = rows;
+    outputs_ = outputs;
+    candidate_rows_ = candidates;
+  }
+  // Queues the actions from `action` on that the device has as one piece, and returns the first behind them; `action` itself when there is none. The caller goes on there,
+  // and calls for that action what it would call else: the device knows what it has done of it.
+  virtual size_t run_ahead(size_t action, const int32_t* tokens) {
+    (void)tokens;
+    return action;
+  }
+  virtual std::vector<GraphFacts> graphs() const { return {}; }
   // False when anything was wrong since the step began.
   virtual bool wait() = 0;
   const DeviceProblem& problem() const { return problem_; }
@@ -97,12 +109,12 @@ class Device {
   virtual void rope(int index) = 0;
   virtual void attention(const Operation& o) = 0;
   virtual void gated_activation(const Operation& o) = 0;
-  // The rows of `outputs`, as many as the pass has.
-  virtual void select_rows(const Operation& o, const OutputRow* outputs) = 0;
+  // The output rows of the pass.
+  virtual void select_rows(const Operation& o) = 0;
 
   // Whether the device looks for the best candidates of a pass itself. They are there after wait(); token -1: the row's logits are not finite.
   bool finds_candidates() const { return finds_candidates_; }
-  virtual void find_candidates(int buffer, int32_t first_token, const std::vector<CandidateRow>& rows) = 0;
+  virtual void find_candidates(int buffer, int32_t first_token) = 0;
   virtual Candidate candidate(int r) const = 0;
 
  protected:
@@ -120,6 +132,8 @@ class Device {
   float *staging_ = nullptr, *received_ = nullptr, *partial_ = nullptr;
   const StepRows* rows_ = nullptr;
   int tail_rows_ = 0;
+  const OutputRow* outputs_ = nullptr;
+  const CandidateRow* candidate_rows_ = nullptr;
   DeviceProblem problem_;
 };
 

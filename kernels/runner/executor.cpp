@@ -159,6 +159,8 @@ class ShardExecutor final : public Executor {
     return totals_;
   }
 
+  std::vector<GraphFacts> graphs() const override { return device_->graphs(); }
+
   void trace(bool on) override { trace_ = on; }
 
   void wait_idle() override {

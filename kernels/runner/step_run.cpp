@@ -54,9 +54,24 @@ StepRun::StepRun(const RunContext& context, const StepInput& input)
   for (int t = tokens; t-- > 0;) first_row_[static_cast<size_t>(input.row_sequence[static_cast<size_t>(t)])] = t;
   rows_ = {tokens, input.positions.data(), input.row_sequence.data(), sequences, first_row_.data(), input.block_table_offsets.data(), input.block_tables.data()};
   failure_.step = input.step;
-  tail_rows_ = std::min<int>(shard_.output_rows(), static_cast<int>(input.outputs.size()));
-  device_.begin_step(rows_);
-  device_.begin_tail(tail_rows_);
+  device_.begin_step(rows_, shard_.tail_begin() < shard_.tail_end() ? static_cast<int>(input.outputs.size()) : 0, input.wait_timeout_ms);
+  begin_pass();
+}
+
+// Of the output rows from tail_from_ on, as many as a pass of the tail takes.
+void StepRun::begin_pass() {
+  tail_rows_ = std::min(shard_.output_rows(), static_cast<int>(input_.outputs.size()) - tail_from_);
+  logits_here_ = false;
+  candidate_rows_.assign(static_cast<size_t>(tail_rows_), {});
+  if (device_.finds_candidates() && shard_.tail_begin() < shard_.tail_end()) {
+    for (int r = 0; r < tail_rows_; r++) {
+      if (!by_candidates(r)) continue;
+      const OutputRow& output = output_of(r);
+      const SamplingParameters& p = context_.slots[static_cast<size_t>(output.slot)].parameters();
+      if (p.temperature >= kTemperatureMin) candidate_rows_[static_cast<size_t>(r)] = {p.temperature, noise_key(p.seed, p.choice, sampled_position(output))};
+    }
+  }
+  device_.begin_tail(tail_rows_, input_.outputs.data() + tail_from_, candidate_rows_.data());
 }
 
 StepRun::Status StepRun::advance(bool block) {
@@ -67,8 +82,14 @@ StepRun::Status StepRun::advance(bool block) {
       action_ = shard_.tail_end();
       continue;
     }
-    const Action& action = shard_.actions()[action_];
     if (context_.trace && action_began_ns_ == 0) action_began_ns_ = monotonic_now_ns();
+    if (const size_t next = device_.run_ahead(action_, token_ids_.data()); next != action_) {
+      if (context_.trace) span("graph", action_began_ns_);
+      action_began_ns_ = 0;
+      action_ = next;
+      continue;
+    }
+    const Action& action = shard_.actions()[action_];
     const Status status = run_action(action);
     if (status != Status::Done) return status;
     if (context_.trace) {
@@ -78,11 +99,8 @@ StepRun::Status StepRun::advance(bool block) {
     action_++;
     const bool tail_ended = action_ == shard_.tail_end() && tail_rows_ > 0 && shard_.tail_begin() < shard_.tail_end();
     if (tail_ended) {
-      const int done = tail_from_ + tail_rows_, left = static_cast<int>(input_.outputs.size()) - done;
-      tail_from_ = done;
-      tail_rows_ = std::min(shard_.output_rows(), left);
-      logits_here_ = false;
-      device_.begin_tail(tail_rows_);
+      tail_from_ += tail_rows_;
+      begin_pass();
       if (tail_rows_ > 0) action_ = shard_.tail_begin();
     }
   }
@@ -135,7 +153,7 @@ StepRun::Status StepRun::fail(FailureCode code, std::string message) {
 
 StepRun::Status StepRun::fail_by_device() {
   const DeviceProblem& problem = device_.problem();
-  if (problem.action < 0) return fail(FailureCode::Internal, where(-1) + ": " + problem.fault);
+  if (problem.action < 0) return fail(problem.lost ? FailureCode::DeviceLost : FailureCode::Internal, where(-1) + ": " + problem.fault);
   const Action& action = shard_.actions()[static_cast<size_t>(problem.action)];
   const std::string row = problem.row < 0 ? "" : " of row " + std::to_string(problem.row);
   switch (action.kind) {
@@ -447,7 +465,7 @@ void StepRun::take_from_wire(int index, int rows, Payloads* payloads) {
 
 StepRun::Status StepRun::select_rows(const Operation& o) {
   if (tail_from_ == 0 && !device_.check_rows(static_cast<int>(action_), o.in)) return fail_by_device();
-  device_.select_rows(o, &input_.outputs[static_cast<size_t>(tail_from_)]);
+  device_.select_rows(o);
   return Status::Done;
 }
 
@@ -531,7 +549,6 @@ StepRun::Status StepRun::look_at_logits(int buffer, Range own) {
     if (program_.ranks > 1) find_candidates(buffer, own);
     return Status::Done;
   }
-  candidate_rows_.assign(static_cast<size_t>(tail_rows_), {});
   bool some = false;
   for (int r = 0; r < tail_rows_; r++) {
     if (!device_.finds_candidates() || !by_candidates(r)) {
@@ -539,11 +556,8 @@ StepRun::Status StepRun::look_at_logits(int buffer, Range own) {
       continue;
     }
     some = true;
-    const OutputRow& output = output_of(r);
-    const SamplingParameters& p = context_.slots[static_cast<size_t>(output.slot)].parameters();
-    if (p.temperature >= kTemperatureMin) candidate_rows_[static_cast<size_t>(r)] = {p.temperature, noise_key(p.seed, p.choice, sampled_position(output))};
   }
-  if (some) device_.find_candidates(buffer, static_cast<int32_t>(own.from), candidate_rows_);
+  if (some) device_.find_candidates(buffer, static_cast<int32_t>(own.from));
   if (!device_.wait()) return fail_by_device();
   if (!device_.finds_candidates()) find_candidates(buffer, own);
   for (int r = 0; some && r < tail_rows_; r++)

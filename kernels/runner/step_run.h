@@ -56,6 +56,7 @@ class StepRun {
  private:
   using Payloads = std::array<const uint8_t*, kRanksMax>;
 
+  void begin_pass();
   Status run_action(const Action& action);
   Status resolve_tokens();
   Status gather_rows(int index);

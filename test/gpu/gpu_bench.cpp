@@ -288,7 +288,7 @@ struct AttentionScene {
     card_tables = on_card(block_tables);
     runs = on_card(host_runs);
     work = on_card(plan.work);
-    work_count = on_card(std::vector<int32_t>{static_cast<int32_t>(plan.work.size())});
+    work_count = on_card(std::vector<int32_t>{static_cast<int32_t>(plan.work.size()), 0});
     first_slot = on_card(plan.first_slot);
   }
 

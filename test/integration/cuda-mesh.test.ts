@@ -104,7 +104,22 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('a mesh 
   it('cuda mesh - a worker that finds no card ends with one line', async () => {
     const absent = { ...workerEnv, SHARDMESH_EMULATED_CARD_ABSENT: 'no NVIDIA driver here' };
     const refused = runCommand(process.execPath, [main, 'worker', '--executor', 'cuda'], absent);
-    expect(await refused.ended).not.toBe(0);
+    expect(await refused.ended).toBe(72);
     expect(refused.output().trim()).toBe('shardmesh: --executor cuda: no NVIDIA driver here');
+  });
+
+  it('cuda mesh - a card that answers no more ends its worker with a code of its own, and the coordinator says why in one line', async () => {
+    const env = { ...marked.env, SHARDMESH_EMULATED_CARD_FAULT_AFTER: '4' };
+    const cuda = await startServe(['--executor', 'cuda', ...small.slice(2)], { env, main });
+    try {
+      await expect(complete(cuda, { prompt: 'Paris', max_tokens: 8, temperature: 0 })).rejects.toThrow();
+      expect(cuda.events('epoch_ended')[0]?.['message']).toContain('does nothing more for this process: uncorrectable ECC error');
+      await waitFor('the worker to be started again', 10_000, () => cuda.events('worker_restarting').length > 0);
+      expect(cuda.events('worker_restarting')[0]?.['cause']).toMatch(
+        /ended with exit code 71 \(its card answered no more: .*Xid\) after/,
+      );
+    } finally {
+      await cuda.stop();
+    }
   });
 });

@@ -6,26 +6,83 @@ import { describe, expect, it } from 'vitest';
 import { loadAddonFrom, type Addon } from '../../kernels/index.ts';
 import { buildKernelTarget } from './build-target.ts';
 import { describeCudaPrograms } from './cuda-programs.ts';
-import { TinyMesh } from './tiny-model.ts';
+import { randomTokens, TinyMesh, type TinyMeshOptions } from './tiny-model.ts';
 
 const load = async (target: string): Promise<Addon> => loadAddonFrom(`${await buildKernelTarget(target)}.node`);
 
 describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('cuda executor on the emulated machine', () => {
   describeCudaPrograms(() => load('shardmesh_cuda_emulated'));
 
-  it('cuda executor - tells the facts of its card', async () => {
-    expect((await load('shardmesh_cuda_emulated')).cudaFacts()).toEqual({
-      card: {
-        name: 'emulated CUDA machine',
-        sm: 80,
-        memoryBytes: 8 * 2 ** 30,
-        multiprocessors: 2,
-        bandwidthBytes: 1e9,
-        powerWatts: 5,
-        driver: 'none',
-      },
-      absent: null,
-    });
+  /** What `use` finds while the emulated card has a fault that the runtime under test/ knows by name. */
+  const withFault = async <T>(name: string, value: string, use: () => Promise<T>): Promise<T> => {
+    process.env[name] = value;
+    try {
+      return await use();
+    } finally {
+      delete process.env[name];
+    }
+  };
+  const prompt = randomTokens(30);
+  const generate = async (options: TinyMeshOptions): Promise<unknown> => {
+    const mesh = await TinyMesh.start(options);
+    try {
+      return await mesh.generate(prompt, {}, 6).catch((error: unknown) => error);
+    } finally {
+      await mesh.stop();
+    }
+  };
+
+  it('cuda executor - a graph that lacks an edge is found', async () => {
+    const addon = await load('shardmesh_cuda_emulated');
+    const want = await generate({});
+    expect(await generate({ addon, kind: 'cuda' })).toEqual(want);
+    // Node 1 is the first norm, 2 the products q, k and v, 5 the products gate and up.
+    for (const node of ['1', '2', '5'])
+      expect(await withFault('SHARDMESH_EMULATED_GRAPH_WITHOUT_EDGE', node, () => generate({ addon, kind: 'cuda' }))).not.toEqual(
+        want,
+      );
+  });
+
+  it('cuda executor - says what the card has no room for, what is free, and the --kv-cache-bytes that fits', async () => {
+    const addon = await load('shardmesh_cuda_emulated');
+    const start = (bytes: number, kvBlocks: number) =>
+      withFault('SHARDMESH_EMULATED_CARD_BYTES', String(bytes), () => TinyMesh.start({ addon, kind: 'cuda', kvBlocks }));
+    const message = await start(64 << 20, 40_000).then(
+      () => '',
+      (error: unknown) => (error as Error).message,
+    );
+    const [, asked, free, fits] =
+      /^executor kind 'cuda': no room for the KV cache: (\d+) MiB on the card, where (\d+) MiB are free \(out of memory\); --kv-cache-bytes (\d+)m fits$/.exec(
+        message,
+      ) ?? [message];
+    expect(Number(asked)).toBeGreaterThan(64);
+    expect(Number(fits)).toBeGreaterThan(0.9 * Number(free));
+    const perBlock = (Number(asked) * 2 ** 20) / 40_000;
+    const mesh = await start(64 << 20, Math.floor((Number(fits) * 2 ** 20) / perBlock));
+    await mesh.stop();
+    await expect(start(1 << 20, 16)).rejects.toThrow(
+      /^executor kind 'cuda': no room for the .*: \d+ MiB on the card, where \d MiB are free \(out of memory\); cut the model over more workers, or take a smaller one$/,
+    );
+  });
+
+  it('cuda executor - a fault that stays fails the step as a lost card, with its reason', async () => {
+    const addon = await load('shardmesh_cuda_emulated');
+    const error = await withFault('SHARDMESH_EMULATED_CARD_FAULT_AFTER', '3', () => generate({ addon, kind: 'cuda' }));
+    expect(error).toMatchObject({ code: 'device_lost' });
+    expect((error as Error).message).toMatch(
+      /^step \d+: the card \(emulated CUDA machine\) does nothing more for this process: uncorrectable ECC error encountered$/,
+    );
+  });
+
+  it('cuda executor - a card that hangs fails the step as a lost card', async () => {
+    const addon = await load('shardmesh_cuda_emulated');
+    const mesh = await TinyMesh.start({ addon, kind: 'cuda' });
+    const error = await withFault('SHARDMESH_EMULATED_CARD_HANGS', '1', () =>
+      mesh.generate(prompt, {}, 2).catch((e: unknown) => e),
+    );
+    await mesh.stop();
+    expect(error).toMatchObject({ code: 'device_lost' });
+    expect((error as Error).message).toContain('the card has not finished in time');
   });
 
   it('cuda executor - says in one line that there is no card, and that a build has no CUDA part', async () => {

@@ -202,20 +202,120 @@ export function describeCudaPrograms(load: () => Promise<Addon>): void {
     });
   });
 
+  describe('graphs', () => {
+    const sequences = 13;
+    /** `counts.length` steps, of so many sequences each, one token a sequence; every sequence has a prompt of its own length. */
+    const decode = (options: TinyMeshOptions, counts: readonly number[]) =>
+      onMesh({ kvBlocks: 3 * sequences, ...options }, async (mesh) => {
+        const blocks = (slot: number) => [slot, 2 * sequences - 1 - slot, 2 * sequences + slot];
+        const lengths = Array.from({ length: sequences }, (_, slot) => 1 + ((slot * 5) % 20));
+        for (let slot = 0; slot < sequences; slot++) mesh.open(slot, slot % 3 ? { logprobs: null, temperature: slot % 2 } : {});
+        await mesh.run(
+          lengths.map((length, slot) => ({
+            slot,
+            position: 0,
+            tokens: randomTokens(length, slot + 1),
+            blocks: blocks(slot),
+            outputs: [],
+          })),
+        );
+        const found: unknown[] = [];
+        for (const count of counts) {
+          const rows = Array.from({ length: count }, (_, slot): TinyRows => {
+            const position = lengths[slot]!++;
+            const outputs = [{ row: 0, score: null }];
+            return { slot, position, tokens: randomTokens(1, position), blocks: blocks(slot), outputs };
+          });
+          found.push(await mesh.run(rows));
+        }
+        return [found, mesh.members.map(({ executor }) => executor.graphs())] as const;
+      });
+    const counts = [3, 13, 1, 8, 5, 2, 9, 3, 13];
+
+    it.for([
+      ['one worker', wholeCut, {}],
+      ['two ranks', twoRankCut, {}],
+      ['three uneven ranks by two stages, on q8 wires', threeRankTwoStageCut, { wire: 'q8' }],
+      ['one worker whose steps are small', wholeCut, { stepTokensMax: 150 }],
+    ] as const)(
+      'cuda program - steps of any number of rows pad to those of a graph and keep their bits: %s',
+      async ([, cut, options]) => {
+        const [want] = await decode({ cut, ...options }, counts);
+        const [found, graphs] = await decode({ ...cuda, cut, ...options }, counts);
+        expect(found).toEqual(want);
+        for (const of of graphs) {
+          expect(of.map(({ rows }) => rows)).toEqual([1, 2, 4, 8, 12, 16, 24, 32, 48, 64]);
+          expect(of.map(({ steps }) => steps)).toEqual([1, 1, 2, 2, 1, 2, 0, 0, 0, 0]);
+        }
+      },
+    );
+
+    it('cuda program - a step is one graph on a worker alone, with five nodes a layer for 8 rows and fewer', async () => {
+      const [, [graphs]] = await decode({ ...cuda }, [1]);
+      const layers = 2;
+      // Embed, of few rows the first norm, and of the tail: look at the rows, select them, norm, head, candidates, report.
+      for (const { rows, nodes } of graphs!)
+        expect(nodes, `${rows} rows`).toEqual([rows <= 8 ? 8 + 5 * layers : 7 + 17 * layers]);
+    });
+
+    it('cuda program - where output rows take several passes, the layers are a graph and the tail is not', async () => {
+      const model = smallModel({
+        architecture: 'llama',
+        layers: 1,
+        hidden: 64,
+        heads: 2,
+        kvHeads: 1,
+        headSize: 32,
+        feedForward: 96,
+        vocabulary: 280_000, // logits of 14 rows are a pass
+        window: null,
+        types: { q: 'Q4_0', k: 'Q4_0', v: 'Q8_0', o: 'Q4_0', gate: 'Q4_0', up: 'Q4_0', down: 'Q4_0', embedding: 'Q4_0' },
+      });
+      const tokens = randomTokens(15, 5);
+      const run = async (options: MeshOptions) => {
+        const mesh = await TinyMesh.ofPrograms(model.programs(1, 1), (slice) => model.blocksOf(slice), options);
+        try {
+          mesh.open(0, { logprobs: null });
+          const outputs = tokens.map((_, row) => ({ row, score: tokens[row + 1] ?? null }));
+          const found = await mesh.run([{ slot: 0, position: 0, tokens, blocks: [1], outputs }]);
+          return [found, mesh.members[0]!.executor.graphs()] as const;
+        } finally {
+          await mesh.stop();
+        }
+      };
+      const [found, graphs] = await run(cuda);
+      expect(found).toEqual((await run({ kind: 'cpu' }))[0]);
+      // Of 16 rows the embedding and the layer only.
+      expect(graphs.slice(4, 6)).toEqual([
+        { rows: 12, nodes: [7 + 17], steps: 0 },
+        { rows: 16, nodes: [1 + 17], steps: 1 },
+      ]);
+    });
+
+    it('cuda program - between two exchanges a step is one graph', async () => {
+      const [, [graphs]] = await decode({ ...cuda, cut: twoRankCut }, [1]);
+      // embed; the first norm, q k v with rope, attention, o; gate up with the activation, down; the next layer without its norm, which is done where sums meet; the tail
+      expect(graphs![0]!.nodes).toEqual([1, 4, 2, 3, 2, 6]);
+    });
+  });
+
   describe('failures', () => {
     const rows: TinyRows[] = [{ slot: 0, position: 0, tokens: [1, 2, 3], blocks: [0], outputs: [{ row: 2, score: null }] }];
 
     it('cuda program - a value that overflows fails the step with the words of the CPU', async () => {
       const broken = tinyWeights();
       new Float32Array(broken.get('1.ffn_norm')!.blocks.buffer).fill(3e38);
-      const failure = (options: TinyMeshOptions) =>
-        onMesh({ weights: broken, ...options }, async (mesh) => {
-          mesh.open(0);
-          return mesh.run(rows).catch((error: unknown) => (error as Error).message);
-        });
-      const message = await failure(cuda);
-      expect(message).toMatch(/^step 1, operation \d+ \(rms_norm\): its output 'n' is not finite$/);
-      expect(message).toBe(await failure({}));
+      const one: TinyRows[] = [{ ...rows[0]!, tokens: [1], outputs: [{ row: 0, score: null }] }]; // a step that is a graph
+      for (const step of [rows, one]) {
+        const failure = (options: TinyMeshOptions) =>
+          onMesh({ weights: broken, ...options }, async (mesh) => {
+            mesh.open(0);
+            return mesh.run(step).catch((error: unknown) => (error as Error).message);
+          });
+        const message = await failure(cuda);
+        expect(message).toMatch(/^step 1, operation \d+ \(rms_norm\): its output 'n' is not finite$/);
+        expect(message).toBe(await failure({}));
+      }
     });
 
     it('cuda program - a peer that is silent fails the step at its deadline, and the next epoch works', async () => {

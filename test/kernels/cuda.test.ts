@@ -1,5 +1,5 @@
 /**
- * Runs the CUDA kernels of kernels/cuda on the CPU (simt/machine.h) against the reference, with memcmp: simt/cuda_linear_test.cpp and simt/cuda_step_test.cpp. Each
+ * Runs the CUDA kernels of kernels/cuda on the CPU (simt/machine.h) against the reference, with memcmp: simt/cuda_linear_test.cpp, cuda_step_test.cpp and cuda_fused_test.cpp. Each
  * of their cases is a test here. It proves indexes, barriers and every bit of the arithmetic; not speed, and not what only a card's memory can do.
  */
 import { execFile } from 'node:child_process';
@@ -46,6 +46,15 @@ const cases = {
     'cuda rope_store_kv - names the row whose k, once rotated, or v is not finite',
     "cuda head - picks the candidate that the sampler's noise picks, ties to the lower id, none where a logit is not finite",
     "cuda head - sums have the sampler's bits",
+  ],
+  cuda_fused_test: [
+    'cuda fused - products of a gate and their activation have the bits of single launches',
+    'cuda fused - a product into the residual has the bits of single launches',
+    'cuda fused - a product into the residual and the norm behind it have the bits of single launches',
+    'cuda fused - the end of a reduction and the norm behind it have the bits of single launches',
+    'cuda fused - q, k and v, rotated and stored, have the bits of single launches, and rows that pad are left alone',
+    'cuda fused - attention with its join has the bits of single launches',
+    'cuda fused - refuses by name what does not belong together',
   ],
 };
 

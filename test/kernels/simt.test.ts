@@ -41,10 +41,14 @@ const cases = [
   'finds misaligned rows of ldmatrix',
   'finds wrong asynchronous copies',
   'finds a spin without end',
+  'the block that comes last sees what the others have written; finds one that comes a block too early',
   'finds a race between blocks that live together',
   'a stream works in order, and not before it is waited for',
   'finds a host that changes what a queued copy reads',
   "a stream stops at a kernel's fault, and says it once",
+  'a graph does its nodes as often as it is launched, each behind those of its edges',
+  'nodes that no edge orders are done in any order',
+  'finds a missing edge of a graph',
   'refuses launches that no card takes',
 ];
 

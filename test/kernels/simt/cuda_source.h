@@ -21,6 +21,7 @@
 #define __constant__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define threadIdx (simt::place->thread)
 #define blockIdx (simt::place->block)
 #define blockDim (simt::place->block_size)
@@ -216,6 +217,7 @@ namespace shardmesh::cuda {
 inline uint8_t* dynamic_shared() { return simt::shared_memory(); }
 inline uint32_t load_acquire(const uint32_t* p) { simt::spin(); return *p; }
 inline void store_release(uint32_t* p, uint32_t v) { *p = v; }
+inline void store_release_system(uint32_t* p, uint32_t v) { *p = v; }
 inline uint64_t global_timer() { return simt::global_timer(); }
 
 template <int bytes>
@@ -389,7 +391,7 @@ template <typename... Parameters, typename... Given>
 const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream, Given... given) {
   const auto run = [=] { return simt::run_grid(grid, block, shared_bytes, [=] { kernel(given...); }); };
   if (stream) {
-    static_cast<simt::WorkQueue*>(stream)->work.push_back(run);
+    static_cast<simt::WorkQueue*>(stream)->add(run);
     return nullptr;
   }
   static std::string problem;

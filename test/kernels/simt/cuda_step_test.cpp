@@ -263,8 +263,9 @@ std::string compare_rope_store(const Shape& shape, int dimensions, bool half_sty
 
   const Guarded<float> dq("q", q), dk("k", k), dv("v", v), dc("cosine", cosine), ds("sine", sine);
   const Guarded<uint8_t> cache("cache", pool);
-  if (const char* problem = cuda::rope_store_kv(dq.data(), q_stride, q_heads, dk.data(), kv_stride, dv.data(), kv_stride, {dimensions, half_style, dc.data(), ds.data()}, scene.layout, cache.data(),
-                                                device.rows(), nullptr))
+  if (const char* problem = cuda::rope_store_kv({dq.data(), q_stride, q_heads, dk.data(), kv_stride, dv.data(), kv_stride, {dimensions, half_style, dc.data(), ds.data()}, scene.layout, cache.data(),
+                                                 device.rows(), {}},
+                                                nullptr))
     return failed(problem);
   const std::string what = simt::difference(expected_q, dq);
   return what.empty() ? simt::difference(expected_pool, cache) : "q: " + what;
@@ -315,7 +316,7 @@ std::string compare_attention(const Shape& shape, Values values, const cuda::Spl
   const Guarded<uint8_t> cache("cache", pool);
   const Guarded<cuda::HeadRun> runs("runs", head_runs);
   const Guarded<cuda::AttentionWork> work("work", plan.work);
-  const Guarded<int32_t> work_count("work_count", std::vector<int32_t>{static_cast<int32_t>(plan.work.size())}), first_slot("first_slot", plan.first_slot);
+  const Guarded<int32_t> work_count("work_count", std::vector<int32_t>{static_cast<int32_t>(plan.work.size()), 0}), first_slot("first_slot", plan.first_slot);
   const cuda::AttentionStep step{dq.data(),      q_stride,    out.data(),  out_stride,        heads,           scale,            shape.window, scene.layout,
                                  cache.data(),   device.rows(), runs.data(), work.data(), work_count.data(), partials.data(), first_slot.data()};
   const bool integer = shape.key == KeyType::Int8 && shape.value == ValueType::Int8;
@@ -475,8 +476,7 @@ std::string check_finite_keys_and_values() {
     const Guarded<float> dq("q", q), dk("k", k), dv("v", v), cosine("cosine", ones), sine("sine", ones);
     const Guarded<uint8_t> cache("cache", scene.fresh_pool(random));
     const Guarded<uint32_t> least("least", std::vector<uint32_t>{0xffffffffu});
-    if (const char* problem = cuda::rope_store_kv(dq.data(), 128, 2, dk.data(), 64, dv.data(), 64, {64, 0, cosine.data(), sine.data()}, scene.layout, cache.data(), device.rows(), nullptr,
-                                                  {least.data(), 3 << 16}))
+    if (const char* problem = cuda::rope_store_kv({dq.data(), 128, 2, dk.data(), 64, dv.data(), 64, {64, 0, cosine.data(), sine.data()}, scene.layout, cache.data(), device.rows(), {least.data(), 3 << 16}}, nullptr))
       return failed(problem);
     if (const std::string problem = simt::finish(); !problem.empty()) return problem;
     if (least.data()[0] != (3 << 16) + 2) return std::string(in_v ? "v" : "k") + ": the mark is " + std::to_string(least.data()[0]) + "; ";

@@ -34,9 +34,10 @@ struct Schedule {
 // The schedule of the launches to come.
 void set_schedule(const Schedule& schedule);
 
-// What a stream has been given: done in order by whoever waits for the stream; each entry returns "" or what went wrong.
+// What takes launches: a stream, or a graph that is being built (runtime.cpp). Work returns "" or what went wrong.
 struct WorkQueue {
-  std::vector<std::function<std::string()>> work;
+  virtual ~WorkQueue() = default;
+  virtual void add(std::function<std::string()> work) = 0;
 };
 
 // Runs `body` once for every thread of the grid. Returns "" or what the kernel did wrong, with block, thread and source line; it ends at the first fault. Callers on

@@ -2,11 +2,13 @@
 // hosts that do not keep away from what they have handed over: the source of a queued copy must not change, its target is poisoned until the copy is made.
 #include "../../../kernels/cuda/runtime.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
 #include <unordered_map>
 
 #include "guarded.h"
@@ -18,17 +20,100 @@ namespace {
 // Memory of either place, by its first byte.
 struct Allocations {
   std::mutex mutex;
-  std::unordered_map<void*, std::unique_ptr<simt::GuardedBytes>> all;
+  struct One {
+    std::unique_ptr<simt::GuardedBytes> bytes;
+    Place place;
+  };
+  std::unordered_map<void*, One> all;
 };
 Allocations& allocations() {
   static Allocations known;
   return known;
 }
 
-struct EmulatedStream : simt::WorkQueue {
-  std::string problem;  // what synchronise() returns stays valid to the next one
+using Work = std::function<std::string()>;  // does it; "" or what went wrong
+using Make = std::function<Work()>;         // called when the work is queued: from then on the host must keep away from what it has handed over
+
+// What launches and copies are given to.
+struct Queue : simt::WorkQueue {
+  virtual void make(const Make& make) = 0;
+  void add(Work work) override {
+    make([work] { return work; });
+  }
 };
-EmulatedStream& raw(Stream stream) { return *static_cast<EmulatedStream*>(static_cast<simt::WorkQueue*>(stream)); }
+
+struct EmulatedStream final : Queue {
+  std::vector<Work> work;
+  std::string problem;  // what synchronise() returns stays valid to the next one
+  void make(const Make& make) override { work.push_back(make()); }
+};
+
+// Nodes that no edge orders may be done in any order, so they are: the first added first, the last first, or by chance, as the schedule has threads and blocks.
+struct EmulatedGraph final : Queue {
+  struct Node {
+    Make make;
+    std::vector<int> after;
+  };
+  std::vector<Node> nodes;
+  std::vector<int> after;
+  void make(const Make& make) override {
+    nodes.push_back({make, after});
+    after = {static_cast<int>(nodes.size()) - 1};
+  }
+};
+
+Queue& queue_of(Stream stream) { return *static_cast<Queue*>(static_cast<simt::WorkQueue*>(stream)); }
+EmulatedStream& raw(Stream stream) { return static_cast<EmulatedStream&>(queue_of(stream)); }
+EmulatedGraph& nodes_of(Graph graph) { return static_cast<EmulatedGraph&>(queue_of(graph)); }
+
+constexpr simt::Order kOrders[] = {simt::Order::Forward, simt::Order::Reverse, simt::Order::Random};
+
+std::string run_nodes(const EmulatedGraph& graph, const std::vector<Work>& work, simt::Order order, uint64_t seed) {
+  std::vector<int> ready;
+  std::vector<bool> done(work.size(), false), known(work.size(), false);
+  for (size_t count = 0; count < work.size(); count++) {
+    for (size_t i = 0; i < work.size(); i++) {
+      const std::vector<int>& after = graph.nodes[i].after;
+      if (known[i] || !std::all_of(after.begin(), after.end(), [&](int node) { return done[static_cast<size_t>(node)]; })) continue;
+      known[i] = true;
+      ready.push_back(static_cast<int>(i));
+    }
+    std::sort(ready.begin(), ready.end());
+    seed = seed * 6364136223846793005u + 1442695040888963407u;
+    const size_t which = order == simt::Order::Forward ? 0 : order == simt::Order::Reverse ? ready.size() - 1 : (seed >> 33) % ready.size();
+    const size_t node = static_cast<size_t>(ready[which]);
+    ready.erase(ready.begin() + static_cast<std::ptrdiff_t>(which));
+    if (std::string problem = work[node](); !problem.empty()) return problem;
+    done[node] = true;
+  }
+  return "";
+}
+
+// Tests ask for what goes wrong on cards.
+const char* asked(const char* name) { return std::getenv(name); }
+
+size_t card_bytes() {
+  const char* bytes = asked("SHARDMESH_EMULATED_CARD_BYTES");
+  return bytes ? std::strtoull(bytes, nullptr, 10) : size_t{8} << 30;
+}
+std::atomic<size_t> used_bytes{0};
+
+// A fault like those of ECC and Xid: it comes when the stream has been waited for so many times, and stays.
+struct LastingFault {
+  std::atomic<int> waits{0};
+  std::atomic<bool> here{false};
+  static constexpr const char* kText = "uncorrectable ECC error encountered";
+  bool comes() {
+    const char* after = asked("SHARDMESH_EMULATED_CARD_FAULT_AFTER");
+    if (after && ++waits > std::atoi(after)) here = true;
+    if (!after) here = false, waits = 0;  // the test is over
+    return here;
+  }
+};
+LastingFault& lasting_fault() {
+  static LastingFault fault;
+  return fault;
+}
 
 uint64_t digest(const void* data, size_t bytes) {  // FNV-1a over words
   uint64_t hash = 14695981039346656037ull;
@@ -44,29 +129,32 @@ uint64_t digest(const void* data, size_t bytes) {  // FNV-1a over words
 }  // namespace
 
 std::string find_card(Card* card) {
-  // Tests ask for a machine without a card.
-  if (const char* absent = std::getenv("SHARDMESH_EMULATED_CARD_ABSENT")) return absent;
-  *card = {"emulated CUDA machine", 80, 2, size_t{8} << 30, 1e9, 5, "none"};
+  if (const char* absent = asked("SHARDMESH_EMULATED_CARD_ABSENT")) return absent;
+  *card = {"emulated CUDA machine", 80, 2, card_bytes(), 1e9, 5, "none"};
   return "";
 }
 
-size_t free_bytes() { return size_t{8} << 30; }
+size_t free_bytes() { return card_bytes() - std::min(card_bytes(), used_bytes.load()); }
 
-void* allocate(Place, size_t bytes, const char* what) {
+void* allocate(Place place, size_t bytes, const char* what) {
+  if (place == Place::Card && bytes > free_bytes()) throw std::runtime_error(no_room(place, bytes, what, "out of memory"));
   auto memory = std::make_unique<simt::GuardedBytes>(what, bytes);
   void* data = memory->data();
   std::lock_guard lock(allocations().mutex);
-  allocations().all.emplace(data, std::move(memory));
+  allocations().all.emplace(data, Allocations::One{std::move(memory), place});
+  if (place == Place::Card) used_bytes += bytes;
   return data;
 }
 
 void release(Place, void* memory) {
   std::lock_guard lock(allocations().mutex);
   const auto found = allocations().all.find(memory);
-  if (!found->second->intact()) {
+  const Allocations::One& one = found->second;
+  if (!one.bytes->intact()) {
     std::fprintf(stderr, "simt: bytes beside a buffer have changed\n");
     std::abort();
   }
+  if (one.place == Place::Card) used_bytes -= one.bytes->size();
   allocations().all.erase(found);
 }
 
@@ -77,25 +165,29 @@ Problem open_stream(Stream* stream) {
 void close_stream(Stream stream) { delete &raw(stream); }
 
 Problem copy_to_card(void* card, const void* host, size_t bytes, Stream stream) {
-  raw(stream).work.push_back([=, before = digest(host, bytes)]() -> std::string {
-    if (digest(host, bytes) != before) return "the host has changed what a queued copy reads";
-    std::memcpy(card, host, bytes);
-    return "";
+  queue_of(stream).make([=]() -> Work {
+    return [=, before = digest(host, bytes)]() -> std::string {
+      if (digest(host, bytes) != before) return "the host has changed what a queued copy reads";
+      std::memcpy(card, host, bytes);
+      return "";
+    };
   });
   return nullptr;
 }
 
 Problem copy_to_host(void* host, const void* card, size_t bytes, Stream stream) {
-  std::memset(host, simt::kPoison, bytes);
-  raw(stream).work.push_back([=]() -> std::string {
-    std::memcpy(host, card, bytes);
-    return "";
+  queue_of(stream).make([=]() -> Work {
+    std::memset(host, simt::kPoison, bytes);
+    return [=]() -> std::string {
+      std::memcpy(host, card, bytes);
+      return "";
+    };
   });
   return nullptr;
 }
 
 Problem fill(void* card, uint8_t value, size_t bytes, Stream stream) {
-  raw(stream).work.push_back([=]() -> std::string {
+  queue_of(stream).add([=]() -> std::string {
     std::memset(card, value, bytes);
     return "";
   });
@@ -105,16 +197,67 @@ Problem fill(void* card, uint8_t value, size_t bytes, Stream stream) {
 Problem synchronise(Stream stream) {
   EmulatedStream& s = raw(stream);
   s.problem.clear();
-  // Steps meet every order of threads and blocks.
+  // Steps meet every order of threads and blocks, and of the nodes of a graph.
   static std::atomic<uint64_t> turns{0};
   const uint64_t turn = turns++;
-  constexpr simt::Order kOrders[] = {simt::Order::Forward, simt::Order::Reverse, simt::Order::Random};
   simt::set_schedule({kOrders[turn % 3], turn + 1, 1});
+  if (lasting_fault().comes()) s.problem = LastingFault::kText;
   for (const auto& work : s.work)
     if (s.problem.empty()) s.problem = work();
   s.work.clear();
   return s.problem.empty() ? nullptr : s.problem.c_str();
 }
+
+// A card that hangs does nothing more.
+bool hangs() { return asked("SHARDMESH_EMULATED_CARD_HANGS") != nullptr; }
+
+Problem wait_for(const uint32_t* word, uint32_t value, Stream stream, int64_t, bool) {
+  if (hangs()) return "the card has not finished in time";
+  if (*word == value) return "the word is there before anything was done";
+  if (const Problem problem = synchronise(stream)) return problem;
+  return *word == value ? nullptr : "the card has done everything and reported nothing";
+}
+
+bool settles(Stream stream, int64_t, bool) {
+  if (hangs()) return false;
+  synchronise(stream);
+  return true;
+}
+
+std::string lost_card() { return lasting_fault().here ? LastingFault::kText : ""; }
+
+void abandon_card() {}  // other executors of this process go on
+
+Problem open_graph(Graph* graph) {
+  *graph = static_cast<simt::WorkQueue*>(new EmulatedGraph);
+  return nullptr;
+}
+
+void come_after(Graph graph, std::initializer_list<int> nodes) { nodes_of(graph).after = nodes; }
+int node_count(Graph graph) { return static_cast<int>(nodes_of(graph).nodes.size()); }
+
+Problem finish_graph(Graph graph) {
+  // A test asks for graphs without one of their edges, to see that this is found.
+  if (const char* node = asked("SHARDMESH_EMULATED_GRAPH_WITHOUT_EDGE"))
+    if (EmulatedGraph& g = nodes_of(graph); std::strtoull(node, nullptr, 10) < g.nodes.size()) g.nodes[std::strtoull(node, nullptr, 10)].after.clear();
+  return nullptr;
+}
+
+Problem launch_graph(Graph graph, Stream stream) {
+  const EmulatedGraph& g = nodes_of(graph);
+  raw(stream).make([&g]() -> Work {
+    std::vector<Work> work;
+    for (const EmulatedGraph::Node& node : g.nodes) work.push_back(node.make());
+    return [&g, work = std::move(work)] {
+      static std::atomic<uint64_t> launches{0};
+      const uint64_t turn = launches++;
+      return run_nodes(g, work, kOrders[turn % 3], turn);
+    };
+  });
+  return nullptr;
+}
+
+void close_graph(Graph graph) { delete &nodes_of(graph); }
 
 Problem copy_now(void* card, const void* host, size_t bytes) {
   std::memcpy(card, host, bytes);

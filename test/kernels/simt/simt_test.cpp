@@ -7,6 +7,7 @@
 
 #include "cuda_source.h"
 
+#include "../../../kernels/cuda/arrivals.cuh"
 #include "../../../kernels/cuda/runtime.h"
 #include "guarded.h"
 
@@ -57,6 +58,12 @@ std::string caught_sometimes(const std::function<bool()>& right) {
 
 constexpr unsigned kAll = 0xffffffffu;
 
+struct OpenGraph {
+  Graph graph = nullptr;
+  OpenGraph() { open_graph(&graph); }
+  ~OpenGraph() { close_graph(graph); }
+};
+
 // A stream with memory of the card and of the host beside it.
 struct OpenStream {
   Stream stream = nullptr;
@@ -67,6 +74,13 @@ struct OpenStream {
 
 // ---------------------------------------------------------------- right kernels
 
+void last_block_kernel(uint32_t* values, uint32_t* count, uint32_t* out, unsigned waited_for) {
+  if (threadIdx.x == 0) values[blockIdx.x] = blockIdx.x;
+  if (!comes_last(count, waited_for, reinterpret_cast<uint32_t*>(dynamic_shared())) || threadIdx.x > 0) return;
+  for (unsigned i = 0; i < gridDim.x; i++) *out += values[i];
+}
+
+void append_kernel(int* value, int digit) { value[0] = value[0] * 10 + digit; }
 void increment_kernel(int* values) { values[threadIdx.x]++; }
 
 // Sum of a block's values: through registers in the warp, through shared memory between warps.
@@ -478,6 +492,14 @@ int main() {
     const char* fault = launch(spin_kernel, 1, 1, 0, nullptr, flag.data());
     return std::string(fault && std::string(fault).find("every thread spins") != std::string::npos ? "" : "not found");
   });
+  test_case("simt - the block that comes last sees what the others have written; finds one that comes a block too early", [] {
+    const auto sum = [](unsigned waited_for) {
+      const Guarded<uint32_t> values("values", 6), count("count", std::vector<uint32_t>{0}), out("out", std::vector<uint32_t>{0});
+      return launch(last_block_kernel, 6, 32, 4, nullptr, values.data(), count.data(), out.data(), waited_for) ? 0u : out.data()[0];
+    };
+    const std::string whole = in_every_order([&] { return std::string(sum(6) == 15 ? "" : "a wrong sum"); });
+    return whole.empty() ? caught_sometimes([&] { return sum(5) == 15; }) : whole;
+  });
   test_case("simt - finds a race between blocks that live together", [] {
     const auto total = [](unsigned resident) {
       simt::set_schedule({Order::Random, 3, resident});
@@ -512,6 +534,55 @@ int main() {
     const char* fault = synchronise(s.stream);
     if (!fault || std::string(fault).find("behind the end of card (64 bytes)") == std::string::npos) return std::string("not found: ") + (fault ? fault : "no fault");
     return std::string(synchronise(s.stream) || s.card.as<uint8_t>()[0] == 9 ? "work behind the fault was done" : "");
+  });
+  test_case("simt - a graph does its nodes as often as it is launched, each behind those of its edges", [] {
+    const OpenStream s;
+    const OpenGraph g;
+    fill(s.card.as<void>(), 0, 64, stream_of(g.graph));
+    for (int i = 0; i < 3; i++) launch(increment_kernel, 1, 16, 0, stream_of(g.graph), s.card.as<int>());
+    copy_to_host(s.back.as<void>(), s.card.as<void>(), 64, stream_of(g.graph));
+    if (finish_graph(g.graph) || node_count(g.graph) != 5) return std::string("the graph is not made");
+    for (int step = 0; step < 6; step++) {  // every order of nodes
+      s.back.as<int>()[3] = 7;
+      launch_graph(g.graph, s.stream);
+      if (s.back.as<int>()[3] != -1) return std::string("the target of a queued copy is not poisoned");
+      if (synchronise(s.stream)) return std::string("a fault");
+      if (s.back.as<int>()[3] != 3) return std::string("a wrong value");
+    }
+    return std::string();
+  });
+  test_case("simt - nodes that no edge orders are done in any order", [] {
+    const OpenStream s;
+    const OpenGraph g;
+    fill(s.card.as<void>(), 0, 64, stream_of(g.graph));
+    launch(append_kernel, 1, 1, 0, stream_of(g.graph), s.card.as<int>(), 1);
+    come_after(g.graph, {0});
+    launch(append_kernel, 1, 1, 0, stream_of(g.graph), s.card.as<int>(), 2);
+    come_after(g.graph, {1, 2});
+    copy_to_host(s.back.as<void>(), s.card.as<void>(), 64, stream_of(g.graph));
+    bool found[22] = {};
+    for (int step = 0; step < 6; step++) {
+      launch_graph(g.graph, s.stream);
+      if (synchronise(s.stream)) return std::string("a fault");
+      const int value = s.back.as<int>()[0];
+      if (value != 12 && value != 21) return "the nodes give " + std::to_string(value);
+      found[value] = true;
+    }
+    return std::string(found[12] && found[21] ? "" : "one order only");
+  });
+  test_case("simt - finds a missing edge of a graph", [] {
+    const OpenStream s;
+    const OpenGraph g;
+    fill(s.card.as<void>(), 0, 64, stream_of(g.graph));
+    come_after(g.graph, {});
+    launch(increment_kernel, 1, 16, 0, stream_of(g.graph), s.card.as<int>());
+    come_after(g.graph, {0, 1});
+    copy_to_host(s.back.as<void>(), s.card.as<void>(), 64, stream_of(g.graph));
+    for (int step = 0; step < 3; step++) {
+      launch_graph(g.graph, s.stream);
+      if (synchronise(s.stream) || s.back.as<int>()[0] != 1) return std::string();
+    }
+    return std::string("not found");
   });
   test_case("simt - refuses launches that no card takes", [] {
     const Guarded<int> out("out", 64);
