@@ -1,7 +1,7 @@
 /** What a coordinator is started with: checked by the command line, frozen, and never read from the environment below this point. */
 import type { Address } from '../protocol/addresses.ts';
 import type { Credentials } from '../protocol/credentials.ts';
-import type { LinkDriver, WireType } from '../protocol/placement.ts';
+import type { Placement, WireType } from '../protocol/placement.ts';
 import type { CutShares } from '../kernels/programs/units.ts';
 
 export interface CoordinatorConfig {
@@ -14,7 +14,7 @@ export interface CoordinatorConfig {
   executor: 'cpu' | 'cuda' | 'reference';
   /** null: the best each worker has. */
   isa: 'amx' | 'avx512' | 'avx2' | 'portable' | null;
-  link: LinkDriver | 'auto';
+  link: Placement['link'];
   /** How activations travel between workers. */
   wire: WireType;
   http: { host: string; port: number; apiKeys: string[] };

@@ -208,11 +208,13 @@ export interface PeerAddress {
 }
 
 /**
- * How this worker reaches one peer. `shm`: attach to the peer's segment. `tcp`: the connection that the last `NativeTcp.meet` made. `host`: frames leave through
+ * How this worker reaches one peer. `shm`: attach to the peer's segment. `peer`: that too, and reductions read the peer's memory on its card or in a memory file of the
+ * host, without frames; then all ranks of the stage do so. `tcp`: the connection that the last `NativeTcp.meet` made. `host`: frames leave through
  * `onFrame`, come in through `deliver`.
  */
 export type PeerLink =
-  | { peer: PeerAddress; driver: 'shm'; pid: number; fd: number; bytes: number }
+  | ({ peer: PeerAddress; driver: 'shm' } & SegmentInfo)
+  | ({ peer: PeerAddress; driver: 'peer'; memory: PeerMemoryLink; epoch: number } & SegmentInfo)
   | { peer: PeerAddress; driver: 'tcp' }
   | { peer: PeerAddress; driver: 'host' };
 
@@ -253,6 +255,21 @@ export interface SegmentInfo {
   bytes: number;
 }
 
+/** Where the ranks of a stage may read this executor's sums: `handle` exports memory of its card to other processes (CUDA IPC, 64 bytes in hexadecimal), `fd` is a memory file. */
+export interface PeerMemoryInfo {
+  pid: number;
+  bytes: number;
+  handle: string | null;
+  fd: number | null;
+  /** UUID of the card that writes it, in hexadecimal. */
+  card: string;
+}
+
+/** With the place that all ranks of a stage use: `card` needs the handle, `host` the memory file. */
+export interface PeerMemoryLink extends PeerMemoryInfo {
+  place: 'card' | 'host';
+}
+
 export interface ExecutorCallbacks {
   onStep(done: StepDone): void;
   onFrame(destination: PeerAddress, frame: NativeFrame): void;
@@ -283,6 +300,8 @@ export interface NativeExecutor {
   tablesChecksum(): string;
   /** Makes a fresh outbound segment for a new epoch. Any earlier segment and its peers are let go. */
   openSegment(): SegmentInfo;
+  /** Null: it has none; its sums leave as frames. The same for every epoch. */
+  peerMemory(): PeerMemoryInfo | null;
   /** Attaches to peers; must cover every rank of the own stage, of the stage before, of the stage after, and (last stage) of stage 0. Clears slots, KV contents and failures. `tcp`: where peers of that driver are met. */
   connect(peers: PeerLink[], tcp?: NativeTcp): void;
   openSlots(slots: SlotOpen[]): void;

@@ -37,6 +37,7 @@ import type {
   Leaving,
   LoadProgress,
   Message,
+  PeerMemory,
   Probe,
   ProbeResult,
   Rejoin,
@@ -147,7 +148,7 @@ const slot = integer(0, stepLimits.sequencesMax - 1);
 const stage = integer(0, meshLimits.stagesMax - 1);
 const rank = integer(0, meshLimits.ranksMax - 1);
 const process = integer(1, 0x7fff_ffff);
-const linkDriver = oneOf('shm', 'tcp', 'grpc', 'nats');
+const linkDriver = oneOf('shm', 'peer', 'tcp', 'grpc', 'nats');
 const linkKey = pattern(/^[0-9a-f]{64}$/, 'a key of 32 bytes in hexadecimal');
 const type = <T extends string>(value: T): Check<T> => oneOf(value);
 
@@ -157,6 +158,20 @@ const range = (max: number): Check<Range> =>
   );
 
 const segment = nullable(record<NonNullable<ShardReady['segment']>>({ pid: process, fd: integer(0, 0x7fff_ffff), bytes: count }));
+
+const peerMemoryFields = {
+  pid: process,
+  bytes: count,
+  handle: nullable(pattern(/^[0-9a-f]{128}$/, '64 bytes in hexadecimal')),
+  fd: nullable(integer(0, 0x7fff_ffff)),
+  card: pattern(/^[0-9a-f]{32}$/, '16 bytes in hexadecimal'),
+};
+const peerMemory = nullable(record<PeerMemory>(peerMemoryFields));
+const linkMemory = nullable(
+  record<NonNullable<Connect['peers'][number]['memory']>>({ ...peerMemoryFields, place: oneOf('card', 'host') }, (memory) =>
+    demand(memory[memory.place === 'card' ? 'handle' : 'fd'] !== null, `has none in the place ${memory.place}`),
+  ),
+);
 
 const workerFacts = record<WorkerFacts>({
   hostId: name,
@@ -343,6 +358,7 @@ const workerChecks: Checks<WorkerMessage> = {
     bytesFetched: count,
     loadMs: amount,
     segment,
+    peerMemory,
   }),
   connected: record<Connected>({ type: type('connected'), worker: id, epoch }),
   worker_failed: record<WorkerFailed>({
@@ -427,6 +443,7 @@ const coordinatorChecks: Checks<CoordinatorMessage> = {
         tcpAddress: address,
         segment,
         driver: linkDriver,
+        memory: linkMemory,
       }),
       meshLimits.workersMax,
     ),

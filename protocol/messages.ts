@@ -116,6 +116,16 @@ export interface LoadProgress {
   source: 'disk' | 'cache' | 'coordinator';
 }
 
+/** Where the other ranks of a stage may read a worker's sums: memory of its card, exported (CUDA IPC, 64 bytes in hexadecimal), and a memory file of its host. */
+export interface PeerMemory {
+  pid: number;
+  bytes: number;
+  handle: string | null;
+  fd: number | null;
+  /** UUID of its card in hexadecimal. */
+  card: string;
+}
+
 /** Shard loaded, digest right, outbound segment open. */
 export interface ShardReady {
   type: 'shard_ready';
@@ -127,6 +137,8 @@ export interface ShardReady {
   bytesFetched: number;
   loadMs: number;
   segment: { pid: number; fd: number; bytes: number } | null;
+  /** Null: its executor does not reduce by itself. */
+  peerMemory: PeerMemory | null;
 }
 
 export interface Connect {
@@ -145,6 +157,8 @@ export interface Connect {
     tcpAddress: string;
     segment: { pid: number; fd: number; bytes: number } | null;
     driver: LinkDriver;
+    /** With driver `peer`: which memory, the same place for all ranks of the stage; else null. */
+    memory: (PeerMemory & { place: 'card' | 'host' }) | null;
   }[];
 }
 

@@ -305,6 +305,7 @@ export class ShardWorker {
       bytesFetched,
       loadMs,
       segment: executor.openSegment(),
+      peerMemory: executor.peerMemory(),
     });
   }
 
@@ -355,7 +356,12 @@ export class ShardWorker {
         connectTimeoutMs,
       );
       if (message.epoch !== this.#epoch) return;
-      shard.executor.connect(peers, this.#tcp ?? undefined);
+      try {
+        shard.executor.connect(peers, this.#tcp ?? undefined);
+      } catch (error) {
+        // A segment, or memory of a card, that cannot be had from here: the coordinator's log says which and why.
+        throw new ShardmeshError('worker_lost', (error as Error).message, { cause: error });
+      }
       const { stepTokensMax, sequencesMax } = assign;
       this.#runner = new ModelRunner(shard.executor, { kvBlocks: message.kvBlocks, stepTokensMax, sequencesMax });
       this.#peers = message.peers;

@@ -32,7 +32,7 @@ export interface Seat {
 export interface MeshOptions {
   model: string;
   /** Link driver for every pair, or `auto`. */
-  link: LinkDriver | 'auto';
+  link: Placement['link'];
   wire: WireType;
   seats: Seat[];
   /** Stages and ranks with `worker` left empty. */
@@ -582,6 +582,7 @@ export class Mesh {
         a,
         b,
         driver: this.#driver(a, b, ready),
+        memory: this.#sumsPlaceOf(a, b, ready),
         forced: this.#options.link !== 'auto',
         roundTripUs: this.#roundTripUs.get(pairOf(a, b)) ?? null,
       });
@@ -618,15 +619,39 @@ export class Mesh {
     );
   }
 
+  /**
+   * Where all ranks of a stage read each other's sums: each has a card of its own and gave such memory, and none must round or forward them. Whether cards reach each other is
+   * found out by connecting: where they do not, the next try is through memory of the host, and then without.
+   */
+  #sumsPlace(stage: number, ready: Map<string, ShardReady>): 'card' | 'host' | null {
+    if (this.#options.link !== 'auto' || this.#options.wire !== 'f32') return null;
+    const workers = this.#options.seats.flatMap((seat, index) => (seat.stage === stage ? [this.#seated[index] ?? ''] : []));
+    const [first, ...others] = workers;
+    if (first === undefined || others.length === 0 || !others.every((other) => this.#shareMemory(first, other, ready)))
+      return null;
+    const memories = workers.map((worker) => ready.get(worker)?.peerMemory);
+    const cards = new Set(memories.map((memory) => memory?.card));
+    if (cards.has(undefined) || cards.size < workers.length) return null;
+    if (this.#connectFailures === 0 && memories.every((memory) => memory?.handle)) return 'card';
+    return this.#connectFailures <= 1 && memories.every((memory) => memory?.fd != null) ? 'host' : null;
+  }
+
+  /** Of the stage that both workers are ranks of. */
+  #sumsPlaceOf(a: string, b: string, ready: Map<string, ShardReady>): 'card' | 'host' | null {
+    const [stage, other] = [a, b].map((worker) => this.#options.seats[this.#seated.indexOf(worker)]?.stage);
+    return stage !== undefined && stage === other ? this.#sumsPlace(stage, ready) : null;
+  }
+
   /** Both listen for it; when connecting failed again and again, something between them lets it not through. */
   #speakTcp(a: string, b: string): boolean {
     if (this.#connectFailures >= 2 * connectFailuresMax) return false;
     return [a, b].every((worker) => Boolean(this.#members.get(worker)?.facts.tcpAddress));
   }
 
-  /** The forced driver, else shared memory, else tcp, else the faster of those that answered. */
+  /** The forced driver, else memory of cards, else shared memory, else tcp, else the faster of those that answered. */
   #driver(a: string, b: string, ready: Map<string, ShardReady>): LinkDriver {
     if (this.#options.link !== 'auto') return this.#options.link;
+    if (this.#sumsPlaceOf(a, b, ready)) return 'peer';
     if (this.#shareMemory(a, b, ready)) return 'shm';
     if (this.#speakTcp(a, b)) return 'tcp';
     const { grpc = Number.POSITIVE_INFINITY, nats = Number.POSITIVE_INFINITY } = this.#roundTripUs.get(pairOf(a, b)) ?? {};
@@ -641,7 +666,8 @@ export class Mesh {
       const facts = worker ? this.#members.get(worker)?.facts : undefined;
       if (!worker || worker === own || !facts || !this.#arePeers(self, seat)) return;
       const { hostId, grpcAddress, tcpAddress } = facts;
-      const segment = ready.get(worker)?.segment ?? null;
+      const { segment = null, peerMemory = null } = ready.get(worker) ?? {};
+      const place = this.#sumsPlaceOf(own, worker, ready);
       peers.push({
         stage: seat.stage,
         rank: seat.rank,
@@ -651,6 +677,7 @@ export class Mesh {
         tcpAddress,
         segment,
         driver: this.#driver(own, worker, ready),
+        memory: place && peerMemory ? { ...peerMemory, place } : null,
       });
     });
     return { type: 'connect', placement: placement.id, epoch: this.#epoch, kvBlocks, linkKey: this.#linkKey, peers };

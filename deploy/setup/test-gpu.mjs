@@ -19,7 +19,15 @@ try {
   await setUp({ only: 'build' });
   const programs = spawnSync(
     process.execPath,
-    [vitest, 'run', '--project', 'gpu', 'test/gpu/cuda-program.test.ts', 'test/gpu/cuda-mesh.test.ts'],
+    [
+      vitest,
+      'run',
+      '--project',
+      'gpu',
+      'test/gpu/cuda-program.test.ts',
+      'test/gpu/cuda-peer.test.ts',
+      'test/gpu/cuda-mesh.test.ts',
+    ],
     {
       cwd: root,
       stdio: 'inherit',

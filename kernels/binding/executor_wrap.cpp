@@ -161,6 +161,7 @@ class ExecutorWrap : public Napi::ObjectWrap<ExecutorWrap> {
                            InstanceMethod<&ExecutorWrap::load_weight>("loadWeight"),
                            InstanceMethod<&ExecutorWrap::tables_checksum>("tablesChecksum"),
                            InstanceMethod<&ExecutorWrap::open_segment>("openSegment"),
+                           InstanceMethod<&ExecutorWrap::peer_memory>("peerMemory"),
                            InstanceMethod<&ExecutorWrap::connect>("connect"),
                            InstanceMethod<&ExecutorWrap::open_slots>("openSlots"),
                            InstanceMethod<&ExecutorWrap::close_slots>("closeSlots"),
@@ -323,6 +324,57 @@ class ExecutorWrap : public Napi::ObjectWrap<ExecutorWrap> {
     });
   }
 
+  Napi::Value peer_memory(const Napi::CallbackInfo& info) {
+    return guarded(info.Env(), [&]() -> Napi::Value {
+      const std::vector<PeerMemory> memories = executor(info.Env()).peer_memory();
+      if (memories.empty()) return info.Env().Null();
+      Napi::Object object = Napi::Object::New(info.Env());
+      object.Set("fd", info.Env().Null());
+      object.Set("handle", info.Env().Null());
+      for (const PeerMemory& memory : memories) {
+        object.Set("pid", memory.pid);
+        object.Set("bytes", static_cast<double>(memory.bytes));
+        object.Set("card", hexadecimal(memory.card));
+        if (memory.place == PeerMemory::Place::Host) object.Set("fd", memory.fd);
+        else object.Set("handle", hexadecimal(memory.handle));
+      }
+      return object;
+    });
+  }
+
+  template <size_t count>
+  static std::string hexadecimal(const std::array<uint8_t, count>& bytes) {
+    std::string text;
+    for (const uint8_t byte : bytes)
+      for (const int digit : {byte >> 4, byte & 15}) text += "0123456789abcdef"[digit];
+    return text;
+  }
+
+  static std::array<uint8_t, 64> handle_of(const Napi::Value& value, const std::string& name) {
+    const std::string text = text_of(value, name);
+    std::array<uint8_t, 64> bytes;
+    if (text.size() != 2 * bytes.size() || text.find_first_not_of("0123456789abcdef") != std::string::npos) throw std::runtime_error(name + " is not 64 bytes in hexadecimal");
+    for (size_t i = 0; i < bytes.size(); i++) bytes[i] = static_cast<uint8_t>(std::stoi(text.substr(2 * i, 2), nullptr, 16));
+    return bytes;
+  }
+
+  static std::shared_ptr<const PeerMemory> memory_of(const Napi::Object& o, const std::string& name) {
+    PeerMemory memory;
+    memory.pid = static_cast<int>(integer_of(o.Get("pid"), name + ".pid", 1, kIntMax));
+    memory.bytes = static_cast<size_t>(integer_of(o.Get("bytes"), name + ".bytes", 1, int64_t{1} << 48));
+    const std::string place = text_of(o.Get("place"), name + ".place");
+    if (place == "card") {
+      memory.place = PeerMemory::Place::Card;
+      memory.handle = handle_of(o.Get("handle"), name + ".handle");
+    } else if (place == "host") {
+      memory.place = PeerMemory::Place::Host;
+      memory.fd = static_cast<int>(integer_of(o.Get("fd"), name + ".fd", 0, kIntMax));
+    } else {
+      throw std::runtime_error(name + ".place must be 'card' or 'host', got '" + place + "'");
+    }
+    return std::make_shared<const PeerMemory>(memory);
+  }
+
   void connect(const Napi::CallbackInfo& info) {
     guarded(info.Env(), [&] {
       const Napi::Array list = array_of(info[0], "peers");
@@ -332,15 +384,19 @@ class ExecutorWrap : public Napi::ObjectWrap<ExecutorWrap> {
         const Napi::Object item = object_of(list.Get(i), name);
         PeerLink link{address_of(item.Get("peer"), name + ".peer"), false, 0, -1, 0, nullptr};
         const std::string driver = text_of(item.Get("driver"), name + ".driver");
-        if (driver == "shm") {
+        if (driver == "shm" || driver == "peer") {
           link.shm = true;
           link.pid = static_cast<int>(integer_of(item.Get("pid"), name + ".pid", 1, kIntMax));
           link.fd = static_cast<int>(integer_of(item.Get("fd"), name + ".fd", 0, kIntMax));
           link.bytes = static_cast<size_t>(integer_of(item.Get("bytes"), name + ".bytes", 1, int64_t{1} << 48));
+          if (driver == "peer") {
+            link.memory = memory_of(object_of(item.Get("memory"), name + ".memory"), name + ".memory");
+            link.epoch = static_cast<uint32_t>(integer_of(item.Get("epoch"), name + ".epoch", 0, 0xffffffff));
+          }
         } else if (driver == "tcp") {
           link.tcp = take_tcp_connection(info[1], link.peer);
         } else if (driver != "host") {
-          throw std::runtime_error(name + ".driver must be 'shm', 'tcp' or 'host', got '" + driver + "'");
+          throw std::runtime_error(name + ".driver must be 'shm', 'peer', 'tcp' or 'host', got '" + driver + "'");
         }
         peers.push_back(link);
       }

@@ -20,6 +20,7 @@
 #include "../runner/step_run.h"
 #include "attention_plan.h"
 #include "operations.h"
+#include "peer_driver.h"
 #include "runtime.h"
 #include "tuning.h"
 #include "weight_layout.h"
@@ -54,6 +55,11 @@ class CudaDevice final : public Device {
   WeightReport load_matrix(int weight, const MatrixSource& source) override;
   void finish_loading() override;
   void clear_kv() override;
+  std::vector<PeerMemory> peer_memory() override;
+  void connect_peers(const std::vector<PeerMemory>& by_rank, uint32_t epoch) override;
+  void abort() override {
+    if (peers_) peers_->abort();
+  }
   void fetch_rows(int buffer, int first, int count) override;
   void push_rows(int buffer, int first, int count) override;
   void begin_step(const StepRows& rows, int output_rows, int64_t wait_timeout_ms) override;
@@ -113,6 +119,7 @@ class CudaDevice final : public Device {
     int rows;
     std::vector<Piece> pieces;
     uint64_t steps = 0;
+    std::vector<int> reductions = {};  // by exchange with peers
   };
 
   const Program& program() const { return shard_.program(); }
@@ -135,13 +142,14 @@ class CudaDevice final : public Device {
   void plan_attention_shapes();
   const AttentionShape& shape_of(const Operation& o) const;
   size_t lay_out(size_t rows, size_t sequences, bool graph);
-  void plan_step(const StepRows& rows);
+  void plan_step(const StepRows& rows, int64_t wait_timeout_ms);
   // What the host lays down for a place of the step's piece on the card.
   template <typename V>
   V* on_host(const V* there) const { return reinterpret_cast<V*>(step_host_.as<uint8_t>() + (reinterpret_cast<const uint8_t*>(there) - step_card_.as<uint8_t>())); }
   void send_step(const int32_t* tokens);
   bool is_device_only(ActionKind kind) const;
   void build_graphs();
+  void close_graphs();
   void build(StepGraphs* graphs);
   void run_action(size_t action);
   RopeStore rope_store(int action, const Operation& o);
@@ -162,6 +170,8 @@ class CudaDevice final : public Device {
   void report();
   void give_up();
   void allocate_kv();
+  float* sums() const { return peers_ ? peers_->block() : sums_.as<float>(); }
+  void reduce_with_peers(int index);
 
   // Takes note of what a launch or copy answered. After the first fault nothing is queued.
   void queue(Problem problem) {
@@ -178,7 +188,8 @@ class CudaDevice final : public Device {
   void run(const Operation& o, const Product& product);
 
   // Words at the beginning of what a step sends ahead.
-  enum { kLeast, kLiveRows, kLiveOutputs, kHeaderWords = 4 };
+  enum { kLeast, kLiveRows, kLiveOutputs, kPeerStep = 4, kHeaderWords = 8 };
+  static_assert(sizeof(PeerStep) <= 4 * (kHeaderWords - kPeerStep));
 
   Card card_facts_{};
   std::optional<Tuning> tuning_;  // while memory is planned
@@ -190,6 +201,7 @@ class CudaDevice final : public Device {
   std::vector<CardBuffer> buffers_;
   std::vector<Memory> mirrors_;       // by buffer: its rows on the host
   std::vector<AttentionShape> shapes_;
+  std::unique_ptr<PeerDriver> peers_;  // null: one rank, or sums are rounded on their way
   Memory kv_, sums_, received_sums_, partials_, candidates_, maxima_, reports_, arrivals_;
   // On the host, each with its counterpart on the card: what a step needs to know, in one piece; and, of steps that are no graph, tokens, rows to select, and rows to
   // look for candidates in, which lie in the first one else.
@@ -237,9 +249,14 @@ CudaDevice::CudaDevice(const Shard& shard) : Device(shard) {
 CudaDevice::~CudaDevice() {
   if (problem_.lost) return;
   synchronise(stream_);
+  close_graphs();
+  close_stream(stream_);
+}
+
+void CudaDevice::close_graphs() {
   for (const StepGraphs& graphs : graphs_)
     for (const Piece& piece : graphs.pieces) close_graph(piece.graph);
-  close_stream(stream_);
+  graphs_.clear();
 }
 
 // ---------------------------------------------------------------- what it can run
@@ -347,7 +364,8 @@ void CudaDevice::plan_memory() {
     own_sums = std::max(own_sums, T * shard_.own_subtrees(index).size() * row);
     if (p.ranks > 1) other_sums = std::max(other_sums, std::min<size_t>(static_cast<size_t>(shard_.piece_rows(index)), T) * all * row);
   }
-  sums_ = Memory(Place::Card, own_sums, kBuffers);
+  if (p.ranks > 1 && p.ranks <= kPeersMax && own_sums > 0 && c.wire == WireType::F32) peers_ = std::make_unique<PeerDriver>(p.rank, p.ranks, own_sums);
+  else sums_ = Memory(Place::Card, own_sums, kBuffers);
   received_sums_ = Memory(Place::Card, other_sums, kBuffers);
   if (c.wire == WireType::F32) sums_host_ = Memory(Place::Host, other_sums, kBuffers);
   staging_host_ = Memory(Place::Host, shard_.staging_bytes(), kBuffers);
@@ -430,7 +448,7 @@ size_t CudaDevice::bytes() const {
   for (const CardBuffer& b : buffers_) add(b.values, b.groups, b.brain);
   for (const Memory& m : mirrors_) add(m);
   add(arrivals_, candidates_, maxima_, kv_, sums_, received_sums_, partials_, step_host_, step_card_, staging_host_, received_host_, sums_host_);
-  return sum;
+  return sum + (peers_ ? peers_->bytes() : 0);
 }
 
 WeightReport CudaDevice::load_matrix(int weight, const MatrixSource& source) {
@@ -467,11 +485,34 @@ void CudaDevice::clear_kv() {
   if (kv_.size() > 0) queue(fill(kv_.as<void>(), 0, kv_.size(), stream_));
 }
 
+std::vector<PeerMemory> CudaDevice::peer_memory() {
+  return peers_ ? peers_->offers() : std::vector<PeerMemory>();
+}
+
+void CudaDevice::connect_peers(const std::vector<PeerMemory>& by_rank, uint32_t epoch) {
+  synchronise(stream_);
+  const bool were_peers = std::exchange(reduces_with_peers_, false);
+  if (!by_rank.empty() && !peers_) refuse("it has no memory for sums that other ranks read");
+  if (!by_rank.empty()) {
+    peers_->connect(by_rank, epoch);
+    peers_->place_step(reinterpret_cast<const PeerStep*>(step_card_.as<uint32_t>() + kPeerStep));
+  } else if (peers_) {
+    peers_->disconnect();
+  }
+  reduces_with_peers_ = !by_rank.empty();
+  // Their nodes hold where sums lie.
+  if (!were_peers && !reduces_with_peers_) return;
+  close_graphs();
+  build_graphs();
+  if (reduces_with_peers_) peers_->follow({});
+}
+
 // ---------------------------------------------------------------- a step
 
 void CudaDevice::begin_step(const StepRows& rows, int output_rows, int64_t wait_timeout_ms) {
   rows_ = &rows;
-  deadline_ns_ = monotonic_now_ns() + wait_timeout_ms * 1'000'000;
+  // A wait inside a kernel begins later than the step, and ends by itself.
+  deadline_ns_ = monotonic_now_ns() + wait_timeout_ms * 1'000'000 * (reduces_with_peers_ ? 2 : 1);
   step_graphs_ = nullptr;
   ahead_ = nullptr;
   sent_ = false;
@@ -482,7 +523,7 @@ void CudaDevice::begin_step(const StepRows& rows, int output_rows, int64_t wait_
   if (found != graphs_.end() && (!has_tail || (output_rows > 0 && fitting(output_rows) == found))) step_graphs_ = &*found;
   if (step_graphs_) found->steps++;
   sum_rows_ = step_graphs_ ? step_graphs_->rows : rows.tokens;
-  if (!broken()) plan_step(rows);
+  if (!broken()) plan_step(rows, wait_timeout_ms);
 }
 
 // Places on the card, for a step of at most so many rows: header, rows, then for graphs tokens, selected rows and settings of the head, then each kind of attention; every list
@@ -516,7 +557,7 @@ size_t CudaDevice::lay_out(size_t rows, size_t sequences, bool graph) {
 
 // Lays down what the step's kernels look up. A sequence's block table goes as far as its rows. A step that is no graph sends it at once, in one piece; of a graph's step
 // tokens are still missing.
-void CudaDevice::plan_step(const StepRows& rows) {
+void CudaDevice::plan_step(const StepRows& rows, int64_t wait_timeout_ms) {
   const size_t T = static_cast<size_t>(rows.tokens), padded = step_graphs_ ? kGraphRowsMax : T;
   size_t at = lay_out(padded, step_graphs_ ? padded : static_cast<size_t>(rows.sequences), step_graphs_ != nullptr);
   uint8_t* const host = step_host_.as<uint8_t>();
@@ -529,6 +570,11 @@ void CudaDevice::plan_step(const StepRows& rows) {
   header[kLeast] = static_cast<int32_t>(kNothingFound);
   header[kLiveRows] = rows.tokens;
   header[kLiveOutputs] = 0;
+  if (reduces_with_peers_) {
+    const PeerStep record = peers_->begin_step(wait_timeout_ms, stream_);
+    std::memcpy(header + kPeerStep, &record, sizeof record);
+    if (step_graphs_) peers_->follow(step_graphs_->reductions);
+  }
   device_rows_.tokens = rows.tokens;
   put(device_rows_.positions, rows.positions, 0);
   put(device_rows_.row_sequence, rows.row_sequence, -1);
@@ -612,9 +658,19 @@ bool CudaDevice::wait() {
     if (broken()) give_up();
     waited_ = true;
     const uint32_t found = *least_host_.as<uint32_t>();
+    if (reduces_with_peers_ && !problem_.lost) {
+      const PeerDriver::Fault fault = peers_->fault();
+      if (fault.kind != PeerFault::None) {
+        problem_ = {};
+        problem_.peer = fault.rank;
+        problem_.reduction = fault.operation;
+        problem_.aborted = fault.kind == PeerFault::Aborted;
+        return false;
+      }
+    }
     if (!broken() && found != kNothingFound) problem_ = {static_cast<int>(found >> 16), static_cast<int>(found & 0xffff), ""};
   }
-  return !broken() && problem_.action < 0;
+  return !broken() && problem_.action < 0 && problem_.peer < 0;
 }
 
 // ---------------------------------------------------------------- graphs
@@ -629,7 +685,7 @@ bool CudaDevice::is_device_only(ActionKind kind) const {
     case ActionKind::Sample:
     case ActionKind::SendTokens: return false;
     case ActionKind::LinearPartial:
-    case ActionKind::AllReduce: return program().ranks == 1;
+    case ActionKind::AllReduce: return program().ranks == 1 || reduces_with_peers_;
     default: return true;
   }
 }
@@ -658,6 +714,7 @@ void CudaDevice::build(StepGraphs* graphs) {
   rows.tokens = device_rows_.tokens = graphs->rows;
   rows_ = &rows;
   sum_rows_ = tail_rows_ = graphs->rows;
+  if (reduces_with_peers_) peers_->follow({});
   const std::vector<Action>& actions = shard_.actions();
   const bool whole_tail = graphs->rows <= shard_.output_rows();
   const auto ends = [&](size_t i, size_t begin) { return i == actions.size() || !is_device_only(actions[i].kind) || (!whole_tail && i == shard_.tail_begin() && i > begin); };
@@ -679,6 +736,7 @@ void CudaDevice::build(StepGraphs* graphs) {
     if (problem) refuse("the graph of a step of " + std::to_string(graphs->rows) + " rows cannot be made: " + problem);
     begin = piece.end;
   }
+  if (reduces_with_peers_) graphs->reductions = peers_->reductions();
   rows_ = nullptr;
 }
 
@@ -932,18 +990,19 @@ void CudaDevice::partial_product(int index, uint8_t* block) {
   const std::vector<Subtree>& subtrees = shard_.own_subtrees(index);
   if (!is_ahead(index)) {
     if (is_brain(o)) round_input(o);
-    run(o, product(o, static_cast<int>(subtrees.size()), subtrees.data(), sums_.as<float>(), o.width, sum_rows_ * o.width));
+    run(o, product(o, static_cast<int>(subtrees.size()), subtrees.data(), sums(), o.width, sum_rows_ * o.width));
   }
-  if (program().ranks == 1 || building_) return;
+  if (program().ranks == 1 || building_ || reduces_with_peers_) return;
   const int64_t values = rows_->tokens * o.width;  // of a subtree, without the rows that pad
   for (size_t s = 0; s < subtrees.size() && !broken(); s++) {
     const int64_t i = static_cast<int64_t>(s);
-    queue(copy_to_host(partial_ + i * values, sums_.as<float>() + i * sum_rows_ * o.width, static_cast<size_t>(values) * 4, to_));
+    queue(copy_to_host(partial_ + i * values, sums() + i * sum_rows_ * o.width, static_cast<size_t>(values) * 4, to_));
   }
 }
 
 void CudaDevice::reduce(int index, int first_row, int rows, const float* const* sums) {
   if (broken()) return;
+  if (reduces_with_peers_) return reduce_with_peers(index);
   const Operation& o = operation(index);
   const Buffer& residual = shard_.buffer(o.out);
   int lo[kSegmentsMax], hi[kSegmentsMax], count = 0;
@@ -954,7 +1013,7 @@ void CudaDevice::reduce(int index, int first_row, int rows, const float* const* 
   for (int r = 0; r < program().ranks; r++) {
     const std::vector<Subtree>& subtrees = shard_.subtrees(index)[static_cast<size_t>(r)];
     const size_t values_of_rank = subtrees.size() * static_cast<size_t>(piece);
-    const float* from = sums[r] ? there : sums_.as<float>() + first_row * residual.width;
+    const float* from = sums[r] ? there : this->sums() + first_row * residual.width;
     const int64_t apart = sums[r] ? piece : sum_rows_ * residual.width;
     for (const Subtree& s : subtrees) {
       lo[count] = s.first;
@@ -981,6 +1040,24 @@ void CudaDevice::reduce(int index, int first_row, int rows, const float* const* 
   if (action > 0 && norms(action))
     queue(finish_tree_norm(o.cut.units, count, lo, hi, nodes, strides, vector(o.bias), out, residual.stride, residual.width, rows, norm_after(action + 1, first_row), arrivals_.as<uint32_t>(), to_));
   else queue(finish_tree(o.cut.units, count, lo, hi, nodes, strides, vector(o.bias), out, residual.stride, residual.width, rows, to_));
+}
+
+// Own sums lie where the peers read them.
+void CudaDevice::reduce_with_peers(int index) {
+  const Operation& o = operation(index);
+  const Buffer& residual = shard_.buffer(o.out);
+  int lo[kSegmentsMax], hi[kSegmentsMax], owner[kSegmentsMax], count = 0, fewest = kSegmentsMax;
+  for (int r = 0; r < program().ranks; r++) {
+    const std::vector<Subtree>& subtrees = shard_.subtrees(index)[static_cast<size_t>(r)];
+    fewest = std::min(fewest, static_cast<int>(subtrees.size()));
+    for (const Subtree& s : subtrees) {
+      lo[count] = s.first;
+      hi[count] = s.first + s.count;
+      owner[count] = r;
+      count++;
+    }
+  }
+  queue(peers_->reduce({o.cut.units, count, lo, hi, owner, vector(o.bias), values(o.out), residual.stride, residual.width, rows_->tokens}, count - fewest, index, to_));
 }
 
 bool CudaDevice::store_kv(int action, const Operation& o) {

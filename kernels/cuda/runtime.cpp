@@ -5,6 +5,7 @@
 #include <time.h>
 
 #include <atomic>
+#include <cstdlib>
 #include <stdexcept>
 #include <thread>
 #include <vector>
@@ -60,6 +61,8 @@ int64_t now_ns() {
 
 std::string find_card(Card* card) {
   const std::string needed = "CUDA " + std::to_string(kMajor) + "." + std::to_string(kMinor) + " needs the NVIDIA driver " + kDriverNeeded + " or later";
+  // A kernel that waits for another card must not wait for its loading too (peer_memory.h). The driver reads this once, when it is opened.
+  [[maybe_unused]] static const int eager = setenv("CUDA_MODULE_LOADING", "EAGER", 0);
   int driver = 0, count = 0;
   cudaDriverGetVersion(&driver);
   const cudaError_t status = cudaGetDeviceCount(&count);
@@ -173,6 +176,7 @@ std::string lost_card() {
 }
 
 void abandon_card() { abandoned = true; }
+bool is_abandoned() { return abandoned; }
 
 Problem open_graph(Graph* graph) {
   auto* nodes = new GraphNodes;

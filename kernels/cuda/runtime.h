@@ -55,6 +55,7 @@ bool settles(Stream stream, int64_t deadline_ns, bool spin);
 std::string lost_card();
 // From now on nothing is given back: a card that hangs would let nobody go who asks.
 void abandon_card();
+bool is_abandoned();
 
 // Work that is described once, node by node, and then done as often as it is launched. Between open_graph() and finish_graph() launchers, copies and fill() of this thread
 // take stream_of(graph) for a stream, and add a node each: it waits for the node before it, or for those that come_after() named.

@@ -142,7 +142,10 @@ class Executor {
   virtual uint64_t tables_checksum() const = 0;
   // A new epoch: all links of the old one are let go. Throws while a step is running.
   virtual Links::Segment open_segment() = 0;
-  // Attaches to the peers, forgets slots, K/V and failures. Throws while a step is running, while weights are missing, or naming the peer that cannot be had.
+  // Memory that peers may read by themselves, one of each place that this executor has; empty: none, its sums leave as frames.
+  virtual std::vector<PeerMemory> peer_memory() = 0;
+  // Attaches to the peers, forgets slots, K/V and failures. Where links have a PeerMemory, those to all other ranks of the stage must. Throws while a step is running,
+  // while weights are missing, or naming the peer that cannot be had.
   virtual void connect(const std::vector<PeerLink>& peers) = 0;
   // These three check everything they are given and throw std::runtime_error naming field, value and limit.
   virtual void open_slots(std::vector<SlotOpen> slots) = 0;

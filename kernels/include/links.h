@@ -2,6 +2,7 @@
 // sockets that the compute thread itself reads and writes, spin then poll) and host (frames go out through a callback and come in through deliver(), for gRPC
 // and NATS). A wait always ends: data, deadline, abort, or a connection that broke.
 #pragma once
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -71,12 +72,27 @@ struct TcpCounters {
 
 class TcpConnection;
 
+// Memory of one rank that its peers' cards read by themselves, so that reductions need no frames and no host: what is needed to open it. Card: exported by CUDA IPC.
+// Host: an anonymous memory file, opened through /proc/<pid>/fd/<fd>.
+struct PeerMemory {
+  enum class Place { Card, Host };
+  Place place = Place::Host;
+  int pid = 0;
+  int fd = -1;                          // Host
+  std::array<uint8_t, 64> handle = {};  // Card
+  std::array<uint8_t, 16> card = {};    // which card writes it: its UUID
+  size_t bytes = 0;
+};
+
 struct PeerLink {
   PeerAddress peer;
   bool shm;
   int pid, fd;
   size_t bytes;
   std::shared_ptr<TcpConnection> tcp = nullptr;  // the tcp driver, when there is one
+  // Reductions with this peer go through its memory, everything else through its segment. `epoch`: of the stamps in it.
+  std::shared_ptr<const PeerMemory> memory = nullptr;
+  uint32_t epoch = 0;
 };
 
 struct LinksOptions {

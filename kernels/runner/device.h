@@ -13,6 +13,7 @@
 
 #include "../include/executor.h"
 #include "../include/kernel_set.h"
+#include "../include/links.h"
 #include "../include/program.h"
 #include "sampler.h"
 #include "sampler_loops.h"
@@ -22,12 +23,16 @@ namespace shardmesh {
 
 class ThreadTeam;
 
-// What was found wrong: values in front of `action` that are not finite, first in `row` of its input, or, with no action, a fault of the device itself.
+// What was found wrong: values in front of `action` that are not finite, first in `row` of its input, or, with no action, a fault of the device itself; or a rank of the
+// stage that operation `reduction` waited for until its deadline, or until abort().
 struct DeviceProblem {
   int action = -1;
   int row = -1;
   std::string fault;
   bool lost = false;  // the device answers this process no more
+  int peer = -1;
+  int reduction = -1;
+  bool aborted = false;
 };
 
 // How a row's best candidate is looked for. temperature 0: by its logit alone.
@@ -63,6 +68,18 @@ class Device {
   float* received() const { return received_; }
   // Own subtree sums of the last partial product as the host sees them, [subtree][token][width].
   const float* partial() const { return partial_; }
+
+  // --- reductions by the device itself, where those of all ranks of the stage read each other's memory
+  // What peers need to open this device's, one of each place that it has.
+  virtual std::vector<PeerMemory> peer_memory() { return {}; }
+  // The coming epoch's, by rank, the own one too; empty: sums travel through an Exchange. Throws std::runtime_error naming the rank whose memory cannot be had.
+  virtual void connect_peers(const std::vector<PeerMemory>& by_rank, uint32_t epoch) {
+    (void)by_rank, (void)epoch;
+  }
+  // Then partial_product() gets no block, and reduce() no sums but all rows.
+  bool reduces_with_peers() const { return reduces_with_peers_; }
+  // Ends waits of the device, now and until the next connect_peers(). Any thread.
+  virtual void abort() {}
 
   // --- a step. `rows` stays where it is to the end of the step. output_rows: of all passes of the tail, 0 without one. A queueing device gives up at the timeout.
   virtual void begin_step(const StepRows& rows, int output_rows, int64_t wait_timeout_ms) = 0;
@@ -127,7 +144,7 @@ class Device {
   };
 
   const Shard& shard_;
-  bool queues_ = false, finds_candidates_ = false;
+  bool queues_ = false, finds_candidates_ = false, reduces_with_peers_ = false;
   std::vector<HostRows> host_;  // by buffer
   float *staging_ = nullptr, *received_ = nullptr, *partial_ = nullptr;
   const StepRows* rows_ = nullptr;

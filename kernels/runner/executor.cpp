@@ -74,12 +74,15 @@ class ShardExecutor final : public Executor {
     return links_->open_segment();
   }
 
+  std::vector<PeerMemory> peer_memory() override { return device_->peer_memory(); }
+
   void connect(const std::vector<PeerLink>& peers) override {
     expect_weights("connect");
     expect_idle("connect");
     if (connected_) disconnect();  // connected before: that epoch is over
     if (!links_) links_ = new_links();
     links_->connect(peers);
+    connect_memory(peers);
     connected_ = true;
     device_->clear_kv();
     std::fill(open_.begin(), open_.end(), false);
@@ -151,6 +154,7 @@ class ShardExecutor final : public Executor {
     }
     aborted_ = true;
     links_->abort();
+    device_->abort();
     queue_changed_.notify_one();
   }
 
@@ -200,6 +204,23 @@ class ShardExecutor final : public Executor {
                                     std::max(kExchangePieceBytes, static_cast<size_t>(p.hidden_size) * 4));
     options.tokens_bytes = static_cast<size_t>(c.sequences_max) * 8;
     return make_links(options, events_.frame);
+  }
+
+  void connect_memory(const std::vector<PeerLink>& peers) {
+    const Program& p = shard_.program();
+    std::vector<PeerMemory> by_rank(static_cast<size_t>(p.ranks));
+    int given = 0;
+    uint32_t epoch = 0;
+    for (const PeerLink& link : peers) {
+      if (!link.memory || link.peer.stage != p.stage) continue;
+      by_rank[static_cast<size_t>(link.peer.rank)] = *link.memory;
+      by_rank[static_cast<size_t>(p.rank)].place = link.memory->place;
+      epoch = link.epoch;
+      given++;
+    }
+    expect(given == 0 || given == p.ranks - 1, "connect: the memory of " + number(given) + " peers is given; reductions need that of all " + number(p.ranks - 1) + " or none");
+    expect(given == 0 || shard_.config().wire == WireType::F32, "connect: sums that are read in a peer's memory are f32, but the wire is not");
+    device_->connect_peers(given > 0 ? by_rank : std::vector<PeerMemory>(), epoch);
   }
 
   void disconnect() {

@@ -153,6 +153,7 @@ StepRun::Status StepRun::fail(FailureCode code, std::string message) {
 
 StepRun::Status StepRun::fail_by_device() {
   const DeviceProblem& problem = device_.problem();
+  if (problem.peer >= 0) return fail_by_peer({program_.stage, problem.peer}, "the block of", problem.reduction, problem.aborted ? WaitResult::Aborted : WaitResult::Deadline);
   if (problem.action < 0) return fail(problem.lost ? FailureCode::DeviceLost : FailureCode::Internal, where(-1) + ": " + problem.fault);
   const Action& action = shard_.actions()[static_cast<size_t>(problem.action)];
   const std::string row = problem.row < 0 ? "" : " of row " + std::to_string(problem.row);
@@ -187,7 +188,10 @@ StepRun::Status StepRun::attempt(const Wait& wait, PeerAddress peer, const char*
   waiting_ = false;
   if (context_.trace) span("wait", wait_began_ns_);
   *spent_us += static_cast<double>(monotonic_now_ns() - wait_began_ns_) / 1000.0;
-  if (result == WaitResult::Done) return Status::Done;
+  return result == WaitResult::Done ? Status::Done : fail_by_peer(peer, what, index, result);
+}
+
+StepRun::Status StepRun::fail_by_peer(PeerAddress peer, const char* what, int index, WaitResult result) {
   const std::string name = "stage " + std::to_string(peer.stage) + " rank " + std::to_string(peer.rank);
   if (result == WaitResult::Aborted) return fail(FailureCode::Aborted, where(index) + " was aborted while waiting for " + what + " " + name);
   failure_.has_peer = true;
@@ -409,7 +413,7 @@ StepRun::Status StepRun::send_hidden(int index) {
 // The sums go straight into the exchange when one piece holds them all and they travel as they are, else into a buffer of their own.
 void StepRun::linear_partial(int index) {
   const Operation& o = program_.operations[static_cast<size_t>(index)];
-  if (program_.ranks > 1 && wire_ == WireType::F32 && rows_.tokens <= shard_.piece_rows(index + 1)) {
+  if (program_.ranks > 1 && !device_.reduces_with_peers() && wire_ == WireType::F32 && rows_.tokens <= shard_.piece_rows(index + 1)) {
     const FrameKey key{FrameKind::Reduce, input_.step, static_cast<uint16_t>(index + 1), 0};
     own_block_ = context_.links->exchange()->begin(key, shard_.own_subtrees(index).size() * static_cast<size_t>(rows_.tokens) * static_cast<size_t>(o.width) * 4);
     begun_ = own_block_ != nullptr;
@@ -421,7 +425,7 @@ StepRun::Status StepRun::all_reduce(int index) {
   const Operation& o = program_.operations[static_cast<size_t>(index)];
   const int64_t width = shard_.buffer(o.out).width;
   std::array<const float*, kRanksMax> sums{};  // null: the own ones, as they were computed
-  if (program_.ranks == 1) {
+  if (program_.ranks == 1 || device_.reduces_with_peers()) {
     device_.reduce(index, 0, rows_.tokens, sums.data());
     return Status::Done;
   }

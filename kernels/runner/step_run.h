@@ -87,6 +87,8 @@ class StepRun {
   void span(const char* name, int64_t began_ns) { spans_.push_back({name, began_ns, monotonic_now_ns()}); }
 
   Status fail(FailureCode code, std::string message);
+  // A wait for `what` `peer` has ended with `result`.
+  Status fail_by_peer(PeerAddress peer, const char* what, int index, WaitResult result);
   // What the device says of itself or of the values in front of an action.
   Status fail_by_device();
   Status done_unless(bool wrong) { return wrong ? fail_by_device() : Status::Done; }

@@ -125,13 +125,19 @@ export class WorkerLinks {
     const peers: Epoch['peers'] = [];
     const tcpPeers: { peer: PeerAddress; address: string }[] = [];
     const linkPeers = { grpc: [] as LinkPeer[], nats: [] as LinkPeer[] };
-    for (const { stage, rank, worker, grpcAddress, tcpAddress, segment, driver } of connect.peers) {
+    for (const { stage, rank, worker, grpcAddress, tcpAddress, segment, driver, memory } of connect.peers) {
       const peer = { stage, rank };
       if (!framesTravel(self, peer, ranksPerStage)) continue;
-      if (driver === 'shm') {
+      if (driver === 'shm' || driver === 'peer') {
         if (!segment)
           throw new ShardmeshError('invalid_message', `worker ${worker} is to be reached by shared memory but gave no segment`);
-        native.push({ peer, driver: 'shm', ...segment });
+        if (driver === 'peer' && !memory)
+          throw new ShardmeshError(
+            'invalid_message',
+            `the sums of worker ${worker} are to be read where it wrote them, but it gave no memory`,
+          );
+        if (driver === 'peer' && memory) native.push({ peer, driver, ...segment, memory, epoch: connect.epoch });
+        else native.push({ peer, driver: 'shm', ...segment });
         continue;
       }
       if (driver === 'tcp') {

@@ -7,7 +7,7 @@ import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { emulatedCli } from '../matrix/emulated-cli.ts';
 import { freePorts, runCommand, shardmesh, type Running } from './helpers/command.ts';
-import { mark, waitFor, type Marked } from './helpers/processes.ts';
+import { mark, signal, waitFor, type Marked } from './helpers/processes.ts';
 import { complete, startServe, type Served } from './helpers/serve.ts';
 
 const small = ['--tp', '2', '--context-tokens-max', '128', '--kv-cache-bytes', '32m', '--log-level', 'info'];
@@ -92,6 +92,51 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('a mesh 
     } finally {
       await cuda.stop();
     }
+  });
+
+  describe('cards that read each other', () => {
+    const body = { prompt: 'The capital of France is', max_tokens: 2, temperature: 0, logprobs: 1 };
+    const chosen = (mesh: Served) => mesh.events('link_chosen').map(({ driver, memory }) => [driver, memory]);
+    let want: Awaited<ReturnType<typeof complete>>;
+
+    it("cuda mesh - two cards of one host read each other's sums, with the same bits; a killed rank is replaced", async () => {
+      want = await complete(served, body);
+      const cuda = await startServe(['--executor', 'cuda', ...small], { env: marked.env, main });
+      try {
+        expect((await complete(cuda, body)).choices).toEqual(want.choices);
+        expect(chosen(cuda)[0]).toEqual(['peer', 'card']);
+        const served = cuda.events('epoch_serving').length;
+        signal(Number(cuda.events('worker_started')[1]!['pid']), 'SIGKILL');
+        await waitFor(
+          'another epoch',
+          30_000,
+          () => cuda.events('epoch_serving').length > served,
+          () => cuda.log(),
+        );
+        expect((await complete(cuda, body)).choices).toEqual(want.choices);
+        expect(new Set(chosen(cuda).map(([driver]) => driver))).toEqual(new Set(['peer']));
+      } finally {
+        await cuda.stop();
+      }
+    });
+
+    it('cuda mesh - cards that do not reach each other read memory of the host, with the same bits', async () => {
+      const env = { ...marked.env, SHARDMESH_EMULATED_CARDS_APART: '1' };
+      const cuda = await startServe(['--executor', 'cuda', ...small], { env, main });
+      try {
+        expect((await complete(cuda, body)).choices).toEqual(want.choices);
+        // A busy machine may lose an epoch more.
+        expect(chosen(cuda).slice(0, 2)).toEqual([
+          ['peer', 'card'],
+          ['peer', 'host'],
+        ]);
+        expect(String(cuda.events('worker_failed')[0]?.['message'])).toMatch(
+          /^memory of rank \d cannot be read here: the card does not reach the memory of process \d+: cards are apart$/,
+        );
+      } finally {
+        await cuda.stop();
+      }
+    });
   });
 
   it('cuda mesh - the card is named where its worker joins, and its shard says what computes it', () => {

@@ -161,6 +161,7 @@ describe('nats link', () => {
             grpcAddress: link.grpcAddress,
             tcpAddress: '',
             segment: null,
+            memory: null,
           },
           driver: self === 2 || rank === 2 ? ('nats' as const) : ('grpc' as const),
         }));

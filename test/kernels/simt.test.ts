@@ -49,6 +49,8 @@ const cases = [
   'a graph does its nodes as often as it is launched, each behind those of its edges',
   'nodes that no edge orders are done in any order',
   'finds a missing edge of a graph',
+  'cards that run together see what another one has released, and no more',
+  'of cards that run together, the one that faults is named',
   'refuses launches that no card takes',
 ];
 

@@ -12,6 +12,7 @@ import {
   type NativeFrame,
   type OutputResult,
   type PeerLink,
+  type PeerMemoryLink,
   type SlotSampling,
   type StepDone,
   type WireType,
@@ -440,6 +441,8 @@ export interface MeshOptions extends RankExecutor {
   stepTokensMax?: number;
   /** Every pair of workers talks through the host driver instead of shared memory. */
   host?: boolean;
+  /** Ranks of a stage read each other's sums, in memory of that place. */
+  peers?: 'card' | 'host';
   wire?: WireType;
   /** Room in front of each frame that leaves; it is written full. */
   frameGap?: number;
@@ -480,12 +483,18 @@ interface Member {
 
 type FrameBytes = Map<NativeFrame['kind'], number>;
 
+/** What a peer needs to read the memory of `executor`. */
+export function memoryLink(executor: Executor, place: 'card' | 'host'): PeerMemoryLink {
+  return { ...executor.peerMemory()!, place };
+}
+
 /** All ranks of the tiny model, or of another one, in this process. */
 export class TinyMesh {
   readonly members: Member[];
   /** Payload that went over the host driver. */
   readonly frameBytes: Readonly<FrameBytes>;
   #step = 0;
+  #epoch = 0;
 
   private constructor(members: Member[], frameBytes: FrameBytes) {
     this.members = members;
@@ -559,18 +568,21 @@ export class TinyMesh {
       throw error;
     }
     const mesh = new TinyMesh(members, frameBytes);
-    mesh.connect(options.host ?? false);
+    mesh.connect(options.host ?? false, options.peers);
     return mesh;
   }
 
   /** A new epoch. */
-  connect(host: boolean): void {
+  connect(host: boolean, peers?: 'card' | 'host'): void {
     const segments = this.members.map((m) => m.executor.openSegment());
+    const epoch = ++this.#epoch;
     for (const self of this.members)
       self.executor.connect(
         this.members.flatMap((m, i): PeerLink[] => {
           if (m === self) return [];
           const peer = { stage: m.stage, rank: m.rank };
+          if (peers && m.stage === self.stage)
+            return [{ peer, driver: 'peer', ...segments[i]!, memory: memoryLink(m.executor, peers), epoch }];
           return [host ? { peer, driver: 'host' } : { peer, driver: 'shm', ...segments[i]! }];
         }),
       );

@@ -158,6 +158,7 @@ export class SimulatedProcess {
         bytesFetched: 0,
         loadMs: wait,
         segment: null,
+        peerMemory: null,
       });
     });
   }

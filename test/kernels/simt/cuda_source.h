@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "machine.h"
+#include "system_memory.h"
 
 #define SHARDMESH_SIMT 1
 #define __global__
@@ -219,6 +220,29 @@ inline uint32_t load_acquire(const uint32_t* p) { simt::spin(); return *p; }
 inline void store_release(uint32_t* p, uint32_t v) { *p = v; }
 inline void store_release_system(uint32_t* p, uint32_t v) { *p = v; }
 inline uint64_t global_timer() { return simt::global_timer(); }
+// At system scope, where other cards, other processes and the host take part. A load lets others go first, as spins must.
+template <typename T>
+T load_acquire_system(const T* p) {
+  simt::spin();
+  simt::acquire_system(p, sizeof(T));
+  return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+template <typename T>
+T load_relaxed_system(const T* p) {
+  simt::spin();
+  simt::relax_system(p, sizeof(T));
+  return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
+template <typename T>
+void store_release_system(T* p, T v) {
+  __atomic_store_n(p, v, __ATOMIC_RELEASE);
+  simt::release_system(p, sizeof(T));
+}
+template <typename T>
+void store_relaxed_system(T* p, T v) {
+  __atomic_store_n(p, v, __ATOMIC_RELAXED);
+  simt::expose_system(p, sizeof(T));
+}
 
 template <int bytes>
 void copy_async(void* shared, const void* global, int source_bytes = bytes, SIMT_SITE) {

@@ -6,11 +6,15 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
+#include <memory>
 #include <mutex>
+#include <thread>
 #include <vector>
 
 #include "guarded.h"
@@ -50,6 +54,8 @@ namespace {
 
 constexpr size_t kStackBytes = 64 * 1024, kPage = 4096;
 constexpr int kSpinsMax = 1'000'000;  // turns in which every thread spins
+constexpr int kSpinsOfTurn = 64;      // of those: how many until others get their turn
+constexpr uint64_t kToTheEnd = ~uint64_t{0};
 
 struct Copy {
   void* target;
@@ -91,21 +97,36 @@ struct Block {
   uint8_t* shared;
 };
 
+// A launch on its way. Several may be under way, of host threads or of cards that run together; one of them runs at a time.
+struct Grid {
+  Dim size, block;
+  size_t shared_bytes;
+  std::function<void()> body;
+  Schedule schedule;
+  std::vector<unsigned> order;                  // of its blocks
+  size_t started = 0;
+  std::vector<std::unique_ptr<Block>> resident;
+  std::vector<Block*> live;
+  uint64_t random_state;
+  int idle_spins = 0;
+  std::string problem = "";
+  bool failed = false;
+};
+
 Schedule schedule_of_launches;
 Counts totals{};
-std::vector<Block> blocks;  // the resident ones; kept between launches for their stacks
-const std::function<void()>* body_of_grid;
+std::vector<std::unique_ptr<Block>> spare_blocks;  // kept for their stacks
+Grid* running;
 Fiber* current;
 void* main_stack_pointer;
-std::string problem;
-bool failed;
 sigjmp_buf after_signal;
 thread_local volatile sig_atomic_t in_fiber;  // a signal comes on the thread that caused it
+thread_local std::deque<std::unique_ptr<Grid>>* taken;  // where launches of run_together go
 std::mutex one_grid;
-uint64_t timer, random_state;
+uint64_t timer;
 
-uint64_t next_random() {  // SplitMix64
-  uint64_t z = (random_state += 0x9e3779b97f4a7c15u);
+uint64_t next_random(uint64_t& state) {  // SplitMix64
+  uint64_t z = (state += 0x9e3779b97f4a7c15u);
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
   z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
   return z ^ (z >> 31);
@@ -138,7 +159,7 @@ void wake(Fiber& fiber) {
 }
 
 void enter() {
-  (*body_of_grid)();
+  running->body();
   if (!current->copies.empty()) fault(Site::current(), "ends with asynchronous copies that it never waited for");
   if (current->block->at_barrier > 0) fault(current->block->barrier, "has ended, but others of the block wait in __syncthreads");
   current->state = State::Done;
@@ -191,18 +212,19 @@ void start_block(Block& block, Dim grid, Dim size, Dim index, size_t shared_byte
 unsigned lowest(uint32_t bits) { return static_cast<unsigned>(__builtin_ctz(bits)); }
 unsigned highest(uint32_t bits) { return 31u - static_cast<unsigned>(__builtin_clz(bits)); }
 unsigned any_of(uint32_t bits) {  // the first from a random place on
-  const unsigned from = static_cast<unsigned>(next_random() % 32);
+  const unsigned from = static_cast<unsigned>(next_random(running->random_state) % 32);
   const uint32_t above = bits >> from << from;
   return lowest(above ? above : bits);
 }
 
 // The thread to run next, or null: a runnable one, else a spinning one.
-Fiber* pick(const std::vector<Block*>& live) {
+Fiber* pick(const Grid& grid) {
+  const std::vector<Block*>& live = grid.live;
   for (const bool spinning : {false, true}) {
     // Spinning threads take turns by chance in every order: a fixed choice could starve the one that is waited for.
-    const Order order = spinning ? Order::Random : schedule_of_launches.order;
+    const Order order = spinning ? Order::Random : grid.schedule.order;
     const auto choose = [&](uint32_t bits) { return order == Order::Forward ? lowest(bits) : order == Order::Reverse ? highest(bits) : any_of(bits); };
-    const size_t n = live.size(), from = order == Order::Random && n > 1 ? next_random() % n : 0;
+    const size_t n = live.size(), from = order == Order::Random && n > 1 ? next_random(running->random_state) % n : 0;
     for (size_t i = 0; i < n; i++) {
       Block* block = live[order == Order::Reverse ? n - 1 - i : (from + i) % n];
       const uint32_t warps = spinning ? block->spinning_warps : block->runnable_warps;
@@ -224,15 +246,19 @@ void on_signal(int signal, siginfo_t* info, void*) {
   // SIGILL is the trap of -fsanitize=alignment.
   if (signal == SIGILL) std::snprintf(text, sizeof text, "misaligned access");
   else std::snprintf(text, sizeof text, "access out of bounds: %s", describe_address(info->si_addr, current->stack, current->block->shared, current->block->shared_end).c_str());
-  problem = where(*current) + ": " + text;
+  running->problem = where(*current) + ": " + text;
+  running->failed = true;
   siglongjmp(after_signal, 1);
 }
 
-struct SignalScope {
+// While kernels run on this host thread: their faults are caught, and denormals are zero, in and out, as with -ftz=true.
+struct KernelScope {
   struct sigaction before[3];
   stack_t stack_before{};
+  const unsigned mxcsr = _mm_getcsr();
   static constexpr int kSignals[3] = {SIGSEGV, SIGBUS, SIGILL};
-  SignalScope() {
+  KernelScope() {
+    _mm_setcsr(mxcsr | 0x8040);
     static uint8_t alternate[64 * 1024];
     stack_t stack{};
     stack.ss_sp = alternate;
@@ -243,7 +269,8 @@ struct SignalScope {
     action.sa_flags = SA_SIGINFO | SA_ONSTACK;
     for (int i = 0; i < 3; i++) sigaction(kSignals[i], &action, &before[i]);
   }
-  ~SignalScope() {
+  ~KernelScope() {
+    _mm_setcsr(mxcsr);
     for (int i = 0; i < 3; i++) sigaction(kSignals[i], &before[i], nullptr);
     sigaltstack(&stack_before, nullptr);
   }
@@ -266,22 +293,32 @@ std::string describe_deadlock(const std::vector<Block*>& live) {
   return "nobody can go on";
 }
 
-void run_threads(std::vector<Block*>& live, const std::function<bool(Block*)>& next_block) {
-  int idle_spins = 0;
-  while (!live.empty() && !failed) {
-    Fiber* fiber = pick(live);
+bool start_next(Grid& grid, Block* into) {
+  if (grid.started == grid.order.size()) return false;
+  const unsigned i = grid.order[grid.started++];
+  start_block(*into, grid.size, grid.block, {i % grid.size.x, i / grid.size.x % grid.size.y, i / (grid.size.x * grid.size.y)}, grid.shared_bytes);
+  return true;
+}
+
+// At most `turns` turns of the grid's threads. False where it has not ended: the turns are over, or its threads have done nothing but spin for a while.
+bool run_threads(Grid& grid, uint64_t turns) {
+  for (int spins = 0; !grid.live.empty() && !grid.failed; turns--) {
+    if (turns == 0 || spins > kSpinsOfTurn) return false;
+    Fiber* fiber = pick(grid);
     if (!fiber) {
-      problem = describe_deadlock(live);
-      failed = true;
-      return;
+      grid.problem = describe_deadlock(grid.live);
+      grid.failed = true;
+      break;
     }
     Warp& warp = fiber->block->warps[fiber->index / 32];
     const uint32_t bit = 1u << (fiber->index % 32);
-    idle_spins = fiber->state == State::Spinning ? idle_spins + 1 : 0;
-    if (idle_spins > kSpinsMax) {
-      problem = where(*fiber) + ": every thread spins and nothing changes";
-      failed = true;
-      return;
+    const bool idle = fiber->state == State::Spinning;
+    grid.idle_spins = idle ? grid.idle_spins + 1 : 0;
+    spins = idle ? spins + 1 : 0;
+    if (grid.idle_spins > kSpinsMax && !grid.schedule.wall_clock) {
+      grid.problem = where(*fiber) + ": every thread spins and nothing changes";
+      grid.failed = true;
+      break;
     }
     warp.runnable &= ~bit;
     warp.spinning &= ~bit;
@@ -296,8 +333,49 @@ void run_threads(std::vector<Block*>& live, const std::function<bool(Block*)>& n
       warp.spinning |= bit;
       fiber->block->spinning_warps |= 1u << (fiber->index / 32);
     }
-    if (fiber->block->live == 0 && !next_block(fiber->block)) live.erase(std::find(live.begin(), live.end(), fiber->block));
+    if (fiber->block->live == 0 && !start_next(grid, fiber->block)) grid.live.erase(std::find(grid.live.begin(), grid.live.end(), fiber->block));
   }
+  return true;
+}
+
+// run_threads where a thread may fault. The caller holds `one_grid`.
+bool run_turns(Grid& grid, uint64_t turns) {
+  const KernelScope scope;
+  running = &grid;
+  bool ended = true;
+  if (sigsetjmp(after_signal, 1) == 0) ended = run_threads(grid, turns);
+  in_fiber = 0;
+  return ended || grid.failed;
+}
+
+// "" and a grid that is about to begin, or why none can. The caller holds `one_grid`.
+std::string make_grid(Dim size, Dim block, size_t shared_bytes, const std::function<void()>& body, std::unique_ptr<Grid>* made) {
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z, count = uint64_t{size.x} * size.y * size.z;
+  if (threads == 0 || threads > 1024) return "a block of " + std::to_string(threads) + " threads; 1 to 1024 are possible";
+  if (count == 0 || size.x > 0x7fffffffu || size.y > 65535 || size.z > 65535) return "a grid of (" + std::to_string(size.x) + ", " + std::to_string(size.y) + ", " + std::to_string(size.z) + ") blocks";
+  if (shared_bytes > kSharedBytesMax) return std::to_string(shared_bytes) + " bytes of shared memory; " + std::to_string(kSharedBytesMax) + " are possible on every card";
+  auto grid = std::unique_ptr<Grid>(new Grid{size, block, shared_bytes, body, schedule_of_launches, std::vector<unsigned>(count), 0, {}, {}, schedule_of_launches.seed});
+  for (unsigned i = 0; i < count; i++) grid->order[i] = grid->schedule.order == Order::Reverse ? static_cast<unsigned>(count) - 1 - i : i;
+  if (grid->schedule.order == Order::Random)
+    for (size_t i = count; i > 1; i--) std::swap(grid->order[i - 1], grid->order[next_random(grid->random_state) % i]);
+  totals.launches++;
+  *made = std::move(grid);
+  return "";
+}
+
+void begin_grid(Grid& grid) {
+  for (size_t i = std::min<size_t>(grid.schedule.resident, grid.order.size()); i > 0; i--) {
+    if (spare_blocks.empty()) spare_blocks.push_back(std::make_unique<Block>());
+    grid.resident.push_back(std::move(spare_blocks.back()));
+    spare_blocks.pop_back();
+    grid.live.push_back(grid.resident.back().get());
+    start_next(grid, grid.live.back());
+  }
+}
+
+void end_grid(Grid& grid) {
+  for (auto& block : grid.resident) spare_blocks.push_back(std::move(block));
+  grid.resident.clear();
 }
 
 }  // namespace
@@ -307,49 +385,63 @@ void set_schedule(const Schedule& schedule) {
   schedule_of_launches = schedule;
 }
 const Counts& counts() { return totals; }
+uint64_t timer_now() { return timer; }
 std::string absent_machine() { return ""; }
 std::string finish() { return ""; }  // a launch ends before it returns
 
-std::string run_grid(Dim grid, Dim block, size_t shared_bytes, const std::function<void()>& body) {
-  const std::lock_guard lock(one_grid);
-  const uint64_t threads = uint64_t{block.x} * block.y * block.z, count = uint64_t{grid.x} * grid.y * grid.z;
-  if (threads == 0 || threads > 1024) return "a block of " + std::to_string(threads) + " threads; 1 to 1024 are possible";
-  if (count == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) return "a grid of (" + std::to_string(grid.x) + ", " + std::to_string(grid.y) + ", " + std::to_string(grid.z) + ") blocks";
-  if (shared_bytes > kSharedBytesMax) return std::to_string(shared_bytes) + " bytes of shared memory; " + std::to_string(kSharedBytesMax) + " are possible on every card";
-
-  std::vector<unsigned> order(count);
-  random_state = schedule_of_launches.seed;
-  for (unsigned i = 0; i < count; i++) order[i] = schedule_of_launches.order == Order::Reverse ? static_cast<unsigned>(count) - 1 - i : i;
-  if (schedule_of_launches.order == Order::Random)
-    for (size_t i = count; i > 1; i--) std::swap(order[i - 1], order[next_random() % i]);
-
-  const unsigned mxcsr = _mm_getcsr();
-  _mm_setcsr(mxcsr | 0x8040);  // as -ftz=true: denormals are zero, in and out
-  totals.launches++;
-  problem.clear();
-  failed = false;
-  body_of_grid = &body;
-  const size_t resident = std::min<size_t>(schedule_of_launches.resident, count);
-  if (blocks.size() < resident) blocks.resize(resident);
-  size_t started = 0;
-  const auto next_block = [&](Block* into) {
-    if (started == count) return false;
-    const unsigned i = order[started++];
-    start_block(*into, grid, block, {i % grid.x, i / grid.x % grid.y, i / (grid.x * grid.y)}, shared_bytes);
-    return true;
-  };
-  {
-    const SignalScope signals;
-    static std::vector<Block*> live;  // static: its value is needed after siglongjmp
-    live.clear();
-    for (size_t i = 0; i < resident; i++) {
-      next_block(&blocks[i]);
-      live.push_back(&blocks[i]);
-    }
-    if (sigsetjmp(after_signal, 1) == 0) run_threads(live, next_block);
+std::string run_grid(Dim size, Dim block, size_t shared_bytes, const std::function<void()>& body) {
+  std::unique_ptr<Grid> grid;
+  if (taken) {
+    const std::string refused = make_grid(size, block, shared_bytes, body, &grid);
+    if (refused.empty()) taken->push_back(std::move(grid));
+    return refused;
   }
-  in_fiber = 0;
-  _mm_setcsr(mxcsr);
+  std::unique_lock lock(one_grid);
+  if (const std::string refused = make_grid(size, block, shared_bytes, body, &grid); !refused.empty()) return refused;
+  begin_grid(*grid);
+  while (!run_turns(*grid, kToTheEnd)) {
+    if (!grid->schedule.wall_clock) continue;
+    lock.unlock();
+    std::this_thread::sleep_for(std::chrono::microseconds(20));
+    lock.lock();
+  }
+  end_grid(*grid);
+  return grid->problem;
+}
+
+std::string run_together(const std::vector<CardWork*>& cards, uint64_t seed) {
+  struct Progress {
+    size_t done = 0;
+    std::deque<std::unique_ptr<Grid>> grids = {};
+  };
+  const std::lock_guard lock(one_grid);
+  std::vector<Progress> progress(cards.size());
+  std::string problem;
+  const auto ended = [&](size_t c) { return progress[c].grids.empty() && progress[c].done == cards[c]->work.size(); };
+  std::vector<size_t> going;
+  while (problem.empty()) {
+    going.clear();
+    for (size_t c = 0; c < cards.size(); c++)
+      if (!ended(c)) going.push_back(c);
+    if (going.empty()) break;
+    const size_t c = going[next_random(seed) % going.size()];
+    Progress& own = progress[c];
+    if (own.grids.empty()) {
+      taken = &own.grids;
+      problem = cards[c]->work[own.done++]();
+      taken = nullptr;
+      if (!own.grids.empty()) begin_grid(*own.grids.front());
+      continue;
+    }
+    // Short turns and long ones, so that a card may get far ahead of the others.
+    Grid& grid = *own.grids.front();
+    if (!run_turns(grid, uint64_t{1} << next_random(seed) % 12)) continue;
+    if (grid.failed) problem = "card " + std::to_string(c) + ": " + grid.problem;
+    end_grid(grid);
+    own.grids.pop_front();
+    if (!own.grids.empty()) begin_grid(*own.grids.front());
+  }
+  for (CardWork* card : cards) card->work.clear();
   return problem;
 }
 
@@ -359,8 +451,8 @@ void fault(const Site& site, const char* format, ...) {
   va_start(arguments, format);
   std::vsnprintf(text, sizeof text, format, arguments);
   va_end(arguments);
-  problem = where(*current) + ": " + text + ", at " + name_of(site);
-  failed = true;
+  running->problem = where(*current) + ": " + text + ", at " + name_of(site);
+  running->failed = true;
   leave();
   __builtin_trap();  // nobody comes back to a failed grid
 }
@@ -427,7 +519,10 @@ void spin() {
 }
 
 uint8_t* shared_memory() { return current->block->shared; }
-uint64_t global_timer() { return timer += 1000; }
+uint64_t global_timer() {
+  if (!running->schedule.wall_clock) return timer += 1000;
+  return static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1));
+}
 
 void copy_async(const Site& site, void* target, const void* source, unsigned bytes, unsigned source_bytes) {
   const uint8_t* at = static_cast<const uint8_t*>(target);

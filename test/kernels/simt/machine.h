@@ -29,6 +29,9 @@ struct Schedule {
   Order order = Order::Forward;
   uint64_t seed = 1;         // of Order::Random
   unsigned resident = 1;     // blocks alive at the same time; kernels whose blocks wait for each other need all of them
+  // The card's timer is the host's clock, and a grid that only spins lets those of other host threads run: for whole programs, where they are what it waits for.
+  // Otherwise the timer steps at each look, and a spin that nobody ends is a fault.
+  bool wall_clock = false;
 };
 
 // The schedule of the launches to come.
@@ -40,9 +43,19 @@ struct WorkQueue {
   virtual void add(std::function<std::string()> work) = 0;
 };
 
+// All the work of a card that runs together with others.
+struct CardWork final : WorkQueue {
+  std::vector<std::function<std::string()>> work;
+  void add(std::function<std::string()> one) override { work.push_back(std::move(one)); }
+};
+
 // Runs `body` once for every thread of the grid. Returns "" or what the kernel did wrong, with block, thread and source line; it ends at the first fault. Callers on
-// several threads take turns.
+// several threads take turns: one grid after the other, or, by the wall clock, whenever one only spins.
 std::string run_grid(Dim grid, Dim block, size_t shared_bytes, const std::function<void()>& body);
+
+// Does the work of several cards at the same time, that of each in its order; who goes on, and how far, hangs on the seed. Returns "" or the first fault, with its card.
+// Nothing of a queue is left, whether it was done or not.
+std::string run_together(const std::vector<CardWork*>& cards, uint64_t seed);
 
 // Why nothing can be run here, or "". The emulated machine is always there; test/gpu/card.cpp has the real one behind this file and guarded.h.
 std::string absent_machine();
@@ -54,6 +67,8 @@ struct Counts {
   uint64_t launches, threads, collectives;
 };
 const Counts& counts();
+// The timer that steps at each look, in nanoseconds, without a look.
+uint64_t timer_now();
 
 constexpr size_t kSharedBytesMax = 99 * 1024;  // what a block may have on every card from sm_86 on
 constexpr uint8_t kPoison = 0xff;              // a NaN in every float format, -1 in every integer

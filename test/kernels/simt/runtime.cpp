@@ -10,6 +10,8 @@
 #include <mutex>
 #include <stdexcept>
 #include <unordered_map>
+#include <utility>
+#include <vector>
 
 #include "guarded.h"
 #include "machine.h"
@@ -42,10 +44,18 @@ struct Queue : simt::WorkQueue {
   }
 };
 
+// Host memory that copies read which are queued already.
+using Sources = std::vector<std::pair<const uint8_t*, const uint8_t*>>;
+thread_local Sources* sources_of_stream;
+
 struct EmulatedStream final : Queue {
   std::vector<Work> work;
   std::string problem;  // what synchronise() returns stays valid to the next one
-  void make(const Make& make) override { work.push_back(make()); }
+  Sources sources;
+  void make(const Make& make) override {
+    sources_of_stream = &sources;
+    work.push_back(make());
+  }
 };
 
 // Nodes that no edge orders may be done in any order, so they are: the first added first, the last first, or by chance, as the schedule has threads and blocks.
@@ -166,6 +176,7 @@ void close_stream(Stream stream) { delete &raw(stream); }
 
 Problem copy_to_card(void* card, const void* host, size_t bytes, Stream stream) {
   queue_of(stream).make([=]() -> Work {
+    sources_of_stream->emplace_back(static_cast<const uint8_t*>(host), static_cast<const uint8_t*>(host) + bytes);
     return [=, before = digest(host, bytes)]() -> std::string {
       if (digest(host, bytes) != before) return "the host has changed what a queued copy reads";
       std::memcpy(card, host, bytes);
@@ -177,7 +188,9 @@ Problem copy_to_card(void* card, const void* host, size_t bytes, Stream stream) 
 
 Problem copy_to_host(void* host, const void* card, size_t bytes, Stream stream) {
   queue_of(stream).make([=]() -> Work {
-    std::memset(host, simt::kPoison, bytes);
+    // A copy that is queued in front of this one may still read there.
+    const uint8_t* at = static_cast<const uint8_t*>(host);
+    if (std::none_of(sources_of_stream->begin(), sources_of_stream->end(), [&](const auto& s) { return s.first < at + bytes && at < s.second; })) std::memset(host, simt::kPoison, bytes);
     return [=]() -> std::string {
       std::memcpy(host, card, bytes);
       return "";
@@ -200,11 +213,12 @@ Problem synchronise(Stream stream) {
   // Steps meet every order of threads and blocks, and of the nodes of a graph.
   static std::atomic<uint64_t> turns{0};
   const uint64_t turn = turns++;
-  simt::set_schedule({kOrders[turn % 3], turn + 1, 1});
+  simt::set_schedule({kOrders[turn % 3], turn + 1, 1, true});
   if (lasting_fault().comes()) s.problem = LastingFault::kText;
   for (const auto& work : s.work)
     if (s.problem.empty()) s.problem = work();
   s.work.clear();
+  s.sources.clear();
   return s.problem.empty() ? nullptr : s.problem.c_str();
 }
 
@@ -227,6 +241,7 @@ bool settles(Stream stream, int64_t, bool) {
 std::string lost_card() { return lasting_fault().here ? LastingFault::kText : ""; }
 
 void abandon_card() {}  // other executors of this process go on
+bool is_abandoned() { return false; }
 
 Problem open_graph(Graph* graph) {
   *graph = static_cast<simt::WorkQueue*>(new EmulatedGraph);

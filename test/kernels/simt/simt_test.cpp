@@ -370,6 +370,15 @@ void forgotten_copy_kernel(const uint8_t* in) {
   copy_async<16>(dynamic_shared(), in);
   commit_copies();
 }
+void send_kernel(uint64_t* message, bool with_release) {
+  message[1] = 42;
+  if (with_release) store_release_system(message, uint64_t{1});
+  else store_relaxed_system(message, uint64_t{1});
+}
+void receive_kernel(const uint64_t* message, uint64_t* out) {
+  while (load_acquire_system(message) == 0) __nanosleep(20);
+  *out = message[1];
+}
 void spin_kernel(uint32_t* flag) {
   while (load_acquire(flag) == 0) __nanosleep(20);
 }
@@ -583,6 +592,31 @@ int main() {
       if (synchronise(s.stream) || s.back.as<int>()[0] != 1) return std::string();
     }
     return std::string("not found");
+  });
+  test_case("simt - cards that run together see what another one has released, and no more", [] {
+    for (uint64_t seed = 1; seed <= 20; seed++) {
+      const auto received = [&](bool with_release) {
+        simt::SystemMemory memory("message", 16, 1, simt::Visibility::Late);
+        std::memset(memory.own(), 0, 16);
+        memory.publish_all();
+        const Guarded<uint64_t> out("out", 1);
+        simt::CardWork sender, receiver;
+        launch(send_kernel, 1, 1, 0, static_cast<simt::WorkQueue*>(&sender), reinterpret_cast<uint64_t*>(memory.own()), with_release);
+        launch(receive_kernel, 1, 1, 0, static_cast<simt::WorkQueue*>(&receiver), reinterpret_cast<const uint64_t*>(memory.view(0)), out.data());
+        return simt::run_together({&receiver, &sender}, seed).empty() ? out.data()[0] : 1;
+      };
+      if (received(true) != 42) return std::string("a released word does not arrive");
+      if (received(false) != 0) return std::string("a word that was not released arrives");
+    }
+    return std::string();
+  });
+  test_case("simt - of cards that run together, the one that faults is named", [] {
+    const Guarded<int> large("large", std::vector<int>(5, 1)), small("small", std::vector<int>(4, 1));
+    simt::CardWork right, wrong;
+    launch(increment_kernel, 1, 5, 0, static_cast<simt::WorkQueue*>(&right), large.data());
+    launch(increment_kernel, 1, 5, 0, static_cast<simt::WorkQueue*>(&wrong), small.data());
+    const std::string problem = simt::run_together({&right, &wrong}, 3);
+    return problem.starts_with("card 1: block (0, 0, 0)") ? "" : "it says: " + problem;
   });
   test_case("simt - refuses launches that no card takes", [] {
     const Guarded<int> out("out", 64);

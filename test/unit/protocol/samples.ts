@@ -4,6 +4,7 @@ import type { PlannedSequence, StepPlan } from '../../../protocol/step-plan.ts';
 
 export const worker = 'aaaaaaaaaaaaaaaaaaaaaaaaaa';
 export const peer = 'bbbbbbbbbbbbbbbbbbbbbbbbbe';
+const third = 'ccccccccccccccccccccccccci';
 export const placement = 'ccccccccccccccccccccccccci';
 const sha256 = '0123456789abcdef'.repeat(4);
 const units = { from: 0, to: 9 };
@@ -108,6 +109,7 @@ export const samples: { [T in Message['type']]: Extract<Message, { type: T }> } 
     bytesFetched: 0,
     loadMs: 812.5,
     segment: { pid: 4711, fd: 23, bytes: 1_048_576 },
+    peerMemory: { pid: 4711, bytes: 2_097_408, handle: 'c0'.repeat(64), fd: 24, card: 'ca'.repeat(16) },
   },
   connected: { type: 'connected', worker, epoch: 3 },
   worker_failed: {
@@ -196,6 +198,18 @@ export const samples: { [T in Message['type']]: Extract<Message, { type: T }> } 
         tcpAddress: '',
         segment: null,
         driver: 'grpc',
+        memory: null,
+      },
+      {
+        stage: 0,
+        rank: 2,
+        worker: third,
+        hostId: 'host',
+        grpcAddress: '127.0.0.1:40003',
+        tcpAddress: '',
+        segment: { pid: 4712, fd: 23, bytes: 1_048_576 },
+        driver: 'peer',
+        memory: { place: 'host', pid: 4712, bytes: 2_097_408, handle: null, fd: 24, card: 'cb'.repeat(16) },
       },
     ],
   },

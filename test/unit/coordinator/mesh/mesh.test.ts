@@ -1,6 +1,7 @@
 import { describe, expect, it } from 'vitest';
 import { defaultMeshTimers, Mesh, type EpochInfo, type MeshLoss, type Seat } from '../../../../coordinator/mesh/mesh.ts';
-import type { CoordinatorMessage, Join, ShardReady, WorkerFacts } from '../../../../protocol/messages.ts';
+import type { CoordinatorMessage, Join, PeerMemory, ShardReady, WorkerFacts } from '../../../../protocol/messages.ts';
+import type { WireType } from '../../../../protocol/placement.ts';
 
 const facts = (changes: Partial<WorkerFacts> = {}): WorkerFacts => ({
   hostId: 'host-1',
@@ -36,11 +37,12 @@ const ready = (worker: string, epoch: number, changes: Partial<ShardReady> = {})
   bytesFetched: 0,
   loadMs: 1,
   segment: { pid: 1, fd: 3, bytes: 4096 },
+  peerMemory: null,
   ...changes,
 });
 
 /** A mesh of `seats` (default: one stage of two ranks) with everything it says recorded. */
-function makeMesh(seats: Seat[] = [0, 1].map((rank) => ({ stage: 0, rank }))) {
+function makeMesh(seats: Seat[] = [0, 1].map((rank) => ({ stage: 0, rank })), wire: WireType = 'f32') {
   const sent: { worker: string; message: CoordinatorMessage }[] = [];
   const serving: EpochInfo[] = [];
   const lost: { epoch: number; loss: MeshLoss }[] = [];
@@ -50,7 +52,7 @@ function makeMesh(seats: Seat[] = [0, 1].map((rank) => ({ stage: 0, rank }))) {
     {
       model: 'm',
       link: 'auto',
-      wire: 'f32',
+      wire,
       seats,
       placementTemplate: {
         stages: Array.from({ length: stages }, (_, stage) => ({
@@ -166,6 +168,69 @@ describe('mesh', () => {
     ]);
     expect(new Set(connects.map(({ linkKey }) => linkKey)).size).toBe(1);
     expect(connects[0]?.peers[0]?.tcpAddress).toBe('10.0.0.2:4000');
+  });
+
+  describe('reductions by cards', () => {
+    const memory = (card: number, changes: Partial<PeerMemory> = {}): PeerMemory => ({
+      pid: 7,
+      bytes: 768,
+      handle: 'ab'.repeat(64),
+      fd: 5,
+      card: String(card).padStart(32, '0'),
+      ...changes,
+    });
+    /** Two ranks in stage 0 and one in stage 1, of which `memories` are given; what each was told of each. */
+    const chosen = (
+      memories: (PeerMemory | null)[],
+      options: { failures?: number; wire?: 'f32' | 'q8'; hosts?: string[] } = {},
+    ) => {
+      const seats = [0, 1].map((rank) => ({ stage: 0, rank }));
+      const { mesh, sent } = makeMesh([...seats, { stage: 1, rank: 0 }], options.wire);
+      const workers = ['a', 'b', 'c'];
+      for (const [index, worker] of workers.entries())
+        mesh.receive(worker, join(worker, { facts: facts({ hostId: options.hosts?.[index] ?? 'host-1' }) }), 0);
+      const failures = options.failures ?? 0;
+      for (let epoch = 1; epoch <= failures + 1; epoch++) {
+        sent.length = 0;
+        for (const [index, worker] of workers.entries())
+          mesh.receive(worker, ready(worker, epoch, { peerMemory: memories[index] ?? null }), epoch * 100);
+        if (epoch > failures) break;
+        mesh.receive(
+          'a',
+          { type: 'worker_failed', worker: 'a', epoch, step: 0, code: 'internal', message: 'not reached', peer: null },
+          epoch * 100,
+        );
+        mesh.tick(epoch * 100 + 50);
+      }
+      return sent.flatMap(({ worker, message }) =>
+        message.type === 'connect'
+          ? message.peers.map((peer) => [worker, peer.worker, peer.driver, peer.memory?.place ?? null].join(' '))
+          : [],
+      );
+    };
+    const peers = (place: string) => [`a b peer ${place}`, 'a c shm ', `b a peer ${place}`, 'b c shm ', 'c a shm ', 'c b shm '];
+    const without = ['a b shm ', 'a c shm ', 'b a shm ', 'b c shm ', 'c a shm ', 'c b shm '];
+
+    it('mesh - ranks of a stage whose cards read each other do so, stages use shared memory', () => {
+      expect(chosen([memory(1), memory(2), memory(3)])).toEqual(peers('card'));
+    });
+
+    it('mesh - cards that do not reach each other read memory of the host, and where that fails too, sums are exchanged', () => {
+      const memories = [memory(1), memory(2), null];
+      expect(chosen(memories, { failures: 1 })).toEqual(peers('host'));
+      expect(chosen(memories, { failures: 2 })).toEqual(without);
+      expect(chosen([memory(1), memory(2, { handle: null }), null])).toEqual(peers('host'));
+    });
+
+    it('mesh - sums are exchanged where a rank has no such memory, two share a card, or they are rounded on their way', () => {
+      expect(chosen([memory(1), null, null])).toEqual(without);
+      expect(chosen([memory(1), memory(1), null])).toEqual(without);
+      expect(chosen([memory(1), memory(2), null], { wire: 'q8' })).toEqual(without);
+      expect(chosen([memory(1, { handle: null }), memory(2, { fd: null }), null])).toEqual(without);
+      expect(chosen([memory(1), memory(2), null], { hosts: ['x', 'y', 'x'] }).filter((line) => line.includes('peer'))).toEqual(
+        [],
+      );
+    });
   });
 
   it('mesh - gives shared memory up after three connections failed in a row with every worker there', () => {

@@ -46,6 +46,7 @@ const connectMessage = (ranks: Rank[], epoch: number, driverOf: (a: PeerAddress)
     tcpAddress: '',
     segment: { pid: 1, fd: 9, bytes: 4096 },
     driver: driverOf(address),
+    memory: null,
   })),
 });
 
@@ -147,6 +148,14 @@ describe('worker links', () => {
     expect(a.links.stats.unsentFrames).toBe(1);
     const bare = { ...message, peers: message.peers.map((peer) => ({ ...peer, segment: null })) };
     await expect(enter(a, bare)).rejects.toThrow(`worker ${b.worker} is to be reached by shared memory but gave no segment`);
+    const memory = { place: 'host' as const, pid: 1, bytes: 768, handle: null, fd: 5, card: '00'.repeat(16) };
+    const reading = connectMessage(ranks, 6, () => 'peer');
+    await expect(enter(a, reading)).rejects.toThrow(
+      `the sums of worker ${b.worker} are to be read where it wrote them, but it gave no memory`,
+    );
+    expect(await enter(a, { ...reading, peers: reading.peers.map((peer) => ({ ...peer, memory })) })).toEqual([
+      { peer: b.address, driver: 'peer', pid: 1, fd: 9, bytes: 4096, memory, epoch: 6 },
+    ]);
     await expect(
       enter(
         a,
