@@ -62,11 +62,11 @@ const KernelSet* amx_kernel_set() { return &kAmx; }
 const KernelSet* amx_kernel_set() { return nullptr; }
 #endif
 
-// `name`: amx, avx512, avx2, portable, reference, reference-f32, or auto (null means auto) for the fastest CPU set of this machine.
+// `name`: amx, avx512, avx2, portable, reference, reference-f32, or auto (null means auto) for the fastest CPU set of
+// this machine. Never amx: it is faster only while nobody else works on the core (ARCHITECTURE.md).
 const KernelSet* find_kernel_set(const char* name, const char** why) {
   const CpuFeatures& cpu = cpu_features();
   if (!name || std::strcmp(name, "auto") == 0) {
-    if (cpu.amx && amx_kernel_set()) return amx_kernel_set();
     if (cpu.avx512) return avx512_kernel_set();
     if (cpu.avx2) return avx2_kernel_set();
     return portable_kernel_set();

@@ -4,8 +4,8 @@
 //   A  parts x 32 bytes, rows of TokenGroup as they lie     B  8 x 64 bytes, the weights of a panel as they lie, with their sign     C  parts x 16 int32
 //
 // A tile's integers leave through memory. Tile and vector instructions do not run beside each other on Sapphire Rapids, and each change between them costs some
-// 30 cycles: so the products of up to kBurst groups are made together, then their sums. Measured there, Q4_1, K 576, N 1536, one core, taking turns: 16 tokens 62 us, with
-// vpdpbusd 87; 9 tokens 48 and 53; 8 are as fast either way.                                                     Intel SDM volume 1, chapter 18 (AMX)
+// 30 cycles: so the products of up to kBurst groups are made together, then their sums. ARCHITECTURE.md, "Kernels and their ceilings", says when that is faster.
+//                                                                                                                      Intel SDM volume 1, chapter 18 (AMX)
 #pragma once
 #include "weight_lanes_avx512.h"
 
@@ -22,7 +22,7 @@ struct alignas(64) TileShapes {
 };
 
 struct Tiles16 : Lanes16 {
-  static constexpr int kTileRegistersFrom = 9;
+  static constexpr int kTileRegistersFrom = 13;
   static constexpr int kBurst = 8;
 
   // How the panel of a format is read: with minima, with half scales, or plain.

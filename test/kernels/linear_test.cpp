@@ -198,7 +198,7 @@ std::string check_selection() {
   why = nullptr;
   const KernelSet* amx = find_kernel_set("amx", &why);
   if (amx_kernel_set() && cpu_features().amx ? amx == nullptr : amx != nullptr || !why || !std::strstr(why, "AMX")) return "amx does not follow the processor, or its refusal names no feature";
-  const KernelSet* expected = amx_kernel_set() && cpu_features().amx ? amx_kernel_set() : cpu_features().avx512 ? avx512_kernel_set() : cpu_features().avx2 ? avx2_kernel_set() : portable_kernel_set();
+  const KernelSet* expected = cpu_features().avx512 ? avx512_kernel_set() : cpu_features().avx2 ? avx2_kernel_set() : portable_kernel_set();
   return best == expected ? "" : "auto is not the best set of this machine";
 }
 
