@@ -80,6 +80,7 @@ async function receive(bytes) {
         bytesFetched: 0,
         loadMs: 0,
         segment: null,
+        peerMemory: null,
       });
     }
     case 'connect':

@@ -12,7 +12,7 @@ import { benchModels, exportModel, typesOf, type ExportedModel } from './exporte
 const run = promisify(execFile);
 
 export const cudaReadme = fileURLToPath(new URL('../../kernels/cuda/README.md', import.meta.url));
-const formats: TensorType[] = ['Q4_0', 'Q4_1', 'Q4_K', 'Q5_K', 'Q8_0'];
+const formats: TensorType[] = ['Q4_0', 'Q4_1', 'Q4_K', 'Q5_K', 'Q8_0', 'BF16'];
 const titles: Record<string, string> = { 'step-135m': 'SmolLM2 135M', 'step-1.5b': 'Qwen2.5 1.5B', 'step-8b': 'Llama 8B' };
 
 /** A row of the model's matrices is whole blocks of the format. */

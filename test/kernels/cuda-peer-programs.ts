@@ -56,6 +56,13 @@ export function describeCudaPeerPrograms(load: () => Promise<Addon>): void {
     expect(await onMesh({ ...cuda, cut, peers }, (mesh) => score(mesh, chunk))).toEqual(await reference());
   });
 
+  it('cuda peers - score a prompt as the reference does with int16 activations, K and V in f16', async () => {
+    const formats = { activations: 'int16', key: 'f16', value: 'f16' } as const;
+    expect(await onMesh({ ...cuda, ...formats, cut: twoRankCut, peers: 'card' }, (mesh) => score(mesh, 41))).toEqual(
+      await onMesh(formats, score),
+    );
+  });
+
   it('cuda peers - a step of many rows is finished in shares', async () => {
     const tokens = randomTokens(640, 11);
     const last = (options: TinyMeshOptions) =>
