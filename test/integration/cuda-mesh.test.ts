@@ -27,6 +27,7 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('a mesh 
     const port = await freePorts(3);
     const serving = startServe(['--advertise', `127.0.0.1:${port}`, '--mesh', folder, '--local-workers', '1', ...small], {
       env: marked.env,
+      main,
     });
     await waitFor('the control socket', 30_000, () => existsSync(join(folder, 'control.sock')));
     const enroll = shardmesh(['enroll', '--mesh', folder], marked.env);
