@@ -31,7 +31,7 @@ namespace {
 using namespace cuda;
 
 // Above these the prefill products of float weights take over from the decode products; either gives the same bits.
-constexpr int kFloatDecodeTokensMax = 16, kBrainDecodeTokensMax = 64;
+constexpr int kFloatDecodeTokensMax = 16, kBf16DecodeTokensMax = 64;
 constexpr int kSlotsMax = 4096;
 constexpr int kHalfAttentionBlocks = 3;  // of a multiprocessor, where K or V is f16
 // A card that is late by its step's deadline may take so much longer before it counts as lost.
@@ -90,7 +90,7 @@ class CudaDevice final : public Device {
     ProductTuning tuning{};
   };
   struct CardBuffer {
-    Memory values, groups, brain;  // groups: its quantised form; brain: rounded to bf16, of what a bf16 product reads
+    Memory values, groups, bf16;  // groups: its quantised form; bf16: rounded to bf16, of what a bf16 product reads
     bool only_groups = true;  // nobody reads the values
     float* row(int64_t stride, int r) const { return values.as<float>() + r * stride; }
   };
@@ -183,7 +183,7 @@ class CudaDevice final : public Device {
   bool is_ahead(int index) const { return !building_ && ahead_ && shard_.actions()[ahead_->end].operation == index; }
   Product product(const Operation& o, int subtree_count, const Subtree* subtrees, float* out, int64_t out_stride, int64_t subtree_stride) const;
   // Whether a product goes through the tensor cores as bf16: where the program lets executor kinds differ in their bits.
-  bool is_brain(const Operation& o) const { return program().per_kind && program().weights[static_cast<size_t>(o.weight)].type == TensorType::BF16; }
+  bool is_bf16(const Operation& o) const { return program().per_kind && program().weights[static_cast<size_t>(o.weight)].type == TensorType::BF16; }
   void round_input(const Operation& o);
   void run(const Operation& o, const Product& product);
 
@@ -345,9 +345,9 @@ void CudaDevice::plan_memory() {
       return (product && shard_.is_quantized(o.weight)) || (o.in != static_cast<int>(i) && o.in2 != static_cast<int>(i));
     });
     if (std::any_of(p.operations.begin(), p.operations.end(), [&](const Operation& o) {
-          return (o.kind == OperationKind::Linear || o.kind == OperationKind::LinearPartial) && o.in == static_cast<int>(i) && is_brain(o);
+          return (o.kind == OperationKind::Linear || o.kind == OperationKind::LinearPartial) && o.in == static_cast<int>(i) && is_bf16(o);
         }))
-      buffers_[i].brain = Memory(Place::Card, brain_bytes(b.rows, b.width), kBuffers);
+      buffers_[i].bf16 = Memory(Place::Card, bf16_bytes(b.rows, b.width), kBuffers);
     if (b.quantized) buffers_[i].groups = Memory(Place::Card, activation_bytes(b.rows, b.width, p.activations), kBuffers);
     if (!b.host) continue;
     mirrors_[i] = Memory(Place::Host, bytes, kBuffers);
@@ -445,7 +445,7 @@ size_t CudaDevice::bytes() const {
   for (const CardMatrix& m : matrices_) add(m.data);
   for (const Memory& v : vectors_) add(v);
   for (const Table& t : tables_) add(t.cosine, t.sine);
-  for (const CardBuffer& b : buffers_) add(b.values, b.groups, b.brain);
+  for (const CardBuffer& b : buffers_) add(b.values, b.groups, b.bf16);
   for (const Memory& m : mirrors_) add(m);
   add(arrivals_, candidates_, maxima_, kv_, sums_, received_sums_, partials_, step_host_, step_card_, staging_host_, received_host_, sums_host_);
   return sum + (peers_ ? peers_->bytes() : 0);
@@ -954,19 +954,19 @@ Product CudaDevice::product(const Operation& o, int subtree_count, const Subtree
           matrix.data.as<uint8_t>(), card(o.in).groups.as<ActivationGroup>(), rows_of(o.in), static_cast<int>(o.segments.size()),
           o.segments.data(), subtree_count,     subtrees,             vector(o.bias),
           out,               out_stride,        subtree_stride,       matrix.tuning.decode_tiles,
-          program().activations, values(o.in),  shard_.buffer(o.in).stride, card(o.in).brain.as<BrainGroup>()};
+          program().activations, values(o.in),  shard_.buffer(o.in).stride, card(o.in).bf16.as<Bf16Group>()};
 }
 
 void CudaDevice::round_input(const Operation& o) {
   const Buffer& in = shard_.buffer(o.in);
-  queue(round_bf16(values(o.in), in.stride, rows_of(o.in), in.width, card(o.in).brain.as<BrainGroup>(), to_));
+  queue(round_bf16(values(o.in), in.stride, rows_of(o.in), in.width, card(o.in).bf16.as<Bf16Group>(), to_));
 }
 
 void CudaDevice::run(const Operation& o, const Product& product) {
   if (broken()) return;
   const int decode_tokens_max = matrices_[static_cast<size_t>(o.weight)].tuning.decode_tokens_max;
   if (shard_.is_quantized(o.weight)) queue(product.tokens <= decode_tokens_max ? linear_decode(product, to_) : linear_prefill(product, to_));
-  else if (is_brain(o)) queue(product.tokens <= kBrainDecodeTokensMax ? linear_bf16_decode(product, to_) : linear_bf16_prefill(product, to_));
+  else if (is_bf16(o)) queue(product.tokens <= kBf16DecodeTokensMax ? linear_bf16_decode(product, to_) : linear_bf16_prefill(product, to_));
   else queue(product.tokens <= kFloatDecodeTokensMax ? linear_float_decode(product, to_) : linear_float_prefill(product, to_));
 }
 
@@ -975,8 +975,8 @@ void CudaDevice::products(const std::vector<int>& operations) {
   for (const int index : operations) {
     if (broken()) return;
     const Operation& o = operation(index);
-    if (is_brain(o) && !rounded) round_input(o);
-    rounded = rounded || is_brain(o);
+    if (is_bf16(o) && !rounded) round_input(o);
+    rounded = rounded || is_bf16(o);
     const Subtree whole{0, static_cast<int>(o.segments.size())};
     run(o, product(o, 1, &whole, values(o.out), shard_.buffer(o.out).stride, 0));
   }
@@ -989,7 +989,7 @@ void CudaDevice::partial_product(int index, uint8_t* block) {
   const Operation& o = operation(index);
   const std::vector<Subtree>& subtrees = shard_.own_subtrees(index);
   if (!is_ahead(index)) {
-    if (is_brain(o)) round_input(o);
+    if (is_bf16(o)) round_input(o);
     run(o, product(o, static_cast<int>(subtrees.size()), subtrees.data(), sums(), o.width, sum_rows_ * o.width));
   }
   if (program().ranks == 1 || building_ || reduces_with_peers_) return;

@@ -133,8 +133,8 @@ __device__ __forceinline__ float quantized_scale(float amax, float largest = 127
 // Weights of a pair as their float values: of halves, of bf16.
 __device__ __forceinline__ float low_half(uint32_t pair) { return half_to_float(static_cast<uint16_t>(pair)); }
 __device__ __forceinline__ float high_half(uint32_t pair) { return half_to_float(static_cast<uint16_t>(pair >> 16)); }
-__device__ __forceinline__ float low_brain(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high_brain(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+__device__ __forceinline__ float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 
 constexpr int kPartials = 128;
 

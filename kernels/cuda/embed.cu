@@ -45,7 +45,7 @@ __device__ __forceinline__ float float_value_at(const uint8_t* record, int r, in
   const uint8_t* piece = record + float_piece_at(k / F::piece_values, r);
   if constexpr (F::type == TensorType::F32) return reinterpret_cast<const float*>(piece)[k % 4];
   else if constexpr (F::type == TensorType::F16) return half_at(piece, k % 8);
-  else return low_brain(reinterpret_cast<const uint16_t*>(piece)[k % 8]);
+  else return low_bf16(reinterpret_cast<const uint16_t*>(piece)[k % 8]);
 }
 
 struct Strips {

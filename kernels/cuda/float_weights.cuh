@@ -13,8 +13,8 @@ __device__ __forceinline__ void widen_piece(const uint4& piece, float (&w)[F::pi
     if constexpr (F::type == TensorType::F32) {
       w[i] = __uint_as_float(words[i]);
     } else {
-      w[2 * i] = F::type == TensorType::F16 ? low_half(words[i]) : low_brain(words[i]);
-      w[2 * i + 1] = F::type == TensorType::F16 ? high_half(words[i]) : high_brain(words[i]);
+      w[2 * i] = F::type == TensorType::F16 ? low_half(words[i]) : low_bf16(words[i]);
+      w[2 * i + 1] = F::type == TensorType::F16 ? high_half(words[i]) : high_bf16(words[i]);
     }
   }
 }

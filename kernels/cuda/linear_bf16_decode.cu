@@ -1,6 +1,6 @@
 // The product of BF16 weights and activations rounded to bf16 for few tokens, by tensor cores: out = W x with fp32 sums in the order of the hardware inside 16 columns,
 // k ascending from one 16 to the next, and the tree over segments. Not the reference's bits; those of linear_bf16_prefill, of every batch and every cut on one architecture.
-//   W    BF16, strips of 16 rows, weight_layout.h        x  tiles of 8 tokens, BrainGroup
+//   W    BF16, strips of 16 rows, weight_layout.h        x  tiles of 8 tokens, Bf16Group
 //   out  subtree s, token t, row r at out[s * subtree_stride + t * out_stride + r]
 // A block is one strip and up to 8 * tiles tokens, a warp one of its segments. A lane reads 16 bytes of each of its two rows, 8 columns, which are two products: which
 // columns of 32 stand where in an mma is free as long as both operands agree. Weights are read once, straight into registers.
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kSegmentsMax * 32, 1) linear_bf16_decode_kerne
   const int strip = static_cast<int>(blockIdx.x), first_tile = static_cast<int>(blockIdx.y) * tiles;
   const uint8_t* records = plan.weight + strip * plan.strip_bytes;
   const int upper = float_piece_at(lane % 4, lane / 4), lower = float_piece_at(lane % 4, lane / 4 + 8);
-  const BrainGroup* x = plan.brain + static_cast<int64_t>(first_tile) * plan.groups;
+  const Bf16Group* x = plan.bf16 + static_cast<int64_t>(first_tile) * plan.groups;
   int own[tiles];
   for (int i = 0; i < tiles; i++) own[i] = min(i, plan.tiles - 1 - first_tile) * plan.groups;  // a tile too many repeats the last and is not stored
   float acc[tiles][4] = {};
@@ -51,7 +51,7 @@ Problem launch_tiles(const ProductPlan& plan, Stream stream) {
 
 Problem linear_bf16_decode(const Product& product, Stream stream) {
   ProductPlan plan;
-  if (const Problem problem = make_product_plan(product, &plan, Products::Brain)) return problem;
+  if (const Problem problem = make_product_plan(product, &plan, Products::Bf16)) return problem;
   if (plan.tiles == 1) return launch_tiles<1>(plan, stream);
   if (plan.tiles <= 4) return launch_tiles<4>(plan, stream);
   return launch_tiles<8>(plan, stream);

@@ -13,7 +13,7 @@ namespace {
 using F = FloatFormat<TensorType::BF16>;
 constexpr int kBlockStrips = 8, kBlockTiles = 16, kWarpStrips = 4, kWarpTiles = 8, kThreads = 128, kStages = 4, kStackDepth = 4;
 constexpr int kValues = kWarpStrips * kWarpTiles * 4;  // accumulators of a lane
-constexpr int kTileBytes = static_cast<int>(sizeof(BrainGroup));
+constexpr int kTileBytes = static_cast<int>(sizeof(Bf16Group));
 constexpr int kWeightBytes = kBlockStrips * F::record_bytes, kStageBytes = kWeightBytes + kBlockTiles * kTileBytes;
 
 __global__ void __launch_bounds__(kThreads) linear_bf16_prefill_kernel(const ProductPlan plan) {
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads) linear_bf16_prefill_kernel(const Pro
 #pragma unroll 2
       for (int i = thread; i < kBlockTiles * kTileBytes / 16; i += kThreads) {
         const int tile = min(first_tile + i * 16 / kTileBytes, plan.tiles - 1);
-        copy_async<16>(to + kWeightBytes + i * 16, reinterpret_cast<const uint8_t*>(plan.brain + static_cast<int64_t>(tile) * plan.groups + group) + i * 16 % kTileBytes);
+        copy_async<16>(to + kWeightBytes + i * 16, reinterpret_cast<const uint8_t*>(plan.bf16 + static_cast<int64_t>(tile) * plan.groups + group) + i * 16 % kTileBytes);
       }
     }
     commit_copies();  // an empty one too, so that counting them stays simple
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads) linear_bf16_prefill_kernel(const Pro
 
 Problem linear_bf16_prefill(const Product& product, Stream stream) {
   ProductPlan plan;
-  if (const Problem problem = make_product_plan(product, &plan, Products::Brain)) return problem;
+  if (const Problem problem = make_product_plan(product, &plan, Products::Bf16)) return problem;
   const dim3 grid(static_cast<unsigned>((plan.strips + kBlockStrips - 1) / kBlockStrips), static_cast<unsigned>((plan.tiles + kBlockTiles - 1) / kBlockTiles));
   return launch(linear_bf16_prefill_kernel, grid, kThreads, static_cast<size_t>(kStages) * kStageBytes, stream, plan);
 }

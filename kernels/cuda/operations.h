@@ -14,7 +14,7 @@ using Stream = void*;  // a cudaStream_t, or a graph that this thread builds (ru
 using Problem = const char*;
 
 struct ActivationGroup;
-struct BrainGroup;
+struct Bf16Group;
 
 // Quantised activations and their form: ActivationGroup for int8, WideGroup (weight_layout.h) for int16.
 struct ActivationTiles {
@@ -35,7 +35,7 @@ void pack(const MatrixSource& source, PackedMatrix* out, Part part);
 // Bytes of the quantised activations of T tokens.
 size_t activation_bytes(int tokens, int64_t columns, ActivationType type = ActivationType::Int8);
 // The same of their bf16 form.
-size_t brain_bytes(int tokens, int64_t columns);
+size_t bf16_bytes(int tokens, int64_t columns);
 
 // ---------------------------------------------------------------- rows
 
@@ -59,7 +59,7 @@ Problem select_rows(const float* x, int64_t x_stride, const int32_t* from, int r
 // q, sa, ms and sums of x [T, K], x_stride apart. K: multiple of 32.
 Problem quantize(const float* x, int64_t x_stride, int tokens, int64_t columns, ActivationTiles out, Stream stream, const FiniteCheck& check = {});
 // x rounded to bf16 (to nearest even), for linear_bf16_decode and _prefill.
-Problem round_bf16(const float* x, int64_t x_stride, int tokens, int64_t columns, BrainGroup* out, Stream stream);
+Problem round_bf16(const float* x, int64_t x_stride, int tokens, int64_t columns, Bf16Group* out, Stream stream);
 
 struct Product {
   TensorType type;
@@ -79,7 +79,7 @@ struct Product {
   ActivationType activations = ActivationType::Int8;  // of `in`
   const float* x = nullptr;  // [T, x_stride] fp32, for float weights; 16-byte aligned, x_stride a multiple of 4
   int64_t x_stride = 0;
-  const BrainGroup* brain = nullptr;  // x rounded to bf16, for linear_bf16_decode and _prefill
+  const Bf16Group* bf16 = nullptr;  // x rounded to bf16, for linear_bf16_decode and _prefill
 };
 // Quantised weights. For few tokens: a block is a strip of 16 rows, a warp a segment.
 Problem linear_decode(const Product& product, Stream stream);

@@ -126,6 +126,6 @@ size_t activation_bytes(int tokens, int64_t columns, ActivationType type) {
   return static_cast<size_t>((tokens + kTileTokens - 1) / kTileTokens) * static_cast<size_t>(columns / 32) * (type == ActivationType::Int8 ? sizeof(ActivationGroup) : sizeof(WideGroup));
 }
 
-size_t brain_bytes(int tokens, int64_t columns) { return static_cast<size_t>((tokens + kTileTokens - 1) / kTileTokens) * static_cast<size_t>(columns / 32) * sizeof(BrainGroup); }
+size_t bf16_bytes(int tokens, int64_t columns) { return static_cast<size_t>((tokens + kTileTokens - 1) / kTileTokens) * static_cast<size_t>(columns / 32) * sizeof(Bf16Group); }
 
 }  // namespace shardmesh::cuda

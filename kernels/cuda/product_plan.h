@@ -6,13 +6,13 @@
 namespace shardmesh::cuda {
 
 // Which products a plan is for: quantised weights, float weights with fp32 activations, BF16 weights with bf16 activations.
-enum class Products { Quantised, Float, Brain };
+enum class Products { Quantised, Float, Bf16 };
 
 struct ProductPlan {
   const uint8_t* weight;
   const ActivationGroup* in;
   const float* x;
-  const BrainGroup* brain;
+  const Bf16Group* bf16;
   const float* bias;
   float* out;
   int64_t x_stride, out_stride, subtree_stride, strip_bytes;
@@ -48,7 +48,7 @@ inline Problem make_product_plan(const Product& p, ProductPlan* plan, Products p
   plan->weight = p.weight;
   plan->in = p.in;
   plan->x = p.x;
-  plan->brain = p.brain;
+  plan->bf16 = p.bf16;
   plan->x_stride = p.x_stride;
   plan->bias = p.bias;
   plan->out = p.out;
@@ -87,7 +87,7 @@ inline Problem make_product_plan(const Product& p, ProductPlan* plan, Products p
     });
     return known ? nullptr : "linear: float weights are for linear_float_decode and _prefill";
   }
-  if (products == Products::Brain && p.type != TensorType::BF16) return "linear: bf16 products are for BF16 weights";
+  if (products == Products::Bf16 && p.type != TensorType::BF16) return "linear: bf16 products are for BF16 weights";
   if (products == Products::Float && (p.x_stride % 4 != 0 || reinterpret_cast<uintptr_t>(p.x) % 16 != 0)) return "linear: x must be 16-byte aligned, its stride a multiple of 4";
   const bool known = with_float_format(p.type, [&](auto format) { plan->strip_bytes = static_cast<int64_t>(plan->groups) * decltype(format)::record_bytes; });
   return known ? nullptr : "linear: quantised weights are for linear_decode and linear_prefill";

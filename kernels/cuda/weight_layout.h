@@ -103,9 +103,9 @@ struct WideGroup {
 };
 static_assert(sizeof(WideGroup) == 608);
 // Activations rounded to bf16: 32 columns of 8 tokens, row after row, so that lane l finds columns 8t .. 8t+7 of token g at 16 l.
-struct BrainGroup {
+struct Bf16Group {
   uint32_t x[8][16];  // pairs of columns
 };
-static_assert(sizeof(BrainGroup) == 512);
+static_assert(sizeof(Bf16Group) == 512);
 
 }  // namespace shardmesh::cuda

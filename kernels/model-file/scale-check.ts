@@ -5,7 +5,7 @@ import { ModelFileError } from './model-file-error.ts';
 import { quantType } from './quant-types.ts';
 
 const halfExponent = 0x7c00;
-const brainExponent = 0x7f80;
+const bf16Exponent = 0x7f80;
 const singleExponent = 0x7f800000;
 const littleEndian = endianness() === 'LE';
 
@@ -33,7 +33,7 @@ export function checkScales(tensor: string, type: TensorType, data: Buffer): voi
 function findBad(type: TensorType, data: Buffer, blockBytes: number, scaleOffsets: readonly number[]): number | null {
   if (type === 'F32') return findFloat(data, 4, singleExponent);
   if (type === 'F16') return findFloat(data, 2, halfExponent);
-  if (type === 'BF16') return findFloat(data, 2, brainExponent);
+  if (type === 'BF16') return findFloat(data, 2, bf16Exponent);
   for (const offset of scaleOffsets)
     // The exponent is in the high byte alone: bits 2 to 6 all set mean infinity or NaN.
     for (let at = offset + 1; at < data.length; at += blockBytes) if (((data[at] ?? 0) & 0x7c) === 0x7c) return at - 1;

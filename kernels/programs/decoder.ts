@@ -243,10 +243,10 @@ export function buildDecoder(facts: ModelFacts, traits: DecoderTraits, cut: Mode
   const kvType = options.kvType === 'auto' ? kvTypeOf(activations, builder.has(keyBiasName(0))) : options.kvType;
   const key = kvType === 'int8' ? 'int8' : 'f16';
   const value = kvType === 'f16' ? 'f16' : 'int8';
-  const brain = facts.tensors.some(({ shape, type }) => shape.length > 1 && type === 'BF16');
+  const hasBf16 = facts.tensors.some(({ shape, type }) => shape.length > 1 && type === 'BF16');
   return {
     architecture: facts.architecture,
-    bits: brain ? (options.bits ?? 'exact') : 'exact',
+    bits: hasBf16 ? (options.bits ?? 'exact') : 'exact',
     activations,
     stage,
     stages: cut.stages.length,

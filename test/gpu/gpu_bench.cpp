@@ -161,7 +161,7 @@ struct ProductScene {
   int64_t rows, columns;
   CardMatrix matrix;
   std::vector<int> segments;
-  Memory in, brain, out;  // brain: of BF16 weights, which go through the tensor cores here
+  Memory in, bf16, out;  // bf16: of BF16 weights, which go through the tensor cores here
 
   ProductScene(TensorType of, int64_t rows_, int64_t columns_, int copies, int tokens_max) : type(of), rows(rows_), columns(columns_), matrix(card_matrix(of, rows_, columns_, copies)) {
     const int groups = static_cast<int>(columns / 32), count = std::min(8, (groups + 7) / 8);
@@ -172,8 +172,8 @@ struct ProductScene {
     out = Memory(Place::Card, static_cast<size_t>(tokens_max * rows) * 4, "the benchmark");
     time_us(1, 1, [&](int, Stream s) { return cuda::quantize(x.as<float>(), columns, tokens_max, columns, in.as<cuda::ActivationGroup>(), s); });
     if (type != TensorType::BF16) return;
-    brain = Memory(Place::Card, cuda::brain_bytes(tokens_max, columns), "the benchmark");
-    time_us(1, 1, [&](int, Stream s) { return cuda::round_bf16(x.as<float>(), columns, tokens_max, columns, brain.as<cuda::BrainGroup>(), s); });
+    bf16 = Memory(Place::Card, cuda::bf16_bytes(tokens_max, columns), "the benchmark");
+    time_us(1, 1, [&](int, Stream s) { return cuda::round_bf16(x.as<float>(), columns, tokens_max, columns, bf16.as<cuda::Bf16Group>(), s); });
   }
 
   template <typename Launcher>
@@ -181,7 +181,7 @@ struct ProductScene {
     const Subtree whole{0, static_cast<int>(segments.size())};
     const uint8_t* weight = matrix.copies[static_cast<size_t>(i) % matrix.copies.size()].as<uint8_t>();
     cuda::Product product{type, rows, columns, matrix.phase, weight, in.as<cuda::ActivationGroup>(), tokens, whole.count, segments.data(), 1, &whole, nullptr, out.as<float>(), rows, 0, tiles};
-    product.brain = brain.as<cuda::BrainGroup>();
+    product.bf16 = bf16.as<cuda::Bf16Group>();
     return launcher(product, stream);
   }
 };

@@ -105,14 +105,14 @@ std::string compare(Launcher launcher, TensorType type, Values values, const Cas
 
 // ---------------------------------------------------------------- bf16 by tensor cores
 
-struct BrainCase {
+struct Bf16Case {
   int64_t columns, rows;
   int tokens;
   bool exact;  // small integers: no sum rounds, whatever its order
 };
 
 // Both products of one case: the reference's bytes where no sum rounds; else the same bytes as each other, close to the sums in double precision.
-std::string compare_bf16(const BrainCase& b, uint64_t seed) {
+std::string compare_bf16(const Bf16Case& b, uint64_t seed) {
   simt::set_schedule(simt::kSchedules[seed % simt::kScheduleCount]);
   Random random(seed);
   Case c{b.columns, b.rows, 0, b.tokens, {}, {}, seed % 2 == 0};
@@ -130,16 +130,16 @@ std::string compare_bf16(const BrainCase& b, uint64_t seed) {
     }
   }
   PackedMatrix matrix{TensorType::BF16, c.rows, c.columns, cuda::packed_bytes(source.view), nullptr, 0, 0};
-  const Guarded<uint8_t> weight("weight", matrix.bytes), rounded("rounded", cuda::brain_bytes(c.tokens, c.columns));
+  const Guarded<uint8_t> weight("weight", matrix.bytes), rounded("rounded", cuda::bf16_bytes(c.tokens, c.columns));
   matrix.data = weight.data();
   cuda::pack(source.view, &matrix, {0, 1});
   const size_t out_count = static_cast<size_t>(subtree_stride) * c.subtrees.size();
   const Guarded<float> device_x("x", x), device_bias("bias", bias), decoded("decoded", out_count), prefilled("prefilled", out_count);
-  auto* brain = reinterpret_cast<cuda::BrainGroup*>(rounded.data());
+  auto* bf16 = reinterpret_cast<cuda::Bf16Group*>(rounded.data());
   cuda::Product product{TensorType::BF16, c.rows, c.columns, 0, weight.data(), nullptr, c.tokens, static_cast<int>(c.segment_ends.size()), c.segment_ends.data(),
                         static_cast<int>(c.subtrees.size()), c.subtrees.data(), c.bias ? device_bias.data() : nullptr, decoded.data(), out_stride, subtree_stride};
-  product.brain = brain;
-  if (const char* problem = cuda::round_bf16(device_x.data(), x_stride, c.tokens, c.columns, brain, nullptr)) return problem;
+  product.bf16 = bf16;
+  if (const char* problem = cuda::round_bf16(device_x.data(), x_stride, c.tokens, c.columns, bf16, nullptr)) return problem;
   if (const char* problem = cuda::linear_bf16_decode(product, nullptr)) return problem;
   product.out = prefilled.data();
   if (const char* problem = cuda::linear_bf16_prefill(product, nullptr)) return problem;
@@ -179,7 +179,7 @@ std::string compare_bf16(const BrainCase& b, uint64_t seed) {
 }
 
 std::string check_bf16(bool exact) {
-  const BrainCase cases[] = {{32, 1, 1, exact}, {96, 17, 7, exact}, {288, 50, 9, exact}, {576, 140, 33, exact}, {160, 130, 130, exact}, {1536, 20, 70, exact}};
+  const Bf16Case cases[] = {{32, 1, 1, exact}, {96, 17, 7, exact}, {288, 50, 9, exact}, {576, 140, 33, exact}, {160, 130, 130, exact}, {1536, 20, 70, exact}};
   for (uint64_t seed = 0; seed < sizeof cases / sizeof cases[0]; seed++)
     if (const std::string what = compare_bf16(cases[seed], 700 + seed); !what.empty()) return what;
   return "";

@@ -181,7 +181,7 @@ std::string run_mma() {
 }
 
 // Rows of shared memory to fragments by ldmatrix, then a product of halves or of bf16: A [16][16], B as its transpose [8][16], and B again [16][8] by .trans.
-void half_mma_kernel(const uint16_t* a, const uint16_t* b, float* d, bool transposed, bool brain) {
+void half_mma_kernel(const uint16_t* a, const uint16_t* b, float* d, bool transposed, bool bf16) {
   uint16_t* shared = reinterpret_cast<uint16_t*>(dynamic_shared());
   const int lane = static_cast<int>(threadIdx.x);
   for (int i = lane; i < 256; i += 32) shared[i] = a[i];
@@ -193,20 +193,20 @@ void half_mma_kernel(const uint16_t* a, const uint16_t* b, float* d, bool transp
   if (transposed) load_matrix<2, true>(rb, shared + 256 + lane % 16 * 8);
   else load_matrix<2>(rb, shared + 256 + lane % 8 * 16 + lane / 8 % 2 * 8);
   float rd[4] = {0, 0, 0, 0};
-  if (brain) mma_bf16_k16(rd, ra, rb);
+  if (bf16) mma_bf16_k16(rd, ra, rb);
   else mma_f16_k16(rd, ra, rb);
   for (int i = 0; i < 4; i++) d[(lane / 4 + 8 * (i / 2)) * 8 + lane % 4 * 2 + i % 2] = rd[i];
 }
 
-std::string run_half_mma(bool transposed, bool brain) {
+std::string run_half_mma(bool transposed, bool bf16) {
   std::vector<uint16_t> a(256), b(128);
-  const auto bits = [&](float value) { return brain ? float_to_bfloat(value) : float_to_half(value); };
-  const auto value = [&](uint16_t h) { return brain ? bfloat_to_float(h) : half_to_float(h); };
+  const auto bits = [&](float value) { return bf16 ? float_to_bfloat(value) : float_to_half(value); };
+  const auto value = [&](uint16_t h) { return bf16 ? bfloat_to_float(h) : half_to_float(h); };
   for (size_t i = 0; i < a.size(); i++) a[i] = bits(static_cast<float>(static_cast<int>(i * 7 % 23) - 11));
   for (size_t i = 0; i < b.size(); i++) b[i] = bits(static_cast<float>(static_cast<int>(i * 5 % 19) - 9) * 0.25f);
   const Guarded<uint16_t> da("a", a), db("b", b);
   const Guarded<float> d("d", 128);
-  if (const char* fault = launch(half_mma_kernel, 1, 32, 768, nullptr, da.data(), db.data(), d.data(), transposed, brain)) return fault;
+  if (const char* fault = launch(half_mma_kernel, 1, 32, 768, nullptr, da.data(), db.data(), d.data(), transposed, bf16)) return fault;
   for (size_t r = 0; r < 16; r++)
     for (size_t c = 0; c < 8; c++) {
       float expected = 0;  // every sum is exact
