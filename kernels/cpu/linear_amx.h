@@ -29,15 +29,9 @@ struct Tiles16 : Lanes16 {
   template <TensorType type>
   using PanelOf = Panel<Format<type>::minimum ? TensorType::Q4_1 : Format<type>::half_scales ? TensorType::Q6_K : TensorType::Q4_0>;
 
-  // Groups [first, first + count) of a strip as a panel with signed weights.
+  // A panel with signed weights.
   template <TensorType type>
-  static __attribute__((noinline)) void expand_groups(const Strip& strip, int64_t first, int64_t count, uint8_t* panel) {
-    using W = Direct<type>;
-    for (int64_t g = first; g < first + count; g++, panel += kPanelBytes) {
-      const uint8_t* head = W::k_format ? strip.heads + static_cast<size_t>((strip.phase + g) >> 3) * W::head_bytes : nullptr;
-      expand<type, true>(strip.records + static_cast<size_t>(g) * W::record_bytes, head, panel);
-    }
-  }
+  SHARDMESH_LANES void expand(const uint8_t* record, const uint8_t* head, uint8_t* panel) { Lanes16::expand<type, true>(record, head, panel); }
 
   // A strip on its way into products, and the strip after it, which is fetched meanwhile.
   struct Source {
@@ -170,13 +164,13 @@ struct Tiles16 : Lanes16 {
     const int64_t groups = matrix.columns / 32, tile_bytes = kTileRows * groups * static_cast<int64_t>(sizeof(TokenGroup));
     const int block_tiles = tile_bytes * 2 > static_cast<int64_t>(kTokenBlockBytes) ? 2 : static_cast<int>(static_cast<int64_t>(kTokenBlockBytes) / tile_bytes);
     const TokenGroup* in = input_of<Tiles16, Panel<type>>(a.in);
-    Source source{{}, expand_groups<type>, panel_buffer<1>, groups <= kPanelGroupsMax, nullptr, Format<type>::record_bytes};
+    Source source{{}, expand_groups<Tiles16, type>, panel_buffer<1>, false, nullptr, Format<type>::record_bytes};
     int shaped = 0;
     for (int first = 0; first < tiles; first += block_tiles) {
       const int last = first + block_tiles < tiles ? first + block_tiles : tiles;
+      source.whole = last - first > 1 && groups <= kPanelGroupsMax;
       for (int64_t s = from; s < to; s++) {
         source.strip = strip_at<type>(matrix, s);
-        source.whole = last - first > 1 && groups <= kPanelGroupsMax;
         if (source.whole) source.expand(source.strip, 0, groups, source.panel);
         for (int i = first; i < last; i++) {
           const Tile tile = tile_at<Tiles16, P>(tokens, i);

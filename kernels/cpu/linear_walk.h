@@ -195,14 +195,13 @@ Strip strip_at(const PackedMatrix& matrix, int64_t index) {
   return {base + static_cast<size_t>(shape.heads) * Format<type>::head_bytes, base, matrix.layout};
 }
 
+// Groups [first, first + count) of a strip as the set's panel.
 template <class Isa, TensorType type>
-void expand_strip(const PackedMatrix& matrix, int64_t index, uint8_t* panel) {
+__attribute__((noinline)) void expand_groups(const Strip& strip, int64_t first, int64_t count, uint8_t* panel) {
   using W = Direct<type>;
-  const Strip strip = strip_at<type>(matrix, index);
-  const int64_t groups = matrix.columns / 32;
-  for (int64_t g = 0; g < groups; g++) {
+  for (int64_t g = first; g < first + count; g++, panel += kPanelBytes) {
     const uint8_t* head = W::k_format ? strip.heads + static_cast<size_t>((strip.phase + g) >> 3) * W::head_bytes : nullptr;
-    Isa::template expand<type>(strip.records + static_cast<size_t>(g) * W::record_bytes, head, panel + static_cast<size_t>(g) * kPanelBytes);
+    Isa::template expand<type>(strip.records + static_cast<size_t>(g) * W::record_bytes, head, panel);
   }
 }
 
@@ -265,7 +264,7 @@ void multiply_quantized(const LinearArguments& a, int64_t from, int64_t to) {
         Strip strips[kStrips];
         for (int i = 0; i < kStrips; i++) {
           uint8_t* panel = panel_buffer<kStrips> + static_cast<size_t>(i) * kPanelGroupsMax * kPanelBytes;
-          expand_strip<Isa, type>(matrix, s + i, panel);
+          expand_groups<Isa, type>(strip_at<type>(matrix, s + i), 0, groups, panel);
           strips[i] = {panel, nullptr, 0};
         }
         for (int i = first; i < last; i++) {

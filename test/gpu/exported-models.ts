@@ -2,7 +2,7 @@
  * Models as a machine without Node runs them: a file with shapes, a seed and the programs of every rank of some cuts, one JSON value a line, whose weights the reader
  * (exported_model.h) generates from the seed. A file has a few hundred KB at most.
  */
-import { smallModel, type SmallShape } from '../kernels/small-model.ts';
+import { kQuantShape, qwen2Shape, smallModel, type SmallShape } from '../kernels/small-model.ts';
 import type { KvType } from '../../kernels/programs/index.ts';
 import type { TensorType } from '../../kernels/programs/program.ts';
 
@@ -48,43 +48,14 @@ const llama = { architecture: 'llama', layers: 2, window: null, vocabulary: 2_10
 export const testModels: readonly ExportedModel[] = [
   {
     name: 'llama-k-quants-d64',
-    shape: {
-      ...llama,
-      hidden: 256,
-      heads: 4,
-      kvHeads: 2,
-      headSize: 64,
-      feedForward: 768,
-      types: { q: 'Q4_K', k: 'Q5_K', v: 'Q6_K', o: 'Q4_K', gate: 'Q4_K', up: 'Q5_K', down: 'Q6_K', embedding: 'Q6_K' },
-    },
+    shape: kQuantShape,
     seed: 11,
     cuts: allCuts,
     promptTokens: 270,
   },
   {
     name: 'qwen2-blocks-of-32-d32-window',
-    shape: {
-      architecture: 'qwen2',
-      layers: 2,
-      hidden: 128,
-      heads: 4,
-      kvHeads: 1,
-      headSize: 32,
-      feedForward: 96,
-      vocabulary: 2_100,
-      window: 70,
-      types: {
-        q: 'Q5_0',
-        k: 'Q5_1',
-        v: 'Q8_0',
-        o: 'Q4_0',
-        gate: 'Q5_1',
-        up: 'Q4_1',
-        down: 'Q5_0',
-        embedding: 'Q4_1',
-        head: 'Q8_0',
-      },
-    },
+    shape: qwen2Shape,
     seed: 12,
     cuts: allCuts,
     promptTokens: 270,

@@ -3,12 +3,9 @@
  * and simt/cuda_peer_processes_test.cpp: their driver in several processes, some of which are killed. Each of their cases is a test here; those that find something run the
  * same kernels with one line broken. Not shown: speed, and what a link between cards does.
  */
-import { execFile } from 'node:child_process';
-import { promisify } from 'node:util';
 import { beforeAll, describe, expect, it } from 'vitest';
 import { buildKernelTarget } from './build-target.ts';
-
-const run = promisify(execFile);
+import { linesOf } from './test-program.ts';
 
 const cases = [
   "two ranks and more, 3:2:1 too, have the reference's bits in one go",
@@ -44,13 +41,7 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('cuda pe
       let lines: string[] = [];
       beforeAll(async () => {
         const binary = await buildKernelTarget(target);
-        // Exit status 1 means that a case failed; which one is in the output, and is asserted below.
-        const { stdout } = await run(binary, [], { timeout: 60_000 }).catch((error: unknown) => {
-          if (error instanceof Error && 'code' in error && error.code === 1 && 'stdout' in error)
-            return { stdout: String(error.stdout) };
-          throw error;
-        });
-        lines = stdout.trim().split('\n');
+        lines = await linesOf(binary, [], 60_000);
       }, 600_000);
 
       it.each(names)('%s', (name) => {

@@ -5,7 +5,7 @@
 import { beforeAll, describe, expect, it } from 'vitest';
 import { loadAddon, type Addon, type SlotSampling } from '../../kernels/index.ts';
 import { cachedModelPath, loadScoringModel } from './score-model.ts';
-import { smallModel, type SmallShape } from './small-model.ts';
+import { kQuantShape, qwen2Shape, smallModel, type SmallShape } from './small-model.ts';
 import {
   randomTokens,
   threeRankTwoStageCut,
@@ -357,40 +357,8 @@ export function describeCudaPrograms(load: () => Promise<Addon>): void {
 
   describe('real programs with generated weights', () => {
     const shapes: Record<string, SmallShape> = {
-      'llama, Q4_K, Q5_K and Q6_K, heads of 64, tied head': {
-        architecture: 'llama',
-        layers: 2,
-        hidden: 256,
-        heads: 4,
-        kvHeads: 2,
-        headSize: 64,
-        feedForward: 768,
-        vocabulary: 2_100,
-        window: null,
-        types: { q: 'Q4_K', k: 'Q5_K', v: 'Q6_K', o: 'Q4_K', gate: 'Q4_K', up: 'Q5_K', down: 'Q6_K', embedding: 'Q6_K' },
-      },
-      'qwen2 with biases, blocks of 32, a window of 70, a head of its own': {
-        architecture: 'qwen2',
-        layers: 2,
-        hidden: 128,
-        heads: 4,
-        kvHeads: 1,
-        headSize: 32,
-        feedForward: 96,
-        vocabulary: 2_100,
-        window: 70,
-        types: {
-          q: 'Q5_0',
-          k: 'Q5_1',
-          v: 'Q8_0',
-          o: 'Q4_0',
-          gate: 'Q5_1',
-          up: 'Q4_1',
-          down: 'Q5_0',
-          embedding: 'Q4_1',
-          head: 'Q8_0',
-        },
-      },
+      'llama, Q4_K, Q5_K and Q6_K, heads of 64, tied head': kQuantShape,
+      'qwen2 with biases, blocks of 32, a window of 70, a head of its own': qwen2Shape,
       'llama, heads of 128': {
         architecture: 'llama',
         layers: 2,

@@ -2,12 +2,9 @@
  * Runs the CUDA kernels of kernels/cuda on the CPU (simt/machine.h) against the reference, with memcmp: simt/cuda_linear_test.cpp, cuda_step_test.cpp and cuda_fused_test.cpp. Each
  * of their cases is a test here. It proves indexes, barriers and every bit of the arithmetic; not speed, and not what only a card's memory can do.
  */
-import { execFile } from 'node:child_process';
-import { promisify } from 'node:util';
 import { beforeAll, describe, expect, it } from 'vitest';
 import { buildKernelTarget } from './build-target.ts';
-
-const run = promisify(execFile);
+import { linesOf } from './test-program.ts';
 
 const quantised = ['Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'Q8_0', 'Q4_K', 'Q5_K', 'Q6_K'];
 const ofEachType = [
@@ -64,13 +61,7 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('cuda ke
       let lines: string[] = [];
       beforeAll(async () => {
         const binary = await buildKernelTarget(target);
-        // Exit status 1 means that a case failed; which one is in the output, and is asserted below.
-        const { stdout } = await run(binary, [], { timeout: 120_000 }).catch((error: unknown) => {
-          if (error instanceof Error && 'code' in error && error.code === 1 && 'stdout' in error)
-            return { stdout: String(error.stdout) };
-          throw error;
-        });
-        lines = stdout.trim().split('\n');
+        lines = await linesOf(binary, [], 120_000);
       }, 600_000);
 
       it.each(names)('%s', (name) => {

@@ -10,6 +10,7 @@ import { promisify } from 'node:util';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { exportModel, testModels } from '../gpu/exported-models.ts';
 import { buildKernelTarget } from './build-target.ts';
+import { linesOf } from './test-program.ts';
 
 const run = promisify(execFile);
 
@@ -27,13 +28,7 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('exporte
     return file;
   };
   const lines = async (...args: string[]): Promise<string[]> => {
-    // Exit status 1: a case failed, which its line says.
-    const { stdout } = await run(binary, args, { timeout: 100_000 }).catch((error: unknown) => {
-      if (error instanceof Error && 'code' in error && error.code === 1 && 'stdout' in error)
-        return { stdout: String(error.stdout) };
-      throw error;
-    });
-    return stdout.trim().split('\n').slice(1, -1);
+    return (await linesOf(binary, args, 100_000)).slice(1, -1);
   };
 
   it("exported program - has the reference's bits on one rank and two, and after a rank was killed", async () => {

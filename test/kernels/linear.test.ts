@@ -2,12 +2,9 @@
  * Runs linear_test.cpp: matrix products of every CPU kernel set against the reference, with memcmp. Each of its cases is a test here. `avx512-emulated` and
  * `amx-emulated` are the sources of avx512 and amx on emulated_avx512.h, so that they run on any machine with AVX2.
  */
-import { execFile } from 'node:child_process';
-import { promisify } from 'node:util';
 import { beforeAll, describe, expect, it } from 'vitest';
 import { buildKernelTarget } from './build-target.ts';
-
-const run = promisify(execFile);
+import { linesOf } from './test-program.ts';
 
 const sets = ['portable', 'avx2', 'avx512', 'amx', 'avx512-emulated', 'amx-emulated'];
 const types = ['F32', 'F16', 'BF16', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'Q8_0', 'Q4_K', 'Q5_K', 'Q6_K'];
@@ -29,22 +26,18 @@ describe.skipIf(process.platform !== 'linux')('linear', () => {
   let lines: string[] = [];
 
   /** What the cases of `target` whose name contains `filter` print. */
-  const linesOf = async (target: string, filter: string) => {
+  const linesOfTarget = async (target: string, filter: string) => {
     const binary = await buildKernelTarget(target);
-    // Exit status 1 means that a case failed; which one is in the output, and is asserted below.
-    const { stdout } = await run(binary, [filter], { timeout: 100_000 }).catch((error: unknown) => {
-      if (error instanceof Error && 'code' in error && error.code === 1 && 'stdout' in error)
-        return { stdout: String(error.stdout) };
-      throw error;
-    });
-    return stdout.trim().split('\n');
+    return await linesOf(binary, [filter], 100_000);
   };
 
   beforeAll(async () => {
-    lines = await linesOf('linear_test', '');
+    lines = await linesOfTarget('linear_test', '');
     for (const set of ['avx512', 'amx']) {
       const emulated =
-        process.arch === 'x64' ? await linesOf('linear_test_emulated', `linear ${set} `) : [`skip linear ${set}: x86-64 only`];
+        process.arch === 'x64'
+          ? await linesOfTarget('linear_test_emulated', `linear ${set} `)
+          : [`skip linear ${set}: x86-64 only`];
       const ofSet = emulated.filter((line) => new RegExp(`^\\w+ linear ${set}[ :]`).test(line));
       lines.push(...ofSet.map((line) => line.replace(`linear ${set}`, `linear ${set}-emulated`)));
     }

@@ -2,12 +2,9 @@
  * Runs simt/simt_test.cpp: the machine that runs CUDA kernels on the CPU. Each of its cases is a test here; those that begin with "finds" are kernels that are
  * wrong on purpose.
  */
-import { execFile } from 'node:child_process';
-import { promisify } from 'node:util';
 import { beforeAll, describe, expect, it } from 'vitest';
 import { buildKernelTarget } from './build-target.ts';
-
-const run = promisify(execFile);
+import { linesOf } from './test-program.ts';
 
 const cases = [
   'sums over warps and blocks in every order',
@@ -58,13 +55,7 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('simt', 
   let lines: string[] = [];
   beforeAll(async () => {
     const binary = await buildKernelTarget('simt_test');
-    // Exit status 1 means that a case failed; which one is in the output, and is asserted below.
-    const { stdout } = await run(binary, [], { timeout: 60_000 }).catch((error: unknown) => {
-      if (error instanceof Error && 'code' in error && error.code === 1 && 'stdout' in error)
-        return { stdout: String(error.stdout) };
-      throw error;
-    });
-    lines = stdout.trim().split('\n');
+    lines = await linesOf(binary, [], 60_000);
   }, 600_000);
 
   it.each(cases)('simt - %s', (name) => {

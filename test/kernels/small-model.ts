@@ -68,6 +68,44 @@ function generate({ name, type, bytes }: TensorFacts, seed: number): Uint8Array 
   return data;
 }
 
+/** K-quants, heads of 64, a tied head. */
+export const kQuantShape: SmallShape = {
+  architecture: 'llama',
+  layers: 2,
+  hidden: 256,
+  heads: 4,
+  kvHeads: 2,
+  headSize: 64,
+  feedForward: 768,
+  vocabulary: 2_100,
+  window: null,
+  types: { q: 'Q4_K', k: 'Q5_K', v: 'Q6_K', o: 'Q4_K', gate: 'Q4_K', up: 'Q5_K', down: 'Q6_K', embedding: 'Q6_K' },
+};
+
+/** Biases, every format of blocks of 32, heads of 32, a window, a head of its own. */
+export const qwen2Shape: SmallShape = {
+  architecture: 'qwen2',
+  layers: 2,
+  hidden: 128,
+  heads: 4,
+  kvHeads: 1,
+  headSize: 32,
+  feedForward: 96,
+  vocabulary: 2_100,
+  window: 70,
+  types: {
+    q: 'Q5_0',
+    k: 'Q5_1',
+    v: 'Q8_0',
+    o: 'Q4_0',
+    gate: 'Q5_1',
+    up: 'Q4_1',
+    down: 'Q5_0',
+    embedding: 'Q4_1',
+    head: 'Q8_0',
+  },
+};
+
 export interface SmallModel {
   facts: ModelFacts;
   /** Of all ranks of all stages. */
