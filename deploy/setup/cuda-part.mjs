@@ -12,7 +12,7 @@ const digest = () =>
   contentDigest(
     root,
     ['kernels/cuda', 'kernels/include', 'kernels/reference'],
-    (path) => /\.(h|cu|cuh|cpp)$|CMakeLists\.txt$/.test(path) && !/cuda_device\.cpp$|reference\/.*\.cpp$/.test(path),
+    (path) => /\.(h|cu|cuh|cpp)$|CMakeLists\.txt$/.test(path) && !/cuda_device\w*\.(h|cpp)$|reference\/.*\.cpp$/.test(path),
   );
 
 /** The folder to link, or null: never built, or built from other sources. */
