@@ -15,6 +15,7 @@ import { llamaBatchedBench, llamaBench, obtainLlamaCpp, requantise, startLlamaSe
 import { decode, pace, prefill, repeated, serve, target } from './peers/measures.mjs';
 import { scalingPlot } from './peers/scaling-plot.mjs';
 import { startServe } from './peers/serve.mjs';
+import { steadiness } from './peers/steadiness.mjs';
 
 const groups = ['single', 'batch', 'http', 'pace', 'footprint'];
 const { values } = parseArgs({
@@ -129,7 +130,9 @@ async function round(index) {
   }
   if (rows.includes('pace') && index < 3)
     for (const name of both) {
-      note('pace', `shardmesh ${name}`, await pace(on(name)));
+      const gaps = await pace(on(name));
+      note('pace', `shardmesh ${name}`, gaps);
+      note('steadiness', 'pieces of arithmetic', await steadiness(gaps.aloneMs));
       note('repeated', `shardmesh ${name}`, await repeated(on(name)));
     }
 }
@@ -180,7 +183,7 @@ for (const [row, title, limit, text] of [
     'pace',
     'p99 of the gaps of 16 streams while 2,000-token prompts arrive, over the median without',
     2.5,
-    (one) => `${figure(one.p99Ms)} ms over ${figure(one.aloneMs)} ms`,
+    (one) => `${figure(one.p99Ms)} ms over ${figure(one.aloneMs)} ms, median among prompts ${figure(one.p50Ms)} ms`,
   ],
   [
     'repeated',
@@ -193,6 +196,12 @@ for (const [row, title, limit, text] of [
   const least = all.sort((a, b) => a.ratio - b.ratio)[0];
   if (least) limitRow(title, least.ratio, `${text(least)}, ${least.name.replace('shardmesh ', '')}`, limit);
 }
+// What no program can be better than.
+const steadiest = [...(measured.get('steadiness')?.values() ?? [])].flat().sort((a, b) => a.ratio - b.ratio)[0];
+if (steadiest)
+  lines.push(
+    `| the same of pieces of pure arithmetic on every core, between those measurements: the machine itself | ${figure(steadiest.p99Ms)} ms over ${figure(steadiest.p50Ms)} ms | | ${steadiest.ratio.toFixed(2)} | | |`,
+  );
 for (const [name, [{ readySeconds, processes }]] of measured.get('footprint') ?? []) {
   const resident = processes.reduce((sum, bytes) => sum + bytes, 0);
   const limit = 1.6 * statSync(model).size + processes.length * 90 * 1024 ** 2;
