@@ -161,7 +161,7 @@ class CudaDevice final : public Device {
   void give_up();
   void allocate_kv();
   float* sums() const { return peers_ ? peers_->block() : sums_.as<float>(); }
-  void reduce_with_peers(int index);
+  void reduce_with_peers(int index, const NormAfter* norm = nullptr);
 
   // Takes note of what a launch or copy answered. After the first fault nothing is queued.
   void queue(Problem problem) {

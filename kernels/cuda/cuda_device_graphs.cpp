@@ -181,6 +181,11 @@ size_t CudaDevice::fuse(size_t index) {
                           card_facts_.multiprocessors * shape.tuning.warps, to_, check_of(index + 1, o.out)));
     return 2;
   }
+  if (first.kind == ActionKind::AllReduce && reduces_with_peers_ && norms(index)) {
+    const NormAfter norm = norm_after(index + 1, 0);
+    reduce_with_peers(first.operation, &norm);
+    return 2;
+  }
   const Action* reduce = action_of(index + 1, ActionKind::AllReduce);
   if (first.kind == ActionKind::LinearPartial && p.ranks == 1 && reduce && are_quantized({first.operation})) {
     const Operation& sum = operation(reduce->operation);

@@ -170,8 +170,8 @@ void CudaDevice::reduce(int index, int first_row, int rows, const float* const* 
   else queue(finish_tree(o.cut.units, count, lo, hi, nodes, strides, vector(o.bias), out, residual.stride, residual.width, rows, to_));
 }
 
-// Own sums lie where the peers read them.
-void CudaDevice::reduce_with_peers(int index) {
+// Own sums lie where the peers read them. `norm`: null, or the one behind it in the same launch.
+void CudaDevice::reduce_with_peers(int index, const NormAfter* norm) {
   const Operation& o = operation(index);
   const Buffer& residual = shard_.buffer(o.out);
   int lo[kSegmentsMax], hi[kSegmentsMax], owner[kSegmentsMax], count = 0, fewest = kSegmentsMax;
@@ -185,7 +185,7 @@ void CudaDevice::reduce_with_peers(int index) {
       count++;
     }
   }
-  queue(peers_->reduce({o.cut.units, count, lo, hi, owner, vector(o.bias), values(o.out), residual.stride, residual.width, rows_->tokens}, count - fewest, index, to_));
+  queue(peers_->reduce({o.cut.units, count, lo, hi, owner, vector(o.bias), values(o.out), residual.stride, residual.width, rows_->tokens}, count - fewest, index, to_, norm, arrivals_.as<uint32_t>()));
 }
 
 bool CudaDevice::store_kv(int action, const Operation& o) {

@@ -103,12 +103,12 @@ float* PeerDriver::block() const {
   return reinterpret_cast<float*>(group_.regions[group_.rank] + kPeerHeaderBytes + (number & 1) * block_bytes_);
 }
 
-Problem PeerDriver::reduce(const PeerReduction& reduction, int sums_most, int operation, Stream stream) {
+Problem PeerDriver::reduce(const PeerReduction& reduction, int sums_most, int operation, Stream stream, const NormAfter* norm, uint32_t* arrivals) {
   const int64_t saved = int64_t{reduction.tokens} * reduction.width * 4 * (sums_most - 1) / group_.ranks * (group_.ranks - 1);
   const bool two_goes = saved > kTwoGoesSaveBytes;
   const uint32_t exchange = static_cast<uint32_t>(reductions_.size()) + 1;
   reductions_.resize(reductions_.size() + (two_goes ? 2 : 1), operation);
-  return peer_reduce(group_, exchange, reduction, two_goes, stream);
+  return norm ? peer_reduce_norm(group_, exchange, reduction, two_goes, *norm, arrivals, stream) : peer_reduce(group_, exchange, reduction, two_goes, stream);
 }
 
 void PeerDriver::abort() { __atomic_store_n(&report_.as<PeerReport>()->abort, 1u, __ATOMIC_RELAXED); }

@@ -35,8 +35,9 @@ class PeerDriver {
   const std::vector<int>& reductions() const { return reductions_; }
   // Where own sums go until the next reduce().
   float* block() const;
-  // `sums_most`: subtrees of all ranks less those of the rank that has the fewest, the same on all ranks.
-  Problem reduce(const PeerReduction& reduction, int sums_most, int operation, Stream stream);
+  // `sums_most`: subtrees of all ranks less those of the rank that has the fewest, the same on all ranks. `norm`: null, or the norm behind it in the same launch, with the counter of
+  // its arrivals.
+  Problem reduce(const PeerReduction& reduction, int sums_most, int operation, Stream stream, const NormAfter* norm = nullptr, uint32_t* arrivals = nullptr);
 
   // Any thread: every wait ends.
   void abort();

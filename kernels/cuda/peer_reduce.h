@@ -69,6 +69,9 @@ struct PeerReduction {
 // In one go every rank reads all sums. In two each rank finishes the tree for its share of the rows and publishes them as exchange + 1, and all gather the shares.
 // Limits: 2 to 16 ranks; width and strides multiples of 4; sums and shares fit the blocks. On a fault the residual stays as it was, and every later one ends at once.
 Problem peer_reduce(const PeerGroup& group, uint32_t exchange, const PeerReduction& reduction, bool two_goes, Stream stream);
+// peer_reduce with the norm of the residual behind it, quantised, in one launch whether in one go or two: at most kFusedTokensMax tokens, width a multiple of 32.
+// arrivals: one counter, 0 before and after, on a fault too.
+Problem peer_reduce_norm(const PeerGroup& group, uint32_t exchange, const PeerReduction& reduction, bool two_goes, const NormAfter& norm, uint32_t* arrivals, Stream stream);
 // An exchange of nothing: makes the number of a step's exchanges even.
 Problem peer_meet(const PeerGroup& group, uint32_t exchange, Stream stream);
 

@@ -10,6 +10,8 @@ import { linesOf } from './test-program.ts';
 const cases = [
   "two ranks and more, 3:2:1 too, have the reference's bits in one go",
   'they have them in two goes, with fewer rows than ranks too',
+  'with the norm of the residual in the same launch they have its bits too, in one go',
+  'so they have in two goes, with fewer rows than ranks too',
   'sixteen ranks of one unit each',
   "counters of an earlier epoch are not taken for this one's",
   'a peer that never comes is named when the deadline is over, and the next epoch works',
@@ -20,6 +22,14 @@ const cases = [
   'finds a poll without acquire',
   'finds a single block',
   'finds stamps that are compared without their epoch',
+  'with the norm, finds a stamp without release',
+  'with the norm, finds a second stamp without release',
+  'with the norm, finds a poll without acquire',
+  'with the norm, finds a second poll without acquire',
+  'with the norm, finds a single block',
+  'with the norm, finds stamps that are compared without their epoch',
+  'with the norm, finds a norm that a block has not added to yet',
+  'with the norm, finds shares that are published a block too early',
 ];
 
 const ofEachPlace = [

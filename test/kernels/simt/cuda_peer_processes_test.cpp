@@ -78,6 +78,16 @@ class Rank {
     std::vector<int32_t> rows(static_cast<size_t>(kTokensMax) * most);
     for (size_t i = 0; i < rows.size(); i++) rows[i] = static_cast<int32_t>(i);
     check(copy_now(rows_.as<void>(), rows.data(), rows.size() * 4));
+    const size_t groups = activation_bytes(kFusedTokensMax, kWidth);
+    weight_ = Memory(Place::Card, static_cast<size_t>(kWidth) * 4, "weight of the norm");
+    normed_ = Memory(Place::Card, groups, "normed");
+    normed_apart_ = Memory(Place::Card, groups, "normed apart");
+    arrivals_ = Memory(Place::Card, 4, "arrivals");
+    std::vector<float> weight(static_cast<size_t>(kWidth));
+    for (size_t i = 0; i < weight.size(); i++) weight[i] = 0.5f + static_cast<float>(i % 7);
+    check(copy_now(weight_.as<void>(), weight.data(), weight_.size()));
+    check(copy_now(arrivals_.as<void>(), std::vector<uint32_t>(1, 0).data(), 4));
+    for (const Memory* memory : {&normed_, &normed_apart_}) check(copy_now(memory->as<void>(), std::vector<uint8_t>(groups, 0).data(), groups));
   }
   ~Rank() {
     synchronise(stream_);
@@ -133,14 +143,23 @@ class Rank {
       // The kernel that lays them down stands for a partial product.
       check(copy_now(sums_.as<void>(), own.data(), own.size() * 4));
       check(select_rows(sums_.as<float>(), kWidth, rows_.as<int32_t>(), static_cast<int>(own.size() / static_cast<size_t>(kWidth)), kWidth, driver_->block(), kWidth, stream_));
+      const NormAfter norm{weight_.as<float>(), 1e-5f, normed_.as<ActivationGroup>(), 0, {}};
       check(driver_->reduce({case_.cut.back(), static_cast<int>(lo.size()), lo.data(), hi.data(), owner.data(), nullptr, residual_.as<float>(), kWidth, kWidth, tokens},
-                            static_cast<int>(lo.size() - fewest), i, stream_));
+                            static_cast<int>(lo.size() - fewest), i, stream_, tokens <= kFusedTokensMax && i % 2 == 1 ? &norm : nullptr, arrivals_.as<uint32_t>()));
     }
     std::vector<float> found(values);
     Memory back(Place::Host, values * 4, "residual");
     check(copy_to_host(back.as<void>(), residual_.as<void>(), values * 4, stream_));
+    Memory normed(Place::Host, normed_.size(), "normed"), normed_apart(Place::Host, normed_.size(), "normed");
+    if (tokens <= kFusedTokensMax) {
+      check(rms_norm(residual_.as<float>(), kWidth, weight_.as<float>(), 1e-5f, kWidth, tokens, nullptr, 0, normed_apart_.as<ActivationGroup>(), stream_));
+      check(copy_to_host(normed.as<void>(), normed_.as<void>(), normed_.size(), stream_));
+      check(copy_to_host(normed_apart.as<void>(), normed_apart_.as<void>(), normed_.size(), stream_));
+    }
     check(synchronise(stream_));
     const PeerDriver::Fault fault = driver_->fault();
+    if (fault.kind == PeerFault::None && tokens <= kFusedTokensMax)
+      expect(std::memcmp(normed.as<void>(), normed_apart.as<void>(), normed_.size()) == 0, "the norm behind the last reduction is not that of the residual");
     if (fault.kind == PeerFault::None) expect(std::memcmp(back.as<void>(), residual.data(), values * 4) == 0, "the residual is not the reference's");
     return fault;
   }
@@ -157,7 +176,7 @@ class Rank {
   const int rank_, socket_;
   std::unique_ptr<PeerDriver> driver_;
   Stream stream_ = nullptr;
-  Memory sums_, residual_, step_, step_host_, rows_;
+  Memory sums_, residual_, step_, step_host_, rows_, weight_, normed_, normed_apart_, arrivals_;
 };
 
 // Runs `body` in a process for each rank, and hands their memory around `meetings` times. "" or what the first that failed says; a killed one says nothing.

@@ -17,7 +17,9 @@ using simt::Visibility;
 
 namespace shardmesh::cuda {
 using PeerReduce = Problem(const PeerGroup&, uint32_t, const PeerReduction&, bool, Stream);
+using PeerReduceNorm = Problem(const PeerGroup&, uint32_t, const PeerReduction&, bool, const NormAfter&, uint32_t*, Stream);
 PeerReduce peer_reduce_without_release, peer_reduce_without_acquire, peer_reduce_with_one_block, peer_reduce_of_any_epoch;
+PeerReduceNorm peer_reduce_norm_without_release, peer_reduce_norm_without_acquire, peer_reduce_norm_with_one_block, peer_reduce_norm_of_any_epoch, peer_reduce_norm_a_block_too_early;
 }  // namespace shardmesh::cuda
 
 namespace {
@@ -40,13 +42,24 @@ struct Shape {
   int ranks() const { return static_cast<int>(cut.size()) - 1; }
 };
 
+// The kernels of a test: peer_reduce.cu, or its source with one line broken. With `norm` reductions end with the norm of the residual.
+struct Kernels {
+  cuda::PeerReduce* reduce = cuda::peer_reduce;
+  cuda::PeerReduceNorm* norm = nullptr;
+  bool operator==(const Kernels&) const = default;
+};
+constexpr Kernels kPlain{}, kNormed{cuda::peer_reduce, cuda::peer_reduce_norm};
+constexpr float kEpsilon = 1e-5f;
+
 struct Mesh;
 
 struct Rank {
   Rank(const Mesh& mesh, int rank);
   simt::CardWork queue;
   std::unique_ptr<simt::SystemMemory> region;
-  std::unique_ptr<Guarded<float>> residual, bias;
+  std::unique_ptr<Guarded<float>> residual, bias, weight;
+  std::unique_ptr<Guarded<uint8_t>> normed;  // quantised
+  Guarded<uint32_t> arrivals{"arrivals", std::vector<uint32_t>(1, 0)};
   Guarded<cuda::PeerStep> step{"step", 1};
   Guarded<cuda::PeerReport> report{"report", 1};
   cuda::PeerGroup group{};
@@ -54,22 +67,23 @@ struct Rank {
   cuda::PeerHeader& header() const { return *reinterpret_cast<cuda::PeerHeader*>(region->own()); }
   PeerFault fault() const { return static_cast<PeerFault>(report.data()->fault & 0xff); }
   int fault_rank() const { return static_cast<int>(report.data()->fault >> 8 & 0xff); }
+  cuda::NormAfter norm() const { return {weight->data(), kEpsilon, reinterpret_cast<cuda::ActivationGroup*>(normed->data()), 0, {}}; }
   uint32_t fault_exchange() const { return static_cast<uint32_t>(report.data()->fault >> 16); }
 };
 
 struct Mesh {
   Shape shape;
-  cuda::PeerReduce* reduce = cuda::peer_reduce;
+  Kernels kernels;
   bool one_block = false;
   uint64_t block_bytes = 0;
   int64_t residual_stride;
   std::vector<std::vector<Subtree>> subtrees;
   std::vector<std::unique_ptr<Rank>> ranks;
   std::vector<std::vector<std::unique_ptr<Guarded<float>>>> sums;  // by reduction, by rank
-  std::vector<float> residual, bias;
+  std::vector<float> residual, bias, weight;
   Random random{1};
 
-  Mesh(Shape s, Visibility visibility, uint64_t seed) : shape(std::move(s)), residual_stride(shape.width + 4), random(seed) {
+  Mesh(Shape s, Visibility visibility, uint64_t seed, const Kernels& of = kPlain) : shape(std::move(s)), kernels(of), residual_stride(shape.width + 4), random(seed) {
     for (int r = 0; r < shape.ranks(); r++) {
       subtrees.push_back(maximal_subtrees(shape.cut.back(), shape.cut[static_cast<size_t>(r)], shape.cut[static_cast<size_t>(r) + 1]));
       block_bytes = std::max(block_bytes, subtrees.back().size() * values() * 4);
@@ -77,6 +91,7 @@ struct Mesh {
     block_bytes = (block_bytes + 255) / 256 * 256;
     residual = make_activations(static_cast<size_t>(residual_stride * shape.tokens), Values::Random, random);
     if (shape.bias) bias = make_activations(static_cast<size_t>(shape.width), Values::Random, random);
+    if (kernels.norm) weight = make_activations(static_cast<size_t>(shape.width), Values::Random, random);
     for (int r = 0; r < shape.ranks(); r++) ranks.push_back(std::make_unique<Rank>(*this, r));
     for (int r = 0; r < shape.ranks(); r++) {
       ranks[static_cast<size_t>(r)]->region = std::make_unique<simt::SystemMemory>("region", cuda::peer_region_bytes(block_bytes), shape.ranks() - 1, visibility);
@@ -124,7 +139,9 @@ struct Mesh {
       if (const char* problem = cuda::launch(write_sums, 3, 32, 0, self.stream(), own.data(), block, static_cast<int64_t>(own.size()))) return problem;
       const cuda::PeerReduction reduction{shape.cut.back(), static_cast<int>(lo.size()), lo.data(), hi.data(), owner.data(), self.bias ? self.bias->data() : nullptr,
                                           self.residual->data(), residual_stride, shape.width, shape.tokens};
-      if (const char* problem = reduce(self.group, exchange, reduction, two_goes, self.stream())) return problem;
+      const char* problem = kernels.norm ? kernels.norm(self.group, exchange, reduction, two_goes, self.norm(), self.arrivals.data(), self.stream())
+                                         : kernels.reduce(self.group, exchange, reduction, two_goes, self.stream());
+      if (problem) return problem;
     }
     return nullptr;
   }
@@ -158,10 +175,22 @@ struct Mesh {
 
   std::string compare() {
     const std::vector<float> want = expected();
+    std::vector<uint8_t> want_normed;
+    if (kernels.norm) {
+      const Guarded<float> x("x", want), w("weight", weight);
+      const Guarded<uint8_t> groups("groups", rank(0).normed->size());
+      simt::set_schedule({});
+      if (const char* problem = cuda::rms_norm(x.data(), residual_stride, w.data(), kEpsilon, shape.width, shape.tokens, nullptr, 0, reinterpret_cast<cuda::ActivationGroup*>(groups.data()), nullptr))
+        return problem;
+      want_normed = groups.values();
+    }
     for (int r = 0; r < shape.ranks(); r++) {
       if (rank(r).fault() != PeerFault::None) return "rank " + std::to_string(r) + " has a fault, waiting for rank " + std::to_string(rank(r).fault_rank()) + "; ";
       if (!rank(r).region->intact()) return "bytes beside a region have changed; ";
       if (const std::string what = simt::difference(want, *rank(r).residual); !what.empty()) return "rank " + std::to_string(r) + ": " + what;
+      if (!kernels.norm) continue;
+      if (const std::string what = simt::difference(want_normed, *rank(r).normed); !what.empty()) return "the norm of rank " + std::to_string(r) + ": " + what;
+      if (*rank(r).arrivals.data() != 0) return "arrivals are left; ";
     }
     return "";
   }
@@ -170,6 +199,10 @@ struct Mesh {
 Rank::Rank(const Mesh& mesh, int rank) {
   residual = std::make_unique<Guarded<float>>("residual", mesh.residual);
   if (mesh.shape.bias) bias = std::make_unique<Guarded<float>>("bias", mesh.bias);
+  if (mesh.kernels.norm) {
+    weight = std::make_unique<Guarded<float>>("weight", mesh.weight);
+    normed = std::make_unique<Guarded<uint8_t>>("normed", cuda::activation_bytes(mesh.shape.tokens, mesh.shape.width));
+  }
   group.rank = rank;
   group.ranks = mesh.shape.ranks();
   group.step = step.data();
@@ -201,11 +234,11 @@ std::string steps(Mesh& mesh, uint64_t seed, bool two_goes, int step_count = 2, 
 constexpr Visibility kVisibilities[] = {Visibility::Early, Visibility::Late};
 const char* name_of(Visibility v) { return v == Visibility::Early ? "early" : "late"; }
 
-std::string check_shapes(const std::vector<Shape>& shapes, bool two_goes, uint64_t seeds) {
+std::string check_shapes(const std::vector<Shape>& shapes, bool two_goes, uint64_t seeds, const Kernels& kernels = kPlain) {
   for (const Shape& shape : shapes)
     for (const Visibility visibility : kVisibilities)
       for (uint64_t seed = 1; seed <= seeds; seed++) {
-        Mesh mesh(shape, visibility, seed);
+        Mesh mesh(shape, visibility, seed, kernels);
         const std::string what = steps(mesh, seed, two_goes, 2, seed % 2 ? 3 : 2);
         if (!what.empty())
           return what + std::to_string(shape.ranks()) + " ranks, " + std::to_string(shape.tokens) + " x " + std::to_string(shape.width) + ", seen " + name_of(visibility) + ", seed " +
@@ -215,25 +248,23 @@ std::string check_shapes(const std::vector<Shape>& shapes, bool two_goes, uint64
 }
 
 // A broken kernel gives wrong bits in some run, and a right one in none of the same.
-std::string finds(cuda::PeerReduce* broken, bool one_block, bool two_goes) {
+std::string finds(const Kernels& broken, bool one_block, bool two_goes, int reductions = 4) {
   int wrong = 0, runs = 0;
   for (const Visibility visibility : kVisibilities)
     for (uint64_t seed = 1; seed <= 10; seed++)
-      for (cuda::PeerReduce* reduce : {cuda::peer_reduce, broken}) {
-        Mesh mesh({{0, 5, 8}, 1060, 2}, visibility, seed);
-        mesh.reduce = reduce;
-        mesh.one_block = one_block && reduce == broken;
-        const std::string what = steps(mesh, seed, two_goes, 1, 4);
-        if (reduce == broken) wrong += !what.empty(), runs++;
+      for (const bool right : {true, false}) {
+        Mesh mesh({{0, 5, 8}, 1056, 2}, visibility, seed, !right ? broken : broken.norm ? kNormed : kPlain);
+        mesh.one_block = one_block && !right;
+        const std::string what = steps(mesh, seed, two_goes, 1, reductions);
+        if (!right) wrong += !what.empty(), runs++;
         else if (!what.empty()) return "the right kernel: " + what;
       }
   return wrong > 0 ? "" : "not found in " + std::to_string(runs) + " runs";
 }
 
 // Rank 1 still has the counters of an earlier epoch, far ahead, when rank 0 begins; its host gets to the new one late.
-std::string stale_epoch(cuda::PeerReduce* reduce, uint64_t seed, Visibility visibility) {
-  Mesh mesh({{0, 4, 8}, 64, 2}, visibility, seed);
-  mesh.reduce = reduce;
+std::string stale_epoch(const Kernels& kernels, uint64_t seed, Visibility visibility) {
+  Mesh mesh({{0, 4, 8}, 64, 2}, visibility, seed, kernels);
   mesh.begin(0, 8);
   mesh.rank(1).header().stamp = cuda::stamp_of(7, 1'000'000);
   mesh.rank(1).region->publish_all();
@@ -248,9 +279,9 @@ std::string stale_epoch(cuda::PeerReduce* reduce, uint64_t seed, Visibility visi
   return mesh.compare();
 }
 
-std::string check_deadline(bool two_goes) {
+std::string check_deadline(bool two_goes, const Kernels& kernels) {
   for (uint64_t seed = 1; seed <= 5; seed++) {
-    Mesh mesh({{0, 3, 5, 6}, 64, 3}, kVisibilities[seed % 2], seed);
+    Mesh mesh({{0, 3, 5, 6}, 64, 3}, kVisibilities[seed % 2], seed, kernels);
     for (int r = 0; r < 3; r++) mesh.begin(r, 1, 50'000);
     for (uint32_t i = 0; i < 4; i++)
       if (const char* problem = mesh.queue_reduction(1 + i * (two_goes ? 2 : 1), two_goes, 2)) return problem;
@@ -262,6 +293,9 @@ std::string check_deadline(bool two_goes) {
       const Rank& rank = mesh.rank(r);
       if (rank.fault() != PeerFault::Deadline || rank.fault_rank() != 2 || rank.fault_exchange() != 1) return "rank " + std::to_string(r) + " says something else";
       if (const std::string what = simt::difference(mesh.residual, *rank.residual); !what.empty()) return "the residual has changed: " + what;
+      if (!kernels.norm) continue;
+      if (const std::string what = simt::difference(simt::poisoned<uint8_t>(rank.normed->size()), *rank.normed); !what.empty()) return "there is a norm: " + what;
+      if (*rank.arrivals.data() != 0) return "arrivals are left";
     }
     // The same memory serves the next epoch.
     mesh.sums.clear();
@@ -309,6 +343,11 @@ std::string check_refusals() {
   if (!refused([&](R& r, G&) { r.lo = gap; }, "maximal subtrees")) return "a gap in the tree";
   if (!refused([&](R& r, G&) { r.owner = stranger; }, "the group lacks")) return "a node of nobody";
   if (!refused([](R&, G& g) { g.ranks = 17; }, "2 to 16 ranks")) return "17 ranks";
+  cuda::PeerReduction narrow = right;
+  narrow.width = 60;
+  uint32_t arrivals = 0;
+  const char* problem = cuda::peer_reduce_norm(rank.group, 1, narrow, false, {}, &arrivals, rank.stream());
+  if (!problem || std::string(problem) != "peer_reduce_norm: at most 8 tokens, the width a multiple of 32" || !rank.queue.work.empty()) return "a norm of 60 values";
   return "";
 }
 
@@ -322,6 +361,9 @@ int main() {
   };
   test_case("cuda peers - two ranks and more, 3:2:1 too, have the reference's bits in one go", [&] { return check_shapes(shapes, false, 6); });
   test_case("cuda peers - they have them in two goes, with fewer rows than ranks too", [&] { return check_shapes(shapes, true, 6); });
+  const std::vector<Shape> small = {{{0, 4, 8}, 64, 1}, {{0, 8, 16}, 2080, 1, true}, {{0, 5, 9}, 128, 7}, {{0, 3, 6, 9}, 96, 2, true}, {{0, 3, 5, 6}, 256, 8}, {{0, 1, 2, 3, 4}, 544, 3}};
+  test_case("cuda peers - with the norm of the residual in the same launch they have its bits too, in one go", [&] { return check_shapes(small, false, 6, kNormed); });
+  test_case("cuda peers - so they have in two goes, with fewer rows than ranks too", [&] { return check_shapes(small, true, 6, kNormed); });
   test_case("cuda peers - sixteen ranks of one unit each", [] {
     std::vector<int> cut;
     for (int i = 0; i <= 16; i++) cut.push_back(i);
@@ -329,26 +371,42 @@ int main() {
     return what.empty() ? check_shapes({{cut, 32, 2}}, true, 2) : what;
   });
   test_case("cuda peers - counters of an earlier epoch are not taken for this one's", [] {
-    for (const Visibility visibility : kVisibilities)
-      for (uint64_t seed = 1; seed <= 10; seed++)
-        if (const std::string what = stale_epoch(cuda::peer_reduce, seed, visibility); !what.empty()) return what;
+    for (const Kernels& kernels : {kPlain, kNormed})
+      for (const Visibility visibility : kVisibilities)
+        for (uint64_t seed = 1; seed <= 10; seed++)
+          if (const std::string what = stale_epoch(kernels, seed, visibility); !what.empty()) return what;
     return std::string();
   });
   test_case("cuda peers - a peer that never comes is named when the deadline is over, and the next epoch works", [] {
-    const std::string what = check_deadline(false);
-    return what.empty() ? check_deadline(true) : what;
+    for (const Kernels& kernels : {kPlain, kNormed})
+      for (const bool two_goes : {false, true})
+        if (const std::string what = check_deadline(two_goes, kernels); !what.empty()) return what;
+    return std::string();
   });
   test_case("cuda peers - a host that gives up ends the wait", check_abort);
   test_case("cuda peers - refuse shapes by name before any launch", check_refusals);
-  test_case("cuda peers - finds a stamp without release", [] { return finds(cuda::peer_reduce_without_release, false, false); });
-  test_case("cuda peers - finds a second stamp without release", [] { return finds(cuda::peer_reduce_without_release, false, true); });
-  test_case("cuda peers - finds a poll without acquire", [] { return finds(cuda::peer_reduce_without_acquire, false, false); });
-  test_case("cuda peers - finds a single block", [] { return finds(cuda::peer_reduce_with_one_block, true, false); });
-  test_case("cuda peers - finds stamps that are compared without their epoch", [] {
+  // The same lines broken, in the kernels alone and in the one with the norm.
+  const auto of_any_epoch = [](const Kernels& kernels) {
     for (const Visibility visibility : kVisibilities)
       for (uint64_t seed = 1; seed <= 10; seed++)
-        if (!stale_epoch(cuda::peer_reduce_of_any_epoch, seed, visibility).empty()) return std::string();
+        if (!stale_epoch(kernels, seed, visibility).empty()) return std::string();
     return std::string("not found");
-  });
+  };
+  const Kernels without_release{cuda::peer_reduce_without_release}, without_acquire{cuda::peer_reduce_without_acquire}, with_one_block{cuda::peer_reduce_with_one_block};
+  const Kernels norm_without_release{nullptr, cuda::peer_reduce_norm_without_release}, norm_without_acquire{nullptr, cuda::peer_reduce_norm_without_acquire},
+      norm_with_one_block{nullptr, cuda::peer_reduce_norm_with_one_block}, norm_too_early{nullptr, cuda::peer_reduce_norm_a_block_too_early};
+  test_case("cuda peers - finds a stamp without release", [&] { return finds(without_release, false, false); });
+  test_case("cuda peers - finds a second stamp without release", [&] { return finds(without_release, false, true); });
+  test_case("cuda peers - finds a poll without acquire", [&] { return finds(without_acquire, false, false); });
+  test_case("cuda peers - finds a single block", [&] { return finds(with_one_block, true, false); });
+  test_case("cuda peers - finds stamps that are compared without their epoch", [&] { return of_any_epoch({cuda::peer_reduce_of_any_epoch}); });
+  test_case("cuda peers - with the norm, finds a stamp without release", [&] { return finds(norm_without_release, false, false); });
+  test_case("cuda peers - with the norm, finds a second stamp without release", [&] { return finds(norm_without_release, false, true); });
+  test_case("cuda peers - with the norm, finds a poll without acquire", [&] { return finds(norm_without_acquire, false, false); });
+  test_case("cuda peers - with the norm, finds a second poll without acquire", [&] { return finds(norm_without_acquire, false, true); });
+  test_case("cuda peers - with the norm, finds a single block", [&] { return finds(norm_with_one_block, true, false); });
+  test_case("cuda peers - with the norm, finds stamps that are compared without their epoch", [&] { return of_any_epoch({nullptr, cuda::peer_reduce_norm_of_any_epoch}); });
+  test_case("cuda peers - with the norm, finds a norm that a block has not added to yet", [&] { return finds(norm_too_early, false, false, 3); });
+  test_case("cuda peers - with the norm, finds shares that are published a block too early", [&] { return finds(norm_too_early, false, true, 3); });
   return simt::end_of_tests();
 }
