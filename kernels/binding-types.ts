@@ -180,10 +180,14 @@ export interface StepTotals {
   timings: StepTimings;
 }
 
-/** Steps of up to `rows` rows as graphs of kernels: nodes of each piece between two actions of the host, and how many steps took them. */
+/**
+ * Steps of up to `rows` rows as graphs of kernels: nodes of each piece between two actions of the host, how many edges between them let a kernel start while the one before it
+ * runs, and how many steps took them.
+ */
 export interface GraphFacts {
   rows: number;
   nodes: number[];
+  programmaticEdges: number[];
   steps: number;
 }
 

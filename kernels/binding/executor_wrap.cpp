@@ -520,9 +520,12 @@ class ExecutorWrap : public Napi::ObjectWrap<ExecutorWrap> {
       for (const GraphFacts& facts : executor(info.Env()).graphs()) {
         Napi::Array nodes = Napi::Array::New(info.Env());
         for (const int count : facts.nodes) nodes.Set(nodes.Length(), count);
+        Napi::Array programmatic = Napi::Array::New(info.Env());
+        for (const int count : facts.programmatic_edges) programmatic.Set(programmatic.Length(), count);
         Napi::Object object = Napi::Object::New(info.Env());
         object.Set("rows", facts.rows);
         object.Set("nodes", nodes);
+        object.Set("programmaticEdges", programmatic);
         object.Set("steps", static_cast<double>(facts.steps));
         all.Set(all.Length(), object);
       }

@@ -274,6 +274,7 @@ __device__ __forceinline__ void attend(const AttentionStep& step, const Attentio
 // Pieces of both kinds stand in one list; this launch takes those of its kind.
 template <int D, int dims, bool whole>
 __global__ void __launch_bounds__(32) attention_kernel(const AttentionStep step) {
+  grid_dependency_wait();
   const int count = step.work_count[0], first = step.work_count[1];
   for (int i = static_cast<int>(blockIdx.x); i < count; i += static_cast<int>(gridDim.x)) {
     const AttentionWork work = step.work[first + i];
@@ -296,6 +297,7 @@ __device__ __forceinline__ float joined(const AttentionStep& step, int head, int
 }
 
 __global__ void attention_join_kernel(const AttentionStep step) {
+  grid_dependency_wait();
   const int row = static_cast<int>(blockIdx.x), head = static_cast<int>(blockIdx.y), D = static_cast<int>(blockDim.x), d = static_cast<int>(threadIdx.x);
   const int first = step.first_slot[row], last = step.first_slot[row + 1];
   if (first < last) step.out[row * step.out_stride + head * D + d] = joined(step, head, first, last, D, d);
@@ -304,6 +306,7 @@ __global__ void attention_join_kernel(const AttentionStep step) {
 // Pieces that are spans, then the join: the piece that comes last of its rows and heads folds their spans and quantises what they give, 32 values of a head at a time.
 template <int D, int dims>
 __global__ void __launch_bounds__(32, 8) attention_fused_kernel(const AttentionStep step, int runs, ActivationGroup* quantized, uint32_t* arrivals, const FiniteCheck check) {
+  grid_dependency_wait();
   uint32_t* flag = reinterpret_cast<uint32_t*>(dynamic_shared());
   const int lane = static_cast<int>(threadIdx.x), count = step.work_count[0], first_piece = step.work_count[1];
   for (int i = static_cast<int>(blockIdx.x); i < count; i += static_cast<int>(gridDim.x)) {

@@ -359,6 +359,7 @@ __device__ __forceinline__ void attend(const AttentionStep& step, const Attentio
 // Warps of a block have nothing to do with each other: where one has no row, the others go on.
 template <int D>
 __global__ void __launch_bounds__(kWarps * 32, D <= 128 ? 3 : 2) attention_f16_kernel(const AttentionStep step) {
+  grid_dependency_wait();
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   WarpShared<D>* shared = reinterpret_cast<WarpShared<D>*>(dynamic_shared()) + warp;
   const int count = step.work_count[0], first_piece = step.work_count[1];

@@ -10,6 +10,7 @@ namespace {
 constexpr int kThreads = 256;
 
 __global__ void __launch_bounds__(kThreads) check_rows_kernel(const float* x, int64_t x_stride, int64_t width, const FiniteCheck check) {
+  grid_dependency_wait();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int row = static_cast<int>(blockIdx.y);
   if (i < width) note_unless_finite(x[row * x_stride + i], check, row);

@@ -24,6 +24,7 @@ CudaDevice::CudaDevice(const Shard& shard) : Device(shard) {
   check_program();
   try {
     tuning_.emplace(card_facts_.sm, card_facts_.name, shard.config().cuda_tuning);
+    if (card_facts_.sm >= kProgrammaticEdgesSm) edges_ = tuning_->edges();
   } catch (const std::exception& error) {
     refuse(std::string(error.what()) + " (run `shardmesh tune` again, or remove its file)");
   }

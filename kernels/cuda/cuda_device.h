@@ -183,6 +183,7 @@ class CudaDevice final : public Device {
 
   Card card_facts_{};
   std::optional<Tuning> tuning_;  // while memory is planned
+  Edges edges_ = Edges::Plain;    // of graphs
   Stream stream_ = nullptr;
   Stream to_ = nullptr;  // where operations queue: the stream, or a graph that is being built
   std::vector<CardMatrix> matrices_;  // by weight

@@ -58,7 +58,7 @@ void CudaDevice::build(StepGraphs* graphs) {
   for (size_t begin = 0; begin < actions.size(); begin++) {
     if (ends(begin, begin) || (!whole_tail && begin >= shard_.tail_begin() && begin < shard_.tail_end())) continue;
     Piece piece{begin, begin, nullptr, false};
-    Problem problem = open_graph(&piece.graph);
+    Problem problem = open_graph(&piece.graph, edges_);
     to_ = stream_of(piece.graph);
     if (begin > 0 && program().ranks > 1 && fuses(graphs->rows) && norms(begin - 1)) piece.end++;  // reduce() does it
     while (!ends(piece.end, begin) && !problem) {
@@ -219,8 +219,11 @@ bool CudaDevice::run_ahead_of_host(const Action& action) {
 std::vector<GraphFacts> CudaDevice::graphs() const {
   std::vector<GraphFacts> facts;
   for (const StepGraphs& graphs : graphs_) {
-    GraphFacts of_rows{graphs.rows, {}, graphs.steps};
-    for (const Piece& piece : graphs.pieces) of_rows.nodes.push_back(node_count(piece.graph));
+    GraphFacts of_rows{graphs.rows, {}, {}, graphs.steps};
+    for (const Piece& piece : graphs.pieces) {
+      of_rows.nodes.push_back(node_count(piece.graph));
+      of_rows.programmatic_edges.push_back(programmatic_edge_count(piece.graph));
+    }
     facts.push_back(std::move(of_rows));
   }
   return facts;

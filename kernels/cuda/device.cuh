@@ -15,6 +15,26 @@ __device__ __forceinline__ uint8_t* dynamic_shared() {
   return bytes;
 }
 
+// --- programmatic dependent launch (sm_90 and later): CUDA programming guide, "Programmatic Dependent Launch and Synchronization"; PTX ISA, "griddepcontrol"
+//
+// Every thread of every kernel of a step calls this once, before its first access to memory that a kernel or a copy writes. Where a graph's edge is programmatic (runtime.h), the
+// kernel may have started when those before it had not ended. The wait ends when the grids that an edge leads from have ended and what they wrote can be seen. It says nothing
+// about grids before those: that they have ended as well follows from their successors having waited in their turn, which is why no kernel may leave the wait out, not even
+// one that reads nothing of its predecessor's; and only behind the wait may a kernel write what an earlier one still reads. Where no edge is programmatic it ends at once.
+__device__ __forceinline__ void grid_dependency_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The line of 128 bytes at `p` is asked for, into the second-level cache: what a kernel may do with memory before the wait, since it has no result. Nothing before sm_90.
+__device__ __forceinline__ void prefetch_l2(const void* p) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#else
+  static_cast<void>(p);
+#endif
+}
+
 // --- asynchronous copies from global to shared memory; bytes behind `source_bytes` become zero
 template <int bytes>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, int source_bytes = bytes) {
@@ -88,6 +108,11 @@ namespace shardmesh::cuda {
 constexpr uint32_t kWholeWarp = 0xffffffffu;
 constexpr float kQuantizableMin = 0x1p-100f;
 constexpr float kNegativeInfinity = -__builtin_huge_valf();
+
+// For a warp that is about to read `bytes` bytes of weights from `first` on, while it still waits for its activations: a line a lane.
+__device__ __forceinline__ void prefetch_weights(const uint8_t* first, int bytes, int lane) {
+  if (lane * 128 < bytes) prefetch_l2(first + lane * 128);
+}
 
 // Not fmaxf: this one keeps the first of equal values, as the reference does.
 __device__ __forceinline__ float larger(float a, float b) { return a < b ? b : a; }

@@ -56,6 +56,7 @@ struct Strips {
 
 template <typename F>
 __global__ void __launch_bounds__(kWarps * 32) embed_kernel(const Strips strips, const int32_t* tokens, int32_t first_token, int64_t rows, float* out, int64_t out_stride) {
+  grid_dependency_wait();
   const int lane = static_cast<int>(threadIdx.x % 32), group = static_cast<int>(blockIdx.x * kWarps + threadIdx.x / 32);
   const int64_t row = static_cast<int64_t>(tokens[blockIdx.y]) - first_token;
   if (group >= strips.groups || row < 0 || row >= rows) return;
@@ -66,6 +67,7 @@ __global__ void __launch_bounds__(kWarps * 32) embed_kernel(const Strips strips,
 
 template <typename F>
 __global__ void __launch_bounds__(kWarps * 32) embed_float_kernel(const Strips strips, const int32_t* tokens, int32_t first_token, int64_t rows, float* out, int64_t out_stride) {
+  grid_dependency_wait();
   const int lane = static_cast<int>(threadIdx.x % 32), group = static_cast<int>(blockIdx.x * kWarps + threadIdx.x / 32);
   const int64_t row = static_cast<int64_t>(tokens[blockIdx.y]) - first_token;
   if (group >= strips.groups || row < 0 || row >= rows) return;

@@ -26,12 +26,14 @@ __device__ __forceinline__ void finish_value(const TreeWalk& walk, const TreeNod
 }
 
 __global__ void __launch_bounds__(kThreads) finish_tree_kernel(const TreeWalk walk, const TreeNodes nodes, const float* bias, float* residual, int64_t residual_stride, int64_t width) {
+  grid_dependency_wait();
   const int64_t r = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (r < width) finish_value(walk, nodes, bias, residual, residual_stride, blockIdx.y, r);
 }
 
 __global__ void __launch_bounds__(kThreads) finish_tree_norm_kernel(const TreeWalk walk, const TreeNodes nodes, const float* bias, float* residual, int64_t residual_stride, int64_t width, const NormAfter norm,
                                                                     uint32_t* arrivals) {
+  grid_dependency_wait();
   const int64_t r = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (r < width) finish_value(walk, nodes, bias, residual, residual_stride, blockIdx.y, r);
   uint32_t* flag = reinterpret_cast<uint32_t*>(dynamic_shared());

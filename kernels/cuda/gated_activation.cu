@@ -14,6 +14,7 @@ constexpr int kThreads = 256;
 
 __global__ void __launch_bounds__(kThreads) gated_activation_kernel(const float* gate, int64_t gate_stride, const float* up, int64_t up_stride, int64_t width, int activation,
                                                                     float* out, int64_t out_stride, const ActivationTiles quantized_out, const FiniteCheck check) {
+  grid_dependency_wait();
   const int token = static_cast<int>(blockIdx.y);
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= width) return;

@@ -62,6 +62,15 @@ __device__ __forceinline__ StripGroup<F> load_strip_group(const uint8_t* record,
   return w;
 }
 
+// What a warp reads first of its groups [begin, end), while it waits for its activations.
+template <typename F>
+__device__ __forceinline__ void prefetch_groups(const uint8_t* records, const uint8_t* heads, int phase, int begin, int end, int lane) {
+  prefetch_weights(records + begin * F::record_bytes, (end - begin) * F::record_bytes, lane);
+  if constexpr (F::heads) {
+    if (lane == 0) prefetch_l2(heads + (phase + begin) / 8 * F::head_bytes);
+  }
+}
+
 // The integer products of 32 columns, on top of `dot`; for Scales::Halves of each half by itself.
 template <typename F>
 __device__ __forceinline__ void add_dots(int (&dot)[4], const StripGroup<F>& w, const LaneWords& q) {

@@ -57,6 +57,7 @@ __device__ __forceinline__ Candidate better(const Candidate& a, const Candidate&
 
 __global__ void __launch_bounds__(kThreads) head_candidates_kernel(const float* logits, int64_t stride, int64_t count, int32_t first_token, const HeadRow* settings, Candidate* best,
                                                                    float* maximum) {
+  grid_dependency_wait();
   Candidate* candidates = reinterpret_cast<Candidate*>(dynamic_shared());
   float* maxima = reinterpret_cast<float*>(candidates + kThreads);
   const int thread = static_cast<int>(threadIdx.x);
@@ -89,6 +90,7 @@ __global__ void __launch_bounds__(kThreads) head_candidates_kernel(const float* 
 }
 
 __global__ void __launch_bounds__(kPartials) head_sums_kernel(const float* logits, int64_t stride, int64_t count, const float* maximum, float* sums, int64_t sums_stride) {
+  grid_dependency_wait();
   const int64_t slice = blockIdx.x, row = blockIdx.y;
   const int length = static_cast<int>(count - slice * kSlice < kSlice ? count - slice * kSlice : kSlice);
   const float* x = logits + row * stride + slice * kSlice;

@@ -24,9 +24,11 @@ __global__ void __launch_bounds__(kSegmentsMax * 32, 1) linear_bf16_decode_kerne
   int own[tiles];
   for (int i = 0; i < tiles; i++) own[i] = min(i, plan.tiles - 1 - first_tile) * plan.groups;  // a tile too many repeats the last and is not stored
   float acc[tiles][4] = {};
-  const int end = plan.segment_end[segment];
+  const int begin = plan.segment_begin(segment), end = plan.segment_end[segment];
+  prefetch_weights(records + static_cast<int64_t>(begin) * F::record_bytes, (end - begin) * F::record_bytes, lane);
+  grid_dependency_wait();
 #pragma unroll(tiles == 1 ? 4 : 2)
-  for (int group = plan.segment_begin(segment); group < end; group++) {
+  for (int group = begin; group < end; group++) {
     const uint8_t* record = records + static_cast<int64_t>(group) * F::record_bytes;
     const uint4 u = *reinterpret_cast<const uint4*>(record + upper), l = *reinterpret_cast<const uint4*>(record + lower);
     const uint32_t first[4] = {u.x, l.x, u.y, l.y}, second[4] = {u.z, l.z, u.w, l.w};

@@ -17,6 +17,7 @@ constexpr int kTileBytes = static_cast<int>(sizeof(Bf16Group));
 constexpr int kWeightBytes = kBlockStrips * F::record_bytes, kStageBytes = kWeightBytes + kBlockTiles * kTileBytes;
 
 __global__ void __launch_bounds__(kThreads) linear_bf16_prefill_kernel(const ProductPlan plan) {
+  grid_dependency_wait();
   uint8_t* shared = dynamic_shared();
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int first_strip = static_cast<int>(blockIdx.x) * kBlockStrips, first_tile = static_cast<int>(blockIdx.y) * kBlockTiles;

@@ -2,7 +2,8 @@
 //   W    strips of 16 rows, weight_layout.h        x  tiles of 8 tokens, ActivationGroup (int8) or WideGroup (int16)
 //   out  subtree s, token t, row r at out[s * subtree_stride + t * out_stride + r]
 // A block is one strip and up to 8 * tiles tokens, a warp one of its segments: 16 x 8 x 32 products are one mma, and every lane scales its own four sums.
-// Weights are read once, straight into registers, in the order of memory; activations come from L2. Segments meet in shared memory, tile by tile.
+// Weights are read once, straight into registers, in the order of memory, and the first of them are asked for while the kernel before still makes the activations
+// (grid_dependency_wait); activations come from L2. Segments meet in shared memory, tile by tile.
 // Limits: K a multiple of 32, 1 to 16 segments. Any number of tokens, but above 64 weights are read again: linear_prefill is for those.
 #include "decode_leaves.cuh"
 #include "device.cuh"
@@ -23,9 +24,11 @@ __global__ void __launch_bounds__(kSegmentsMax * 32, 1) linear_decode_kernel(con
   int own[tiles];
   for (int i = 0; i < tiles; i++) own[i] = min(i, plan.tiles - 1 - first_tile) * plan.groups;  // a tile too many repeats the last and is not stored
   float acc[tiles][4] = {};
-  const int end = plan.segment_end[segment];
+  const int begin = plan.segment_begin(segment), end = plan.segment_end[segment];
+  prefetch_groups<F>(records, heads, plan.phase, begin, end, lane);
+  grid_dependency_wait();
 #pragma unroll(tiles == 1 ? 4 : tiles == 2 ? 2 : 1)
-  for (int group = plan.segment_begin(segment); group < end; group++) {
+  for (int group = begin; group < end; group++) {
     const StripGroup<F> w = load_strip_group<F>(records + group * F::record_bytes, heads + (plan.phase + group) / 8 * F::head_bytes, lane);
 #pragma unroll
     for (int i = 0; i < tiles; i++) add_group(acc[i], w, x[own[i] + group], lane);

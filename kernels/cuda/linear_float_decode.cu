@@ -26,9 +26,12 @@ __global__ void __launch_bounds__(kSegmentsMax * 32, 1) linear_float_decode_kern
   int own[tokens];
   for (int i = 0; i < tokens; i++) own[i] = min(i, plan.tokens - 1 - first_token) * static_cast<int>(plan.x_stride);
   float acc[tokens] = {};
-  const int end = plan.segment_end[segment];
+  const int begin = plan.segment_begin(segment), end = plan.segment_end[segment];
+  // Of one of the strips: lanes of the other one do the same for theirs.
+  prefetch_weights(records + static_cast<int64_t>(begin) * F::record_bytes, (end - begin) * F::record_bytes, lane % kStripRows);
+  grid_dependency_wait();
 #pragma unroll(tokens == 1 ? 2 : 1)
-  for (int group = plan.segment_begin(segment); group < end; group++) {
+  for (int group = begin; group < end; group++) {
     uint4 pieces[F::pieces];
 #pragma unroll
     for (int c = 0; c < F::pieces; c++) pieces[c] = *reinterpret_cast<const uint4*>(records + static_cast<int64_t>(group) * F::record_bytes + float_piece_at(c, lane % kStripRows));

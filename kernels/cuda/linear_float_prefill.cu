@@ -21,6 +21,7 @@ constexpr int kStageBytes = kStripsOfBlock * F::record_bytes + kXBytes;
 
 template <typename F>
 __global__ void __launch_bounds__(kThreads) linear_float_prefill_kernel(const ProductPlan plan) {
+  grid_dependency_wait();
   uint8_t* shared = dynamic_shared();
   const int thread = static_cast<int>(threadIdx.x), own_row = thread % kStripRows, own_token = thread / kStripRows;
   const int first_strip = static_cast<int>(blockIdx.x) * kStripsOfBlock, first_token = static_cast<int>(blockIdx.y) * kTokensOfBlock;

@@ -36,9 +36,11 @@ template <typename F>
 __device__ __forceinline__ void multiply(const ProductPlan& plan, int strip, int segment, int lane, float (&acc)[4]) {
   const uint8_t* heads = plan.weight + strip * plan.strip_bytes;
   const uint8_t* records = heads + plan.heads * F::head_bytes;
-  const int end = plan.segment_end[segment];
+  const int begin = plan.segment_begin(segment), end = plan.segment_end[segment];
+  prefetch_groups<F>(records, heads, plan.phase, begin, end, lane);
+  grid_dependency_wait();
 #pragma unroll 4
-  for (int group = plan.segment_begin(segment); group < end; group++)
+  for (int group = begin; group < end; group++)
     add_group(acc, load_strip_group<F>(records + group * F::record_bytes, heads + (plan.phase + group) / 8 * F::head_bytes, lane), plan.in[group], lane);
 }
 

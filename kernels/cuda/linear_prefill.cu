@@ -33,6 +33,7 @@ __device__ __forceinline__ void copy_groups(uint8_t* shared, int stage_bytes, co
 
 template <typename F, typename X>
 __global__ void __launch_bounds__(kThreads) linear_prefill_kernel(const ProductPlan plan) {
+  grid_dependency_wait();
   uint8_t* shared = dynamic_shared();
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   const int first_strip = static_cast<int>(blockIdx.x) * kBlockStrips, first_tile = static_cast<int>(blockIdx.y) * kBlockTiles;

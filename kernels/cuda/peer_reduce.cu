@@ -108,16 +108,19 @@ __device__ __forceinline__ void gather_rows(const PeerGroup& group, uint32_t exc
 }
 
 __global__ void __launch_bounds__(kThreads) peer_reduce_kernel(const PeerGroup group, const uint32_t exchange, const TreeWalk walk, const PeerNodes nodes, const PeerRows rows) {
+  grid_dependency_wait();
   if (meet(group, exchange)) finish_rows(group, exchange, walk, nodes, rows);
 }
 
 __global__ void __launch_bounds__(kThreads) peer_gather_kernel(const PeerGroup group, const uint32_t exchange, const PeerRows rows) {
+  grid_dependency_wait();
   if (meet(group, exchange)) gather_rows(group, exchange, rows, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
 }
 
 // A block whose wait has failed arrives as well, so that the counter is 0 again for the next epoch.
 __global__ void __launch_bounds__(kThreads) peer_reduce_norm_kernel(const PeerGroup group, const uint32_t exchange, const TreeWalk walk, const PeerNodes nodes, const PeerRows rows, const NormAfter norm,
                                                                     uint32_t* arrivals) {
+  grid_dependency_wait();
   if (meet(group, exchange)) finish_rows(group, exchange, walk, nodes, rows);
   if (!comes_last(arrivals, gridDim.x, reinterpret_cast<uint32_t*>(dynamic_shared()) + 1)) return;
   if (reinterpret_cast<const PeerHeader*>(group.regions[group.rank])->failed) return;  // in any of the blocks

@@ -13,6 +13,7 @@ namespace {
 constexpr int kWarps = 4;
 
 __global__ void __launch_bounds__(kWarps * 32) quantize_kernel(const float* x, int64_t x_stride, int64_t groups, const ActivationTiles out, const FiniteCheck check) {
+  grid_dependency_wait();
   const int token = static_cast<int>(blockIdx.y), lane = static_cast<int>(threadIdx.x % 32);
   const int64_t group = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (group >= groups) return;

@@ -11,6 +11,7 @@ namespace {
 constexpr int kThreads = 64;
 
 __global__ void __launch_bounds__(kThreads) report_kernel(const Report report) {
+  grid_dependency_wait();
   for (int i = static_cast<int>(threadIdx.x); i < report.candidate_count; i += kThreads) report.host_candidates[i] = report.candidates[i];
   if (threadIdx.x == 0) *report.host_least = *report.least;
   __threadfence_system();

@@ -13,6 +13,7 @@ namespace {
 
 __global__ void __launch_bounds__(kPartials) rms_norm_kernel(const float* x, int64_t x_stride, const float* w, float epsilon, int64_t width, float* out, int64_t out_stride,
                                                              const ActivationTiles quantized_out, const FiniteCheck check) {
+  grid_dependency_wait();
   const int token = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   const float* row = x + token * x_stride;
   float partial = 0.0f;

@@ -13,6 +13,7 @@ namespace {
 constexpr int kWarps = 4;
 
 __global__ void __launch_bounds__(kWarps * 32) rope_store_kv_kernel(const RopeStore step) {
+  grid_dependency_wait();
   const int lane = static_cast<int>(threadIdx.x % 32), item = static_cast<int>(blockIdx.x * kWarps + threadIdx.x / 32);
   if (item < step.q_heads + 2 * step.layout.heads)
     rope_store_head(step, item, static_cast<int>(blockIdx.y), lane, reinterpret_cast<float*>(dynamic_shared()) + threadIdx.x / 32 * kHeadSizeMax);

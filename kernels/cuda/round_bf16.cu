@@ -11,6 +11,7 @@ namespace {
 constexpr int kThreads = 128;
 
 __global__ void __launch_bounds__(kThreads) round_bf16_kernel(const float* x, int64_t x_stride, int64_t columns, Bf16Group* out) {
+  grid_dependency_wait();
   const int token = static_cast<int>(blockIdx.y);
   const int64_t k = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * 2;
   if (k >= columns) return;

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 #include <time.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -26,17 +27,58 @@ struct GraphNodes {
   cudaGraph_t graph = nullptr;
   cudaGraphExec_t executable = nullptr;
   std::vector<cudaGraphNode_t> nodes, after;  // after: what the next node waits for
+  std::vector<cudaGraphNode_t> kernels;
+  Edges edges = Edges::Plain;
+  int programmatic_edges = 0;
 };
 thread_local GraphNodes* building = nullptr;
 GraphNodes* graph_of(Stream stream) { return building && stream == building ? building : nullptr; }
 
-// `add` is a cudaGraphAdd...Node that lacks its first four arguments.
+// Programmatic edges are for kernels compiled with the wait: PTX of an older architecture that the driver has made into code of this card has none.
+bool waits_for_grids(const void* kernel) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= kProgrammaticEdgesSm;
+}
+
+// `to` may start when all blocks of `from` have started; both are kernels. *known is false where the driver has no such edges; it is a plain one then.
+cudaError_t add_programmatic_edge(cudaGraph_t graph, cudaGraphNode_t from, cudaGraphNode_t to, bool* known) {
+  cudaGraphEdgeData edge{};
+  edge.from_port = cudaGraphKernelNodePortLaunchCompletion;
+  edge.type = cudaGraphDependencyTypeProgrammatic;
+#if CUDART_VERSION >= 13000
+  const cudaError_t status = cudaGraphAddDependencies(graph, &from, &to, &edge, 1);
+#else
+  const cudaError_t status = cudaGraphAddDependencies_v2(graph, &from, &to, &edge, 1);
+#endif
+  *known = status != cudaErrorCallRequiresNewerDriver && status != cudaErrorNotSupported;
+  if (*known) return status;
+  cudaGetLastError();
+#if CUDART_VERSION >= 13000
+  return cudaGraphAddDependencies(graph, &from, &to, nullptr, 1);
+#else
+  return cudaGraphAddDependencies(graph, &from, &to, 1);
+#endif
+}
+
+// `add` is a cudaGraphAdd...Node that lacks its first four arguments; `kernel`: what the node runs, null for other nodes.
 template <typename Add>
-cudaError_t add_node(GraphNodes* graph, const Add& add) {
+cudaError_t add_node(GraphNodes* graph, const Add& add, const void* kernel = nullptr) {
+  std::vector<cudaGraphNode_t> plain = graph->after, early;
+  if (kernel && graph->edges == Edges::Programmatic && waits_for_grids(kernel)) {
+    const auto first = std::stable_partition(plain.begin(), plain.end(), [&](cudaGraphNode_t n) { return std::find(graph->kernels.begin(), graph->kernels.end(), n) == graph->kernels.end(); });
+    early.assign(first, plain.end());
+    plain.erase(first, plain.end());
+  }
   cudaGraphNode_t node = nullptr;
-  const cudaError_t status = add(&node, graph->graph, graph->after.data(), graph->after.size());
+  cudaError_t status = add(&node, graph->graph, plain.data(), plain.size());
+  for (size_t i = 0; i < early.size() && status == cudaSuccess; i++) {
+    bool known = false;
+    status = add_programmatic_edge(graph->graph, early[i], node, &known);
+    graph->programmatic_edges += known;
+  }
   if (status != cudaSuccess) return status;
   graph->nodes.push_back(node);
+  if (kernel) graph->kernels.push_back(node);
   graph->after.assign(1, node);
   return cudaSuccess;
 }
@@ -140,7 +182,7 @@ const char* queue_kernel(const void* kernel, dim3 grid, dim3 block, size_t share
   parameters.blockDim = block;
   parameters.sharedMemBytes = static_cast<unsigned>(shared_bytes);
   parameters.kernelParams = arguments;
-  return problem_of(add_node(graph, [&](auto... place) { return cudaGraphAddKernelNode(place..., &parameters); }));
+  return problem_of(add_node(graph, [&](auto... place) { return cudaGraphAddKernelNode(place..., &parameters); }, kernel));
 }
 
 Problem synchronise(Stream stream) { return problem_of(cudaStreamSynchronize(raw(stream))); }
@@ -178,8 +220,9 @@ std::string lost_card() {
 void abandon_card() { abandoned = true; }
 bool is_abandoned() { return abandoned; }
 
-Problem open_graph(Graph* graph) {
+Problem open_graph(Graph* graph, Edges edges) {
   auto* nodes = new GraphNodes;
+  nodes->edges = edges;
   *graph = building = nodes;
   return problem_of(cudaGraphCreate(&nodes->graph, 0));
 }
@@ -191,6 +234,7 @@ void come_after(Graph graph, std::initializer_list<int> nodes) {
 }
 
 int node_count(Graph graph) { return static_cast<int>(static_cast<GraphNodes*>(graph)->nodes.size()); }
+int programmatic_edge_count(Graph graph) { return static_cast<GraphNodes*>(graph)->programmatic_edges; }
 
 // An uploaded graph is launched the first time as fast as later. It is there when this returns: the stream that launches it does not wait for the legacy one.
 Problem finish_graph(Graph graph) {

@@ -59,12 +59,17 @@ bool is_abandoned();
 
 // Work that is described once, node by node, and then done as often as it is launched. Between open_graph() and finish_graph() launchers, copies and fill() of this thread
 // take stream_of(graph) for a stream, and add a node each: it waits for the node before it, or for those that come_after() named.
+// Programmatic edges (sm_90 and later): a kernel node may start when all blocks of the kernel node before it have started, and waits for its end by itself (device.cuh,
+// grid_dependency_wait); edges from and to other nodes, and to a kernel without that wait in it, stay plain.
 using Graph = void*;
-Problem open_graph(Graph* graph);
+enum class Edges { Plain, Programmatic };
+constexpr int kProgrammaticEdgesSm = 90;
+Problem open_graph(Graph* graph, Edges edges = Edges::Plain);
 inline Stream stream_of(Graph graph) { return graph; }
 // The next node waits for these, numbered from 0 as they were added, and for no other.
 void come_after(Graph graph, std::initializer_list<int> nodes);
 int node_count(Graph graph);
+int programmatic_edge_count(Graph graph);
 Problem finish_graph(Graph graph);
 Problem launch_graph(Graph graph, Stream stream);
 void close_graph(Graph graph);

@@ -10,6 +10,7 @@ namespace {
 constexpr int kThreads = 256;
 
 __global__ void __launch_bounds__(kThreads) select_rows_kernel(const float* x, int64_t x_stride, const int32_t* from, int64_t width, float* out, int64_t out_stride) {
+  grid_dependency_wait();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, row = blockIdx.y;
   if (i < width) out[row * out_stride + i] = x[from[row] * x_stride + i];
 }

@@ -8,6 +8,7 @@
 
 #include "../include/program.h"
 #include "../runner/json.h"
+#include "runtime.h"
 #include "tuning_table.h"
 
 namespace shardmesh::cuda {
@@ -23,6 +24,9 @@ struct AttentionTuning {
 
 // What `shardmesh tune` chooses from, and what tests hold against the reference.
 constexpr int kDecodeTokensMaxChoices[] = {8, 16, 32, 64, 128}, kDecodeTilesChoices[] = {1, 2, 4, 8}, kSplitRowsChoices[] = {1, 4, 8, 16, 32}, kAttentionWarpsChoices[] = {4, 8, 16, 32};
+constexpr Edges kEdgesChoices[] = {Edges::Plain, Edges::Programmatic};
+
+inline const char* name_of(Edges edges) { return edges == Edges::Programmatic ? "programmatic" : "plain"; }
 
 struct TuningRows {
   struct ProductRow {
@@ -39,6 +43,7 @@ struct TuningRows {
   std::string measured;  // "": by nobody
   std::vector<ProductRow> products;
   std::vector<AttentionRow> attention;
+  std::optional<Edges> edges;  // of the graphs of steps, where the card knows others than plain ones; none: the next card's
 };
 
 // Throws std::runtime_error naming the field, its value and the limit.
@@ -73,6 +78,11 @@ inline std::vector<TuningRows> parse_tuning(const std::string& text) {
       if (const auto size = optional(row.at("headSize"), 1024)) made.head_size = static_cast<int>(*size);
       rows.attention.push_back(made);
     }
+    if (const Json* edges = card.find("graphEdges"); edges && !edges->is_null()) {
+      for (const Edges choice : kEdgesChoices)
+        if (edges->text() == name_of(choice)) rows.edges = choice;
+      if (!rows.edges) edges->fail("'" + edges->text() + "' is neither plain nor programmatic");
+    }
     all.push_back(std::move(rows));
   }
   return all;
@@ -101,6 +111,11 @@ class Tuning {
       for (const TuningRows::AttentionRow& row : rows.attention)
         if (!row.head_size || *row.head_size == head_size) return row.tuning;
     throw std::runtime_error("tuning: no row fits every head size");
+  }
+  Edges edges() const {
+    for (const TuningRows& rows : fitting_)
+      if (rows.edges) return *rows.edges;
+    return Edges::Plain;
   }
 
  private:

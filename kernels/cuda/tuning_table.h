@@ -1,6 +1,8 @@
 // The numbers of tuning.h that are built in, as JSON; `shardmesh tune` writes the same for one card, and its file goes first. Cards are tried in order, and in a card its
 // rows: the first that fits is taken. `sm`, `card` (its name), `type`, `bytesMax` (of a packed matrix) and `headSize` that are null fit all. `measured`: a date, or null
-// where nobody has measured. No value here can change a bit of a result.
+// where nobody has measured. `graphEdges` is "plain" or "programmatic" (runtime.h; of use from sm_90 on), null or missing: as the next card has it. Plain is built in: what a
+// programmatic edge gains is the start of a kernel and its first weights, which nobody has measured here, and what it risks is a race that no test on a CPU can provoke on a card.
+// No value here can change a bit of a result.
 #pragma once
 
 namespace shardmesh::cuda {
@@ -11,7 +13,8 @@ constexpr const char* kTuningTable = R"json({
     {
       "sm": null, "card": null, "measured": null,
       "products": [{"type": null, "bytesMax": null, "decodeTokensMax": 64, "decodeTiles": 8}],
-      "attention": [{"headSize": null, "splitRowsMax": 8, "warps": 16}]
+      "attention": [{"headSize": null, "splitRowsMax": 8, "warps": 16}],
+      "graphEdges": "plain"
     }
   ]
 })json";

@@ -92,10 +92,11 @@ struct StepDone {
   std::vector<StepSpan> spans;  // empty unless traced
 };
 
-// Of a device that has decode steps as graphs of kernels, for steps of up to `rows` rows: nodes of each piece between two actions of the host, and how many steps took it.
+// Of a device that has decode steps as graphs of kernels, for steps of up to `rows` rows: nodes of each piece between two actions of the host, how many edges between
+// them are programmatic (kernels/cuda/runtime.h), and how many steps took it.
 struct GraphFacts {
   int rows;
-  std::vector<int> nodes;
+  std::vector<int> nodes, programmatic_edges;
   uint64_t steps;
 };
 

@@ -12,6 +12,7 @@
 // candidates find there what the kernel before them left, as in a step, and are beside no ceiling.
 #include <algorithm>
 #include <array>
+#include <chrono>
 #include <cmath>
 #include <cstdarg>
 #include <cstring>
@@ -96,6 +97,7 @@ class Bench {
   void products_of(const std::string& matrix_name, TensorType type, int64_t rows, int64_t columns, const std::vector<int>& decode, const std::vector<int>& prefill);
   std::string tune_product(TensorType type, int64_t columns, int64_t rows, int64_t bytes_max);
   std::string tune_attention(int head_size);
+  cuda::Edges tune_edges();
   void paged_decode(int head_size, int heads, int kv_heads, int sequences, int context);
   void prefill_attention(int head_size, int heads, int kv_heads, int tokens);
   void steps_of(const ExportedModel& model);
@@ -536,6 +538,45 @@ std::string Bench::tune_attention(int head_size) {
   return text("{\"headSize\": %d, \"splitRowsMax\": %d, \"warps\": %d}", head_size, split, warps);
 }
 
+// Of a chain of products and norms, as layers of few rows are, built as a step's graph is; the host's clock over several launches of it.
+cuda::Edges Bench::tune_edges() {
+  if (report_.card.sm < cuda::kProgrammaticEdgesSm) return cuda::Edges::Plain;
+  const int64_t width = options_.tiny ? 128 : 4096;
+  const int pairs = options_.tiny ? 3 : 32, launches = options_.tiny ? 2 : 50;
+  const size_t bytes = cuda::packed_bytes({TensorType::Q4_1, width, width, 0, 0, nullptr});
+  const std::array batches = {1, 8};
+  const ProductScene scene(TensorType::Q4_1, width, width, copies(bytes), batches.back());
+  const Memory weight = on_card(std::vector<float>(static_cast<size_t>(width), 1.0f));
+  Stream stream = nullptr;
+  check(cuda::open_stream(&stream));
+  const auto time = [&](int tokens, cuda::Edges edges) {
+    cuda::Graph graph = nullptr;
+    check(cuda::open_graph(&graph, edges));
+    for (int i = 0; i < pairs; i++) {
+      check(scene.queue(cuda::linear_decode, tokens, 1, i, cuda::stream_of(graph)));
+      check(cuda::rms_norm(scene.out.as<float>(), width, weight.as<float>(), 1e-5f, width, tokens, nullptr, 0, scene.in.as<cuda::ActivationGroup>(), cuda::stream_of(graph)));
+    }
+    check(cuda::finish_graph(graph));
+    std::vector<double> times;
+    for (int t = 0; t <= options_.tries; t++) {  // the first one warms up
+      const auto began = std::chrono::steady_clock::now();
+      for (int i = 0; i < launches; i++) check(cuda::launch_graph(graph, stream));
+      check(cuda::synchronise(stream));
+      if (t > 0) times.push_back(std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - began).count() / (launches * 2 * pairs));
+    }
+    cuda::close_graph(graph);
+    return percentile(times, 0.5);
+  };
+  std::vector<std::vector<double>> times;
+  for (const cuda::Edges edges : cuda::kEdgesChoices) {
+    times.emplace_back();
+    for (const int tokens : batches) times.back().push_back(time(tokens, edges));
+    std::printf("%s edges: %.2f and %.2f us a kernel, for %d and %d tokens\n", cuda::name_of(edges), times.back()[0], times.back()[1], batches[0], batches[1]);
+  }
+  cuda::close_stream(stream);
+  return cuda::kEdgesChoices[best_choice(times)];
+}
+
 void Bench::tune(const std::string& path) {
   std::vector<std::string> products, attentions;
   if (options_.tiny) {
@@ -557,6 +598,7 @@ void Bench::tune(const std::string& path) {
     attentions.push_back(tune_attention(head_size));
     std::printf("%s\n", attentions.back().c_str());
   }
+  const cuda::Edges edges = tune_edges();
   const auto joined = [](const std::vector<std::string>& rows) {
     std::string all;
     for (const std::string& row : rows) all += (all.empty() ? "    " : ",\n    ") + row;
@@ -564,8 +606,8 @@ void Bench::tune(const std::string& path) {
   };
   FILE* file = std::fopen(path.c_str(), "w");
   if (!file) throw std::runtime_error(path + ": cannot be written");
-  std::fprintf(file, "{\"version\": 1, \"cards\": [{\n  \"sm\": %d, \"card\": \"%s\", \"measured\": \"%s\",\n  \"products\": [\n%s\n  ],\n  \"attention\": [\n%s\n  ]\n}]}\n", report_.card.sm,
-               report_.card.name.c_str(), today().c_str(), joined(products).c_str(), joined(attentions).c_str());
+  std::fprintf(file, "{\"version\": 1, \"cards\": [{\n  \"sm\": %d, \"card\": \"%s\", \"measured\": \"%s\",\n  \"products\": [\n%s\n  ],\n  \"attention\": [\n%s\n  ],\n  \"graphEdges\": \"%s\"\n}]}\n", report_.card.sm,
+               report_.card.name.c_str(), today().c_str(), joined(products).c_str(), joined(attentions).c_str(), cuda::name_of(edges));
   if (std::fclose(file) != 0) throw std::runtime_error(path + ": cannot be written");
 }
 

@@ -142,7 +142,7 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('a mesh 
 
   it('cuda mesh - the card is named where its worker joins, and its shard says what computes it', () => {
     expect(served.events('worker_joined').map(({ device, isa }) => device ?? typeof isa)).toEqual(
-      expect.arrayContaining(['emulated CUDA machine, sm_80', 'string']),
+      expect.arrayContaining(['emulated CUDA machine, sm_90', 'string']),
     );
     expect(worker.events('shard_loaded')).toMatchObject([{ executor: 'cuda' }]);
   });

@@ -4,6 +4,7 @@
  */
 import { beforeAll, describe, expect, it } from 'vitest';
 import type { Addon, SlotSampling } from '../../kernels/index.ts';
+import { programmaticEdges } from './cuda-programs.ts';
 import type { StepFailedError } from './tiny-model.ts';
 import {
   memoryLink,
@@ -91,9 +92,15 @@ export function describeCudaPeerPrograms(load: () => Promise<Addon>): void {
         // The embedding, whose rows the ranks exchange; then the first norm, two layers and the tail: look at the rows, select them, norm, head, candidates. Up to 8 rows a
         // layer is q k v with rope, attention, o, its reduction with the norm, gate and up with the activation, down, its reduction with the norm.
         for (const { rows, nodes } of executor.graphs())
-          expect(nodes, `${rows} rows`).toEqual([1, rows <= 8 ? 7 + 7 * 2 : 0]);
+          expect(nodes, `${rows} rows`).toEqual([1, rows <= 8 ? 7 + 7 * 2 : 6 + 17 * 2]);
       }
     });
+  });
+
+  it('cuda peers - where graphs have programmatic edges, queued steps give the text of the reference', async () => {
+    const generate = (options: TinyMeshOptions) => onMesh(options, (mesh) => mesh.generate(prompt.slice(0, 30), {}, 6));
+    const want = await generate({});
+    expect(await generate({ ...cuda, cut: threeRankTwoStageCut, peers: 'card', cudaTuning: programmaticEdges })).toEqual(want);
   });
 
   it('cuda peers - epochs follow each other, over card memory, host memory and frames', async () => {

@@ -30,6 +30,7 @@ const cases = [
   'with the norm, finds stamps that are compared without their epoch',
   'with the norm, finds a norm that a block has not added to yet',
   'with the norm, finds shares that are published a block too early',
+  'finds a stamp that is published before the wait for the product',
 ];
 
 const ofEachPlace = [

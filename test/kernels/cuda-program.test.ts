@@ -5,7 +5,7 @@
 import { describe, expect, it } from 'vitest';
 import { loadAddonFrom, type Addon } from '../../kernels/index.ts';
 import { buildKernelTarget } from './build-target.ts';
-import { describeCudaPrograms } from './cuda-programs.ts';
+import { describeCudaPrograms, programmaticEdges } from './cuda-programs.ts';
 import { randomTokens, TinyMesh, type TinyMeshOptions } from './tiny-model.ts';
 
 const load = async (target: string): Promise<Addon> => loadAddonFrom(`${await buildKernelTarget(target)}.node`);
@@ -41,6 +41,20 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('cuda ex
       expect(await withFault('SHARDMESH_EMULATED_GRAPH_WITHOUT_EDGE', node, () => generate({ addon, kind: 'cuda' }))).not.toEqual(
         want,
       );
+  });
+
+  it('cuda executor - graphs have programmatic edges where the table asks for them and the card knows them', async () => {
+    const addon = await load('shardmesh_cuda_emulated');
+    const edges = async (sm: string, cudaTuning?: string) => {
+      const options = { addon, kind: 'cuda', ...(cudaTuning ? { cudaTuning } : {}) } as const;
+      const mesh = await withFault('SHARDMESH_EMULATED_CARD_SM', sm, () => TinyMesh.start(options));
+      const [one] = mesh.members[0]!.executor.graphs();
+      await mesh.stop();
+      return [one!.nodes, one!.programmaticEdges];
+    };
+    expect(await edges('90', programmaticEdges)).toEqual([[18], [17]]);
+    expect(await edges('89', programmaticEdges)).toEqual([[18], [0]]);
+    expect(await edges('90')).toEqual([[18], [0]]);
   });
 
   it('cuda executor - says what the card has no room for, what is free, and the --kv-cache-bytes that fits', async () => {

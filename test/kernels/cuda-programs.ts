@@ -19,6 +19,12 @@ import {
   type TinyRows,
 } from './tiny-model.ts';
 
+/** What `shardmesh tune` leaves where graphs with programmatic edges are the faster ones; everything else as it is built in. */
+export const programmaticEdges = JSON.stringify({
+  version: 1,
+  cards: [{ sm: null, card: null, measured: null, products: [], attention: [], graphEdges: 'programmatic' }],
+});
+
 /** @param load  the addon that has the CUDA executor, and a card to go with it */
 export function describeCudaPrograms(load: () => Promise<Addon>): void {
   const weights = tinyWeights();
@@ -237,6 +243,8 @@ export function describeCudaPrograms(load: () => Promise<Addon>): void {
       ['two ranks', twoRankCut, {}],
       ['three uneven ranks by two stages, on q8 wires', threeRankTwoStageCut, { wire: 'q8' }],
       ['one worker whose steps are small', wholeCut, { stepTokensMax: 150 }],
+      ['one worker, programmatic edges', wholeCut, { cudaTuning: programmaticEdges }],
+      ['two ranks, programmatic edges', twoRankCut, { cudaTuning: programmaticEdges }],
     ] as const)(
       'cuda program - steps of any number of rows pad to those of a graph and keep their bits: %s',
       async ([, cut, options]) => {
@@ -246,6 +254,9 @@ export function describeCudaPrograms(load: () => Promise<Addon>): void {
         for (const of of graphs) {
           expect(of.map(({ rows }) => rows)).toEqual([1, 2, 4, 8, 12, 16, 24, 32, 48, 64]);
           expect(of.map(({ steps }) => steps)).toEqual([1, 1, 2, 2, 1, 2, 0, 0, 0, 0]);
+          // Every node is a kernel.
+          const early = 'cudaTuning' in options && withCuda.cudaFacts().card!.sm >= 90;
+          for (const { nodes, programmaticEdges } of of) expect(programmaticEdges).toEqual(nodes.map((n) => (early ? n - 1 : 0)));
         }
       },
     );
@@ -287,8 +298,8 @@ export function describeCudaPrograms(load: () => Promise<Addon>): void {
       expect(found).toEqual((await run({ kind: 'cpu' }))[0]);
       // Of 16 rows the embedding and the layer only.
       expect(graphs.slice(4, 6)).toEqual([
-        { rows: 12, nodes: [7 + 17], steps: 0 },
-        { rows: 16, nodes: [1 + 17], steps: 1 },
+        { rows: 12, nodes: [7 + 17], programmaticEdges: [0], steps: 0 },
+        { rows: 16, nodes: [1 + 17], programmaticEdges: [0], steps: 1 },
       ]);
     });
 

@@ -1,6 +1,6 @@
 /**
- * Runs the CUDA kernels of kernels/cuda on the CPU (simt/machine.h) against the reference, with memcmp: simt/cuda_linear_test.cpp, cuda_step_test.cpp and cuda_fused_test.cpp. Each
- * of their cases is a test here. It proves indexes, barriers and every bit of the arithmetic; not speed, and not what only a card's memory can do.
+ * Runs the CUDA kernels of kernels/cuda on the CPU (simt/machine.h) against the reference, with memcmp: simt/cuda_linear_test.cpp, cuda_step_test.cpp, cuda_fused_test.cpp and
+ * cuda_early_test.cpp. Each of their cases is a test here. It proves indexes, barriers and every bit of the arithmetic; not speed, and not what only a card's memory can do.
  */
 import { beforeAll, describe, expect, it } from 'vitest';
 import { buildKernelTarget } from './build-target.ts';
@@ -52,6 +52,13 @@ const cases = {
     'cuda fused - q, k and v, rotated and stored, have the bits of single launches, and rows that pad are left alone',
     'cuda fused - attention with its join has the bits of single launches',
     'cuda fused - refuses by name what does not belong together',
+  ],
+  cuda_early_test: [
+    'cuda early - a chain with programmatic edges has the bits of one with plain edges',
+    'cuda early - finds a product that never waits',
+    'cuda early - finds a product that waits when it has read its activations',
+    'cuda early - finds a counter that is set before the wait',
+    'cuda early - finds a product in which one lane waits for its warp',
   ],
 };
 

@@ -73,6 +73,7 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('benchma
     expect(tunedAt(text, 'another card')).toBe('2030-01-01');
     expect(tunedAt(text, 'emulated CUDA machine')).toMatch(/^20\d\d-\d\d-\d\d$/);
     expect(tunedAt(text, 'a card that is not here')).toBeNull();
+    expect(text).toMatch(/"graphEdges": "(plain|programmatic)"/);
 
     const model = join(folder, 'tuned.jsonl');
     const shape = testModels[1]!;
@@ -86,6 +87,11 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('benchma
       (error: unknown) => error as { stdout: string },
     );
     expect(failed.stdout).toContain('tuning.cards[0].products[0].decodeTiles');
+    writeFileSync(broken, text.replace(/"graphEdges": "\w+"/, '"graphEdges": "early"'));
+    const unknown = await run(binary.replace(/gpu_bench$/, 'gpu_program_test'), ['--small', '--tuning', model, broken]).catch(
+      (error: unknown) => error as { stdout: string },
+    );
+    expect(unknown.stdout).toContain("tuning.cards[0].graphEdges: 'early' is neither plain nor programmatic");
   });
 
   it('shardmesh tune - says what is missing, and changes nothing without a card', async () => {

@@ -444,6 +444,8 @@ export interface MeshOptions extends RankExecutor {
   /** Ranks of a stage read each other's sums, in memory of that place. */
   peers?: 'card' | 'host';
   wire?: WireType;
+  /** Of CUDA executors: what `shardmesh tune` would have written. */
+  cudaTuning?: string;
   /** Room in front of each frame that leaves; it is written full. */
   frameGap?: number;
 }
@@ -539,6 +541,7 @@ export class TinyMesh {
             stepTokensMax: options.stepTokensMax ?? 256,
             sequencesMax: 16,
             ...(options.wire ? { wire: options.wire } : {}),
+            ...(options.cudaTuning ? { cudaTuning: options.cudaTuning } : {}),
             frameGap: options.frameGap ?? 0,
           },
           {

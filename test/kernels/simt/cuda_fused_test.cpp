@@ -294,6 +294,7 @@ std::string check_refusals() {
 
 int main() {
   if (!simt::can_run()) return 0;
+  simt::check_early_starts(true);
   flush_denormals();
   simt::test_case("cuda fused - products of a gate and their activation have the bits of single launches", [] {
     return each([](int tokens, int segments, size_t type, uint64_t seed) { return gate_and_up(tokens, segments, type, static_cast<int>(seed % 2), seed); });

@@ -274,6 +274,7 @@ std::string check_refusals() {
 
 int main() {
   if (!simt::can_run()) return 0;
+  simt::check_early_starts(true);
   flush_denormals();
   for (const TensorType type : kTypes) {
     const std::string name = std::string("cuda linear ") + shardmesh::name_of(type);

@@ -18,8 +18,8 @@ using simt::Visibility;
 namespace shardmesh::cuda {
 using PeerReduce = Problem(const PeerGroup&, uint32_t, const PeerReduction&, bool, Stream);
 using PeerReduceNorm = Problem(const PeerGroup&, uint32_t, const PeerReduction&, bool, const NormAfter&, uint32_t*, Stream);
-PeerReduce peer_reduce_without_release, peer_reduce_without_acquire, peer_reduce_with_one_block, peer_reduce_of_any_epoch;
-PeerReduceNorm peer_reduce_norm_without_release, peer_reduce_norm_without_acquire, peer_reduce_norm_with_one_block, peer_reduce_norm_of_any_epoch, peer_reduce_norm_a_block_too_early;
+PeerReduce peer_reduce_meeting_early, peer_reduce_without_release, peer_reduce_without_acquire, peer_reduce_with_one_block, peer_reduce_of_any_epoch;
+PeerReduceNorm peer_reduce_norm_without_release, peer_reduce_norm_without_acquire, peer_reduce_norm_with_one_block, peer_reduce_norm_of_any_epoch, peer_reduce_norm_a_block_too_early, peer_reduce_norm_meeting_early;
 }  // namespace shardmesh::cuda
 
 namespace {
@@ -30,6 +30,7 @@ const KernelSet& reference() { return *reference_kernel_set(); }
 
 // What a partial product leaves: `count` values in the own block, from several blocks of threads.
 void write_sums(const float* sums, float* block, int64_t count) {
+  cuda::grid_dependency_wait();
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x; i < count; i += static_cast<int64_t>(gridDim.x) * 32) block[i] = sums[i];
 }
 
@@ -238,12 +239,14 @@ std::string check_shapes(const std::vector<Shape>& shapes, bool two_goes, uint64
   for (const Shape& shape : shapes)
     for (const Visibility visibility : kVisibilities)
       for (uint64_t seed = 1; seed <= seeds; seed++) {
+        simt::check_early_starts(seed == 1);
         Mesh mesh(shape, visibility, seed, kernels);
         const std::string what = steps(mesh, seed, two_goes, 2, seed % 2 ? 3 : 2);
         if (!what.empty())
           return what + std::to_string(shape.ranks()) + " ranks, " + std::to_string(shape.tokens) + " x " + std::to_string(shape.width) + ", seen " + name_of(visibility) + ", seed " +
                  std::to_string(seed);
       }
+  simt::check_early_starts(false);
   return "";
 }
 
@@ -408,5 +411,15 @@ int main() {
   test_case("cuda peers - with the norm, finds stamps that are compared without their epoch", [&] { return of_any_epoch({nullptr, cuda::peer_reduce_norm_of_any_epoch}); });
   test_case("cuda peers - with the norm, finds a norm that a block has not added to yet", [&] { return finds(norm_too_early, false, false, 3); });
   test_case("cuda peers - with the norm, finds shares that are published a block too early", [&] { return finds(norm_too_early, false, true, 3); });
+  test_case("cuda peers - finds a stamp that is published before the wait for the product", [] {
+    for (const Kernels& kernels : {Kernels{cuda::peer_reduce_meeting_early}, Kernels{nullptr, cuda::peer_reduce_norm_meeting_early}}) {
+      simt::check_early_starts(true);
+      Mesh mesh({{0, 4, 8}, 64, 2}, Visibility::Early, 1, kernels);
+      const std::string what = steps(mesh, 1, false);
+      simt::check_early_starts(false);
+      if (what.find("before it has waited for the grid before") == std::string::npos) return what.empty() ? std::string("not found") : "the fault is: " + what;
+    }
+    return std::string();
+  });
   return simt::end_of_tests();
 }

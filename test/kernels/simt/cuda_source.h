@@ -216,6 +216,8 @@ T __ldg(const T* p) { return *p; }
 namespace shardmesh::cuda {
 
 inline uint8_t* dynamic_shared() { return simt::shared_memory(); }
+inline void grid_dependency_wait() { simt::grid_dependency_wait(); }
+inline void prefetch_l2(const void* p) { simt::prefetch(p); }
 inline uint32_t load_acquire(const uint32_t* p) { simt::spin(); return *p; }
 inline void store_release(uint32_t* p, uint32_t v) { *p = v; }
 inline void store_release_system(uint32_t* p, uint32_t v) { *p = v; }

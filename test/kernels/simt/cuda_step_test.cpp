@@ -21,6 +21,7 @@ using simt::Guarded;
 
 // Not in the unnamed namespace: nvcc's stub of a kernel cannot tell that one from the one of arithmetic.h.
 __global__ void exp_kernel(const float* x, float* y, int count) {
+  cuda::grid_dependency_wait();
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (i < count) y[i] = cuda::exp_fixed(x[i]);
 }
@@ -542,6 +543,7 @@ std::string check_sums() {
 
 int main() {
   if (!simt::can_run()) return 0;
+  simt::check_early_starts(true);
   flush_denormals();
   simt::test_case("cuda arithmetic - exp has the reference's bits", check_exp);
   simt::test_case("cuda rms_norm - has the reference's bits, fp32 and quantised", [] { return in_every_order(check_rms_norm); });

@@ -16,12 +16,27 @@ constexpr uint8_t kMark = 0xa5;
 struct Region {
   const char* name;
   const uint8_t *begin, *end;
+  uint8_t* pages;       // to be closed; null: never
+  size_t page_bytes;
+  bool writable;
 };
 std::vector<Region>& regions() {
   static std::vector<Region> all;
   return all;
 }
 std::mutex regions_mutex;
+
+void remove_region(const uint8_t* begin) {
+  std::vector<Region>& all = regions();
+  all.erase(std::find_if(all.begin(), all.end(), [&](const Region& r) { return r.begin == begin; }));
+}
+
+void set_access(const Region& r, int access) {
+  if (!r.pages || r.page_bytes == 0) return;
+  if (mprotect(r.pages, r.page_bytes, access) == 0) return;
+  std::fprintf(stderr, "simt: memory of %s cannot be closed or opened\n", r.name);
+  std::abort();
+}
 
 }  // namespace
 
@@ -38,19 +53,52 @@ GuardedBytes::GuardedBytes(const char* name, size_t bytes) : bytes_(bytes) {
   std::memset(map_ + kPage, kMark, pages);
   std::memset(data_, kPoison, bytes);
   const std::lock_guard lock(regions_mutex);
-  regions().push_back({name, data_, data_ + bytes});
+  regions().push_back({name, data_, data_ + bytes, map_ + kPage, pages, true});
 }
 
 GuardedBytes::~GuardedBytes() {
   const std::lock_guard lock(regions_mutex);
-  std::vector<Region>& all = regions();
-  all.erase(std::find_if(all.begin(), all.end(), [&](const Region& r) { return r.begin == data_; }));
+  remove_region(data_);
   munmap(map_, map_bytes_);
 }
 
 bool GuardedBytes::intact() const {
   const auto marked = [](const uint8_t* from, const uint8_t* to) { return std::all_of(from, to, [](uint8_t b) { return b == kMark; }); };
   return marked(map_ + kPage, data_) && marked(data_ + bytes_, end_);
+}
+
+void GuardedBytes::leave_open() {
+  const std::lock_guard lock(regions_mutex);
+  for (Region& r : regions())
+    if (r.begin == data_) r.pages = nullptr;
+}
+
+DevicePages::DevicePages(const char* name, uint8_t* data, size_t bytes, bool writable) : data_(data) {
+  const std::lock_guard lock(regions_mutex);
+  regions().push_back({name, data, data + bytes, data, (bytes + kPage - 1) / kPage * kPage, writable});
+}
+DevicePages::~DevicePages() {
+  const std::lock_guard lock(regions_mutex);
+  remove_region(data_);
+}
+
+OpenMemory::OpenMemory() { regions_mutex.lock(); }
+OpenMemory::~OpenMemory() { regions_mutex.unlock(); }
+
+ClosedMemory::ClosedMemory() {
+  regions_mutex.lock();
+  for (const Region& r : regions()) set_access(r, PROT_NONE);
+}
+ClosedMemory::~ClosedMemory() {
+  for (const Region& r : regions()) set_access(r, r.writable ? PROT_READ | PROT_WRITE : PROT_READ);
+  regions_mutex.unlock();
+}
+
+std::string describe_closed(const void* address) {
+  const uint8_t* at = static_cast<const uint8_t*>(address);
+  for (const Region& r : regions())
+    if (r.pages && at >= r.begin && at < r.end) return std::string(r.name) + " (byte " + std::to_string(at - r.begin) + ")";
+  return "";
 }
 
 std::string describe_address(const void* address, const uint8_t* stack, const uint8_t* shared, const uint8_t* shared_end) {

@@ -1,4 +1,5 @@
-// Device memory of a test: each buffer ends at a page that faults, so that reading or writing behind it is found at the instruction that does it.
+// Device memory of a test: each buffer ends at a page that faults, so that reading or writing behind it is found at the instruction that does it. All of it can be closed for a
+// while, so that every access is.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -21,6 +22,8 @@ class GuardedBytes {
   uint8_t* data() const { return data_; }
   size_t size() const { return bytes_; }
   bool intact() const;
+  // It is memory of the host, which its threads use while kernels run: never closed.
+  void leave_open();
 
  private:
   uint8_t *map_, *data_, *end_;  // the mapped pages; end_: the guard page behind
@@ -43,6 +46,37 @@ class Guarded {
   GuardedBytes bytes_;
   size_t count_;
 };
+
+// Whole pages that are device memory though they are in no GuardedBytes; `writable`: else they can only be read.
+class DevicePages {
+ public:
+  DevicePages(const char* name, uint8_t* data, size_t bytes, bool writable);
+  ~DevicePages();
+  DevicePages(const DevicePages&) = delete;
+  DevicePages& operator=(const DevicePages&) = delete;
+
+ private:
+  const uint8_t* data_;
+};
+
+// While one lives, device memory stays open: for host threads that stand for a card's copies. Not for threads that hold one already.
+class OpenMemory {
+ public:
+  OpenMemory();
+  ~OpenMemory();
+  OpenMemory(const OpenMemory&) = delete;
+  OpenMemory& operator=(const OpenMemory&) = delete;
+};
+// While one lives, any access to device memory faults.
+class ClosedMemory {
+ public:
+  ClosedMemory();
+  ~ClosedMemory();
+  ClosedMemory(const ClosedMemory&) = delete;
+  ClosedMemory& operator=(const ClosedMemory&) = delete;
+};
+// What of closed memory an address is in, or "".
+std::string describe_closed(const void* address);
 
 // Which memory of a kernel lies nearest to an address.
 std::string describe_address(const void* address, const uint8_t* stack, const uint8_t* shared, const uint8_t* shared_end);

@@ -55,8 +55,8 @@ inline bool can_run() {
 }
 
 inline int end_of_tests() {
-  std::printf("emulated %llu launches, %llu threads, %llu warp operations\n", static_cast<unsigned long long>(counts().launches), static_cast<unsigned long long>(counts().threads),
-              static_cast<unsigned long long>(counts().collectives));
+  std::printf("emulated %llu launches, %llu threads, %llu warp operations; %llu launches checked for an early start\n", static_cast<unsigned long long>(counts().launches), static_cast<unsigned long long>(counts().threads),
+              static_cast<unsigned long long>(counts().collectives), static_cast<unsigned long long>(counts().early));
   return failures ? 1 : 0;
 }
 

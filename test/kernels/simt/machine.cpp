@@ -65,7 +65,7 @@ struct Copy {
 
 struct Block;
 
-enum class State { Runnable, Spinning, AtWarp, AtBlock, Done };
+enum class State { Runnable, Spinning, AtWarp, AtBlock, AtDependency, Done };  // AtDependency: of an early start
 
 struct Fiber {
   Place place;
@@ -81,6 +81,7 @@ struct Fiber {
   void* slot;
   std::vector<Copy> copies;
   unsigned copy_group;
+  bool waited;  // for the grid before this one
 };
 
 struct Warp {
@@ -108,12 +109,16 @@ struct Grid {
   std::vector<std::unique_ptr<Block>> resident;
   std::vector<Block*> live;
   uint64_t random_state;
+  bool checks_early_start = false;
+  bool starts_early = false;  // being run as far as the waits for the grid before
   int idle_spins = 0;
   std::string problem = "";
   bool failed = false;
 };
 
 Schedule schedule_of_launches;
+bool checks_all_early_starts = false;
+thread_local int early_starts = 0;
 Counts totals{};
 std::vector<std::unique_ptr<Block>> spare_blocks;  // kept for their stacks
 Grid* running;
@@ -162,6 +167,7 @@ void enter() {
   running->body();
   if (!current->copies.empty()) fault(Site::current(), "ends with asynchronous copies that it never waited for");
   if (current->block->at_barrier > 0) fault(current->block->barrier, "has ended, but others of the block wait in __syncthreads");
+  if (running->checks_early_start && !current->waited) fault(Site::current(), "ends without having waited for the grid before (grid_dependency_wait)");
   current->state = State::Done;
   current->block->warps[current->index / 32].done |= 1u << (current->index % 32);
   current->block->live--;
@@ -198,6 +204,7 @@ void start_block(Block& block, Dim grid, Dim size, Dim index, size_t shared_byte
     fiber.place = {{i % size.x, i / size.x % size.y, i / (size.x * size.y)}, index, size, grid};
     fiber.copies.clear();
     fiber.copy_group = 0;
+    fiber.waited = false;
     // Tops at different offsets in their pages: at one offset, they would all compete for the same few lines of the cache.
     void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes - 64 - i * 1088 % 16384);
     *--top = nullptr;
@@ -244,7 +251,10 @@ void on_signal(int signal, siginfo_t* info, void*) {
   in_fiber = 0;
   char text[200];
   // SIGILL is the trap of -fsanitize=alignment.
-  if (signal == SIGILL) std::snprintf(text, sizeof text, "misaligned access");
+  std::string closed;
+  if (running->starts_early && signal == SIGSEGV) closed = describe_closed(info->si_addr);
+  if (!closed.empty()) std::snprintf(text, sizeof text, "touches %s before it has waited for the grid before (grid_dependency_wait)", closed.c_str());
+  else if (signal == SIGILL) std::snprintf(text, sizeof text, "misaligned access");
   else std::snprintf(text, sizeof text, "access out of bounds: %s", describe_address(info->si_addr, current->stack, current->block->shared, current->block->shared_end).c_str());
   running->problem = where(*current) + ": " + text;
   running->failed = true;
@@ -287,8 +297,12 @@ std::string describe_deadlock(const std::vector<Block*>& live) {
           const Fiber& other = block->fibers[first + l];
           if (other.state != State::AtWarp)
             return where(fiber) + ": waits in " + fiber.operation + " at " + name_of(fiber.site) + " for lane " + std::to_string(l) + ", which " +
-                   (other.state == State::AtBlock ? "waits in __syncthreads at " + name_of(other.site) : "has ended");
+                   (other.state == State::AtBlock        ? "waits in __syncthreads at " + name_of(other.site)
+                    : other.state == State::AtDependency ? "waits for the grid before"
+                                                         : "has ended");
         }
+      } else if (fiber.state == State::AtBlock) {
+        return where(fiber) + ": waits in __syncthreads at " + name_of(fiber.site) + " for threads that wait for the grid before";
       }
   return "nobody can go on";
 }
@@ -298,6 +312,25 @@ bool start_next(Grid& grid, Block* into) {
   const unsigned i = grid.order[grid.started++];
   start_block(*into, grid.size, grid.block, {i % grid.size.x, i / grid.size.x % grid.size.y, i / (grid.size.x * grid.size.y)}, grid.shared_bytes);
   return true;
+}
+
+// One turn of a thread, until it meets others, spins or ends.
+void run_fiber(Fiber* fiber) {
+  Warp& warp = fiber->block->warps[fiber->index / 32];
+  const uint32_t bit = 1u << (fiber->index % 32);
+  warp.runnable &= ~bit;
+  warp.spinning &= ~bit;
+  if (!warp.runnable) fiber->block->runnable_warps &= ~(1u << (fiber->index / 32));
+  if (!warp.spinning) fiber->block->spinning_warps &= ~(1u << (fiber->index / 32));
+  fiber->state = State::Runnable;
+  current = fiber;
+  place = &fiber->place;
+  in_fiber = 1;
+  simt_switch(&main_stack_pointer, fiber->stack_pointer);
+  if (fiber->state == State::Spinning) {
+    warp.spinning |= bit;
+    fiber->block->spinning_warps |= 1u << (fiber->index / 32);
+  }
 }
 
 // At most `turns` turns of the grid's threads. False where it has not ended: the turns are over, or its threads have done nothing but spin for a while.
@@ -310,8 +343,6 @@ bool run_threads(Grid& grid, uint64_t turns) {
       grid.failed = true;
       break;
     }
-    Warp& warp = fiber->block->warps[fiber->index / 32];
-    const uint32_t bit = 1u << (fiber->index % 32);
     const bool idle = fiber->state == State::Spinning;
     grid.idle_spins = idle ? grid.idle_spins + 1 : 0;
     spins = idle ? spins + 1 : 0;
@@ -320,22 +351,53 @@ bool run_threads(Grid& grid, uint64_t turns) {
       grid.failed = true;
       break;
     }
-    warp.runnable &= ~bit;
-    warp.spinning &= ~bit;
-    if (!warp.runnable) fiber->block->runnable_warps &= ~(1u << (fiber->index / 32));
-    if (!warp.spinning) fiber->block->spinning_warps &= ~(1u << (fiber->index / 32));
-    fiber->state = State::Runnable;
-    current = fiber;
-    place = &fiber->place;
-    in_fiber = 1;
-    simt_switch(&main_stack_pointer, fiber->stack_pointer);
-    if (fiber->state == State::Spinning) {
-      warp.spinning |= bit;
-      fiber->block->spinning_warps |= 1u << (fiber->index / 32);
-    }
+    run_fiber(fiber);
     if (fiber->block->live == 0 && !start_next(grid, fiber->block)) grid.live.erase(std::find(grid.live.begin(), grid.live.end(), fiber->block));
   }
   return true;
+}
+
+// Every block by itself, every thread as far as its wait for the grid before.
+void run_to_waits(Grid& grid, Block& block) {
+  grid.live = {&block};
+  while (start_next(grid, &block)) {
+    while (Fiber* fiber = pick(grid)) {
+      if (fiber->state == State::Spinning) {
+        grid.problem = where(*fiber) + ": spins before it has waited for the grid before (grid_dependency_wait)";
+        grid.failed = true;
+        return;
+      }
+      run_fiber(fiber);
+      if (grid.failed) return;
+    }
+    const unsigned count = grid.block.x * grid.block.y * grid.block.z;
+    for (unsigned i = 0; i < count && !grid.failed; i++) {
+      if (block.fibers[i].state == State::AtDependency) continue;
+      grid.problem = describe_deadlock(grid.live);
+      grid.failed = true;
+    }
+    if (grid.failed) return;
+  }
+}
+
+// The first run of a launch that is checked for an early start. The caller holds `one_grid`.
+void start_early(Grid& grid) {
+  totals.early++;
+  if (spare_blocks.empty()) spare_blocks.push_back(std::make_unique<Block>());
+  const uint64_t random_state = grid.random_state, threads = totals.threads;
+  grid.starts_early = true;
+  running = &grid;
+  {
+    const ClosedMemory closed;
+    const KernelScope scope;
+    if (sigsetjmp(after_signal, 1) == 0) run_to_waits(grid, *spare_blocks.back());
+    in_fiber = 0;
+  }
+  grid.starts_early = false;
+  grid.live.clear();
+  grid.started = 0;
+  grid.random_state = random_state;
+  totals.threads = threads;
 }
 
 // run_threads where a thread may fault. The caller holds `one_grid`.
@@ -356,6 +418,7 @@ std::string make_grid(Dim size, Dim block, size_t shared_bytes, const std::funct
   if (shared_bytes > kSharedBytesMax) return std::to_string(shared_bytes) + " bytes of shared memory; " + std::to_string(kSharedBytesMax) + " are possible on every card";
   auto grid = std::unique_ptr<Grid>(new Grid{size, block, shared_bytes, body, schedule_of_launches, std::vector<unsigned>(count), 0, {}, {}, schedule_of_launches.seed});
   for (unsigned i = 0; i < count; i++) grid->order[i] = grid->schedule.order == Order::Reverse ? static_cast<unsigned>(count) - 1 - i : i;
+  grid->checks_early_start = checks_all_early_starts || early_starts > 0;
   if (grid->schedule.order == Order::Random)
     for (size_t i = count; i > 1; i--) std::swap(grid->order[i - 1], grid->order[next_random(grid->random_state) % i]);
   totals.launches++;
@@ -364,6 +427,8 @@ std::string make_grid(Dim size, Dim block, size_t shared_bytes, const std::funct
 }
 
 void begin_grid(Grid& grid) {
+  if (grid.checks_early_start) start_early(grid);
+  if (grid.failed) return;
   for (size_t i = std::min<size_t>(grid.schedule.resident, grid.order.size()); i > 0; i--) {
     if (spare_blocks.empty()) spare_blocks.push_back(std::make_unique<Block>());
     grid.resident.push_back(std::move(spare_blocks.back()));
@@ -384,6 +449,9 @@ void set_schedule(const Schedule& schedule) {
   const std::lock_guard lock(one_grid);
   schedule_of_launches = schedule;
 }
+void check_early_starts(bool all) { checks_all_early_starts = all; }
+EarlyStart::EarlyStart() { early_starts++; }
+EarlyStart::~EarlyStart() { early_starts--; }
 const Counts& counts() { return totals; }
 uint64_t timer_now() { return timer; }
 std::string absent_machine() { return ""; }
@@ -399,7 +467,7 @@ std::string run_grid(Dim size, Dim block, size_t shared_bytes, const std::functi
   std::unique_lock lock(one_grid);
   if (const std::string refused = make_grid(size, block, shared_bytes, body, &grid); !refused.empty()) return refused;
   begin_grid(*grid);
-  while (!run_turns(*grid, kToTheEnd)) {
+  while (!grid->failed && !run_turns(*grid, kToTheEnd)) {
     if (!grid->schedule.wall_clock) continue;
     lock.unlock();
     std::this_thread::sleep_for(std::chrono::microseconds(20));
@@ -435,7 +503,7 @@ std::string run_together(const std::vector<CardWork*>& cards, uint64_t seed) {
     }
     // Short turns and long ones, so that a card may get far ahead of the others.
     Grid& grid = *own.grids.front();
-    if (!run_turns(grid, uint64_t{1} << next_random(seed) % 12)) continue;
+    if (!grid.failed && !run_turns(grid, uint64_t{1} << next_random(seed) % 12)) continue;
     if (grid.failed) problem = "card " + std::to_string(c) + ": " + grid.problem;
     end_grid(grid);
     own.grids.pop_front();
@@ -518,6 +586,17 @@ void spin() {
   leave();
 }
 
+void grid_dependency_wait() {
+  current->waited = true;
+  if (!running->starts_early) return;
+  current->state = State::AtDependency;
+  leave();  // for ever
+}
+
+void prefetch(const void* address) {
+  if (!running->starts_early) static_cast<void>(*static_cast<const volatile uint8_t*>(address));
+}
+
 uint8_t* shared_memory() { return current->block->shared; }
 uint64_t global_timer() {
   if (!running->schedule.wall_clock) return timer += 1000;
@@ -530,6 +609,7 @@ void copy_async(const Site& site, void* target, const void* source, unsigned byt
   if (reinterpret_cast<uintptr_t>(target) % bytes != 0 || reinterpret_cast<uintptr_t>(source) % bytes != 0)
     fault(site, "an asynchronous copy of %u bytes that are not aligned to %u", bytes, bytes);
   if (source_bytes > bytes) fault(site, "an asynchronous copy of %u bytes into %u", source_bytes, bytes);
+  if (running->starts_early && source_bytes > 0) static_cast<void>(*static_cast<const volatile uint8_t*>(source));  // it may be made at once
   std::memset(target, kPoison, bytes);
   current->copies.push_back({target, source, bytes, source_bytes, current->copy_group});
 }

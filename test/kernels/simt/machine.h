@@ -3,6 +3,14 @@
 // Every CUDA thread is a fiber. It runs until it meets others (a warp operation, a barrier), spins, or ends; then another one goes on, in the order that the
 // test asks for. All of a launch happens on one thread of the operating system, so a run repeats exactly.
 //
+// Programmatic dependent launch (device.cuh, grid_dependency_wait): a card may start a kernel while the one before it runs, so everything that a thread does before that wait
+// may happen at any earlier moment. A launch that is checked for it is run twice. First every thread of every block, in the launch's order, goes as far as its wait and no further,
+// and all memory of the card is closed meanwhile (guarded.h): a load, a store, an atomic operation or an asynchronous copy there is a fault at its instruction, as is a thread that
+// ends without a wait. What is left before the wait then hangs on parameters, indexes and shared memory alone, so that it gives the same whenever it is done, and the second run,
+// from the beginning and with all predecessors at their end, is what any early start comes to. Nothing follows for prefetches, which have no result. In whole programs memory of the
+// host that a card reads directly stays open, since other threads use it: there an early access to that alone (report.cu, the words of peer_reduce.cu) would not be found.
+// That the wait of every thread of every kernel is enough needs one more step, on paper: a grid ends after its wait, so after the end of the grid before it, and so on to the first.
+//
 // What a run proves: indexes, the use of barriers, masks and asynchronous copies, and every bit of the arithmetic. What it cannot show: speed, coalescing,
 // bank conflicts, and races that need weakly ordered memory or two blocks in the same instant. fp32 sums inside a bf16 or f16 mma have an order of their own
 // on every card; here they are made in k order, so those are for tolerances.
@@ -40,6 +48,7 @@ void set_schedule(const Schedule& schedule);
 // What takes launches: a stream, or a graph that is being built (runtime.cpp). Work returns "" or what went wrong.
 struct WorkQueue {
   virtual ~WorkQueue() = default;
+  // A kernel.
   virtual void add(std::function<std::string()> work) = 0;
 };
 
@@ -53,6 +62,15 @@ struct CardWork final : WorkQueue {
 // several threads take turns: one grid after the other, or, by the wall clock, whenever one only spins.
 std::string run_grid(Dim grid, Dim block, size_t shared_bytes, const std::function<void()>& body);
 
+// Whether launches are checked for an early start, from now on, and those of this host thread while an EarlyStart lives.
+void check_early_starts(bool all);
+struct EarlyStart {
+  EarlyStart();
+  ~EarlyStart();
+  EarlyStart(const EarlyStart&) = delete;
+  EarlyStart& operator=(const EarlyStart&) = delete;
+};
+
 // Does the work of several cards at the same time, that of each in its order; who goes on, and how far, hangs on the seed. Returns "" or the first fault, with its card.
 // Nothing of a queue is left, whether it was done or not.
 std::string run_together(const std::vector<CardWork*>& cards, uint64_t seed);
@@ -65,6 +83,7 @@ std::string finish();
 // Counts since the start of the program, for the tests' reports.
 struct Counts {
   uint64_t launches, threads, collectives;
+  uint64_t early;  // launches that were checked for an early start
 };
 const Counts& counts();
 // The timer that steps at each look, in nanoseconds, without a look.
@@ -91,6 +110,10 @@ inline unsigned lane() { return (place->thread.x + place->block_size.x * (place-
 void meet_warp(const char* operation, uint32_t mask, const Site& site, void* slot, void (*complete)(void* const* slots, uint32_t mask, const Site& site));
 // __syncthreads: every thread of the block, at one site.
 void meet_block(const Site& site);
+// griddepcontrol.wait.
+void grid_dependency_wait();
+// A prefetch: the address must be that of memory, when it is done.
+void prefetch(const void* address);
 // A thread that waits for memory to change lets the others run first.
 void spin();
 

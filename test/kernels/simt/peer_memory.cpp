@@ -6,10 +6,12 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 
 #include "../../../kernels/cuda/memory_file.h"
 #include "../../../kernels/cuda/peer_reduce.h"
+#include "guarded.h"
 #include "machine.h"
 
 namespace shardmesh::cuda {
@@ -29,10 +31,12 @@ class EmulatedRegion final : public SharedRegion {
     const EmulatedHandle handle{::getpid(), file_.fd()};
     std::memcpy(description_.card.data(), &handle.pid, sizeof handle.pid);  // a process, a card
     if (place == PeerMemory::Place::Card) std::memcpy(description_.handle.data(), &handle, sizeof handle);
+    pages_.emplace("sums that peers read", card_, bytes, true);
   }
 
  private:
   MemoryFile file_;
+  std::optional<simt::DevicePages> pages_;
 };
 
 class EmulatedOpened final : public OpenedRegion {
@@ -46,10 +50,12 @@ class EmulatedOpened final : public OpenedRegion {
     }
     file_ = MemoryFile::attach(handle.pid, handle.fd, memory.bytes, false);
     card_ = file_.data();
+    pages_.emplace("sums of a peer", file_.data(), memory.bytes, false);
   }
 
  private:
   MemoryFile file_;
+  std::optional<simt::DevicePages> pages_;
 };
 
 }  // namespace
@@ -59,6 +65,7 @@ std::unique_ptr<OpenedRegion> open_region(const PeerMemory& memory) { return std
 std::string absent_peers() { return ""; }
 
 Problem set_words(uint8_t* card, const uint64_t* words, size_t count) {
+  const simt::OpenMemory open;
   std::memcpy(card, words, count * 8);
   return nullptr;
 }

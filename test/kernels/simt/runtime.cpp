@@ -8,6 +8,7 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <unordered_map>
 #include <utility>
@@ -38,9 +39,10 @@ using Make = std::function<Work()>;         // called when the work is queued: f
 
 // What launches and copies are given to.
 struct Queue : simt::WorkQueue {
-  virtual void make(const Make& make) = 0;
+  virtual void make(const Make& make, bool kernel) = 0;
+  void make(const Make& make) { this->make(make, false); }
   void add(Work work) override {
-    make([work] { return work; });
+    make([work] { return work; }, true);
   }
 };
 
@@ -52,22 +54,30 @@ struct EmulatedStream final : Queue {
   std::vector<Work> work;
   std::string problem;  // what synchronise() returns stays valid to the next one
   Sources sources;
-  void make(const Make& make) override {
+  using Queue::make;
+  void make(const Make& make, bool) override {
     sources_of_stream = &sources;
     work.push_back(make());
   }
 };
 
 // Nodes that no edge orders may be done in any order, so they are: the first added first, the last first, or by chance, as the schedule has threads and blocks.
+// A node that a programmatic edge may start early is checked for that (machine.h) when it is done.
 struct EmulatedGraph final : Queue {
   struct Node {
     Make make;
     std::vector<int> after;
+    bool kernel;
+    int programmatic_edges;  // of those to it
   };
   std::vector<Node> nodes;
   std::vector<int> after;
-  void make(const Make& make) override {
-    nodes.push_back({make, after});
+  Edges edges = Edges::Plain;
+  using Queue::make;
+  void make(const Make& make, bool kernel) override {
+    const bool early = kernel && edges == Edges::Programmatic;
+    const auto count = std::count_if(after.begin(), after.end(), [&](int node) { return early && nodes[static_cast<size_t>(node)].kernel; });
+    nodes.push_back({make, after, kernel, static_cast<int>(count)});
     after = {static_cast<int>(nodes.size()) - 1};
   }
 };
@@ -93,6 +103,8 @@ std::string run_nodes(const EmulatedGraph& graph, const std::vector<Work>& work,
     const size_t which = order == simt::Order::Forward ? 0 : order == simt::Order::Reverse ? ready.size() - 1 : (seed >> 33) % ready.size();
     const size_t node = static_cast<size_t>(ready[which]);
     ready.erase(ready.begin() + static_cast<std::ptrdiff_t>(which));
+    std::optional<simt::EarlyStart> early;
+    if (graph.nodes[node].programmatic_edges > 0) early.emplace();
     if (std::string problem = work[node](); !problem.empty()) return problem;
     done[node] = true;
   }
@@ -140,7 +152,8 @@ uint64_t digest(const void* data, size_t bytes) {  // FNV-1a over words
 
 std::string find_card(Card* card) {
   if (const char* absent = asked("SHARDMESH_EMULATED_CARD_ABSENT")) return absent;
-  *card = {"emulated CUDA machine", 80, 2, card_bytes(), 1e9, 5, "none"};
+  const char* sm = asked("SHARDMESH_EMULATED_CARD_SM");
+  *card = {"emulated CUDA machine", sm ? std::atoi(sm) : 90, 2, card_bytes(), 1e9, 5, "none"};
   return "";
 }
 
@@ -149,6 +162,7 @@ size_t free_bytes() { return card_bytes() - std::min(card_bytes(), used_bytes.lo
 void* allocate(Place place, size_t bytes, const char* what) {
   if (place == Place::Card && bytes > free_bytes()) throw std::runtime_error(no_room(place, bytes, what, "out of memory"));
   auto memory = std::make_unique<simt::GuardedBytes>(what, bytes);
+  if (place == Place::Host) memory->leave_open();
   void* data = memory->data();
   std::lock_guard lock(allocations().mutex);
   allocations().all.emplace(data, Allocations::One{std::move(memory), place});
@@ -160,7 +174,11 @@ void release(Place, void* memory) {
   std::lock_guard lock(allocations().mutex);
   const auto found = allocations().all.find(memory);
   const Allocations::One& one = found->second;
-  if (!one.bytes->intact()) {
+  const bool intact = [&] {
+    const simt::OpenMemory open;
+    return one.bytes->intact();
+  }();
+  if (!intact) {
     std::fprintf(stderr, "simt: bytes beside a buffer have changed\n");
     std::abort();
   }
@@ -179,6 +197,7 @@ Problem copy_to_card(void* card, const void* host, size_t bytes, Stream stream) 
     sources_of_stream->emplace_back(static_cast<const uint8_t*>(host), static_cast<const uint8_t*>(host) + bytes);
     return [=, before = digest(host, bytes)]() -> std::string {
       if (digest(host, bytes) != before) return "the host has changed what a queued copy reads";
+      const simt::OpenMemory open;
       std::memcpy(card, host, bytes);
       return "";
     };
@@ -192,6 +211,7 @@ Problem copy_to_host(void* host, const void* card, size_t bytes, Stream stream) 
     const uint8_t* at = static_cast<const uint8_t*>(host);
     if (std::none_of(sources_of_stream->begin(), sources_of_stream->end(), [&](const auto& s) { return s.first < at + bytes && at < s.second; })) std::memset(host, simt::kPoison, bytes);
     return [=]() -> std::string {
+      const simt::OpenMemory open;
       std::memcpy(host, card, bytes);
       return "";
     };
@@ -200,9 +220,12 @@ Problem copy_to_host(void* host, const void* card, size_t bytes, Stream stream) 
 }
 
 Problem fill(void* card, uint8_t value, size_t bytes, Stream stream) {
-  queue_of(stream).add([=]() -> std::string {
-    std::memset(card, value, bytes);
-    return "";
+  queue_of(stream).make([=]() -> Work {
+    return [=]() -> std::string {
+      const simt::OpenMemory open;
+      std::memset(card, value, bytes);
+      return "";
+    };
   });
   return nullptr;
 }
@@ -243,13 +266,20 @@ std::string lost_card() { return lasting_fault().here ? LastingFault::kText : ""
 void abandon_card() {}  // other executors of this process go on
 bool is_abandoned() { return false; }
 
-Problem open_graph(Graph* graph) {
-  *graph = static_cast<simt::WorkQueue*>(new EmulatedGraph);
+Problem open_graph(Graph* graph, Edges edges) {
+  auto* made = new EmulatedGraph;
+  made->edges = edges;
+  *graph = static_cast<simt::WorkQueue*>(made);
   return nullptr;
 }
 
 void come_after(Graph graph, std::initializer_list<int> nodes) { nodes_of(graph).after = nodes; }
 int node_count(Graph graph) { return static_cast<int>(nodes_of(graph).nodes.size()); }
+int programmatic_edge_count(Graph graph) {
+  int count = 0;
+  for (const EmulatedGraph::Node& node : nodes_of(graph).nodes) count += node.programmatic_edges;
+  return count;
+}
 
 Problem finish_graph(Graph graph) {
   // A test asks for graphs without one of their edges, to see that this is found.
@@ -275,6 +305,7 @@ Problem launch_graph(Graph graph, Stream stream) {
 void close_graph(Graph graph) { delete &nodes_of(graph); }
 
 Problem copy_now(void* card, const void* host, size_t bytes) {
+  const simt::OpenMemory open;
   std::memcpy(card, host, bytes);
   return nullptr;
 }

@@ -83,6 +83,33 @@ void last_block_kernel(uint32_t* values, uint32_t* count, uint32_t* out, unsigne
 void append_kernel(int* value, int digit) { value[0] = value[0] * 10 + digit; }
 void increment_kernel(int* values) { values[threadIdx.x]++; }
 
+// values[t] += 3 (t + 1 of the block's threads): what comes from shared memory is made before the wait for the grid before, as it may be; or something that may not be there is.
+enum class Early { Right, Loads, Stores, Adds, Copies, Prefetches, Forgets, Ends, Spins, Halts };
+void early_kernel(Early how, uint32_t* values) {
+  uint32_t* shared = reinterpret_cast<uint32_t*>(dynamic_shared());
+  const unsigned t = threadIdx.x, next = (t + 1) % blockDim.x;
+  shared[t] = 3 * t;
+  __syncthreads();
+  uint32_t early = shared[next];
+  if (how == Early::Loads) early += *static_cast<volatile uint32_t*>(values + t);
+  if (how == Early::Stores) values[t] = 0;
+  if (how == Early::Adds) atomicAdd(values, 1);
+  if (how == Early::Copies) {
+    copy_async<4>(shared + blockDim.x + t, values + t);
+    commit_copies();
+  }
+  if (how == Early::Ends && t == 5) return;
+  if (how == Early::Spins) __nanosleep(1);
+  if (how == Early::Halts) {
+    if (t < 5) grid_dependency_wait();
+    __syncthreads();
+  }
+  prefetch_l2(values + (how == Early::Prefetches ? 64 : t));
+  if (how != Early::Forgets) grid_dependency_wait();
+  if (how == Early::Copies) wait_copies<0>();
+  values[t] += early;
+}
+
 // Sum of a block's values: through registers in the warp, through shared memory between warps.
 void sum_kernel(const int* in, int* out, bool with_barrier) {
   int* partial = reinterpret_cast<int*>(dynamic_shared());
@@ -560,6 +587,55 @@ int main() {
     }
     return std::string();
   });
+  test_case("simt - a kernel behind a programmatic edge may do before its wait what touches no memory of the card", [] {
+    const OpenStream s;
+    Graph graph = nullptr;
+    open_graph(&graph, Edges::Programmatic);
+    fill(s.card.as<void>(), 0, 64, stream_of(graph));
+    for (int i = 0; i < 3; i++) launch(early_kernel, 2, 16, 64, stream_of(graph), Early::Right, s.card.as<uint32_t>());
+    copy_to_host(s.back.as<void>(), s.card.as<void>(), 64, stream_of(graph));
+    launch(early_kernel, 1, 16, 64, stream_of(graph), Early::Right, s.card.as<uint32_t>());
+    const uint64_t before = simt::counts().early;
+    std::string wrong = finish_graph(graph) ? "the graph is not made" : programmatic_edge_count(graph) != 2 ? "edges of fill and copy are programmatic" : "";
+    for (int step = 0; step < 6 && wrong.empty(); step++) {
+      launch_graph(graph, s.stream);
+      if (const char* fault = synchronise(s.stream)) wrong = fault;
+      else if (s.back.as<uint32_t>()[4] != 6 * 15) wrong = "a wrong value";
+    }
+    if (wrong.empty() && simt::counts().early != before + 12) wrong = "not every early start was checked";
+    close_graph(graph);
+    return wrong;
+  });
+  const auto early = [](const std::string& expected, Early how) {
+    return caught_always(expected, [&] {
+      static OpenStream s;
+      static std::string problem;
+      problem.clear();
+      for (const Edges edges : {Edges::Plain, Edges::Programmatic}) {
+        Graph graph = nullptr;
+        open_graph(&graph, edges);
+        fill(s.card.as<void>(), 0, 64, stream_of(graph));
+        launch(early_kernel, 1, 16, 64, stream_of(graph), Early::Right, s.card.as<uint32_t>());
+        if (how != Early::Prefetches || edges == Edges::Programmatic) launch(early_kernel, 1, 16, 128, stream_of(graph), how, s.card.as<uint32_t>());
+        finish_graph(graph);
+        launch_graph(graph, s.stream);
+        const char* fault = synchronise(s.stream);
+        if (edges == Edges::Plain && fault) problem = std::string("with plain edges: ") + fault;
+        if (edges == Edges::Programmatic && fault && problem.empty()) problem = fault;
+        close_graph(graph);
+      }
+      return problem.empty() ? nullptr : problem.c_str();
+    });
+  };
+  test_case("simt - finds a load before the wait for the grid before", [&] { return early("touches card (byte ", Early::Loads); });
+  test_case("simt - finds a store before it", [&] { return early("touches card (byte ", Early::Stores); });
+  test_case("simt - finds an atomic operation before it", [&] { return early("touches card (byte 0) before it has waited", Early::Adds); });
+  test_case("simt - finds an asynchronous copy that is begun before it", [&] { return early("touches card (byte ", Early::Copies); });
+  test_case("simt - finds a prefetch of memory that is not there", [&] { return early("access out of bounds", Early::Prefetches); });
+  test_case("simt - finds a kernel without the wait", [&] { return early("touches card (byte ", Early::Forgets); });
+  test_case("simt - finds a thread that ends without the wait", [&] { return early("thread (5, 0, 0): ends without having waited", Early::Ends); });
+  test_case("simt - finds a thread that spins before it", [&] { return early("spins before it has waited", Early::Spins); });
+  test_case("simt - finds a barrier between the waits of a block", [&] { return early("for threads that wait for the grid before", Early::Halts); });
   test_case("simt - nodes that no edge orders are done in any order", [] {
     const OpenStream s;
     const OpenGraph g;
