@@ -182,13 +182,14 @@ export interface StepTotals {
 
 /**
  * Steps of up to `rows` rows as graphs of kernels: nodes of each piece between two actions of the host, how many edges between them let a kernel start while the one before it
- * runs, and how many steps took them.
+ * runs, how many steps took them, and how many of those the device had before the host knew the result of the step in front of them.
  */
 export interface GraphFacts {
   rows: number;
   nodes: number[];
   programmaticEdges: number[];
   steps: number;
+  stepsBehind: number;
 }
 
 /** A frame of the mesh between ranks: reductions, gathers, hidden states, sampled ids. Same fields as the wire header. */

@@ -527,6 +527,7 @@ class ExecutorWrap : public Napi::ObjectWrap<ExecutorWrap> {
         object.Set("nodes", nodes);
         object.Set("programmaticEdges", programmatic);
         object.Set("steps", static_cast<double>(facts.steps));
+        object.Set("stepsBehind", static_cast<double>(facts.steps_behind));
         all.Set(all.Length(), object);
       }
       return all;

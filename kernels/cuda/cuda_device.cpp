@@ -89,6 +89,7 @@ void CudaDevice::check_rope(int index) const {
 void CudaDevice::clear_kv() {
   synchronise(stream_);
   problem_ = {};
+  behind_ = {};
   reports_sent_ = *word_host_.as<uint32_t>();
   queue(fill(arrivals_.as<void>(), 0, arrivals_.size(), stream_));
   if (kv_.size() > 0) queue(fill(kv_.as<void>(), 0, kv_.size(), stream_));
@@ -122,17 +123,27 @@ void CudaDevice::begin_step(const StepRows& rows, int output_rows, int64_t wait_
   rows_ = &rows;
   // A wait inside a kernel begins later than the step, and ends by itself.
   deadline_ns_ = monotonic_now_ns() + wait_timeout_ms * 1'000'000 * (reduces_with_peers_ ? 2 : 1);
-  step_graphs_ = nullptr;
   ahead_ = nullptr;
   sent_ = false;
-  // Rows and output rows of a decode step pad to the same number.
+  begun_ = std::exchange(behind_, {});
+  StepGraphs* const graphs = begun_.graphs ? begun_.graphs : graphs_of(rows.tokens, output_rows);
+  step_graphs_ = graphs;
+  if (graphs) graphs->steps++;
+  sum_rows_ = graphs ? graphs->rows : rows.tokens;
+  if (begun_.graphs) {
+    graphs->steps_behind++;
+    queue(begun_.problem);
+  } else if (!broken()) {
+    plan_step(rows, graphs, wait_timeout_ms);
+  }
+}
+
+// Null: no graph has room for the step. Rows and output rows of a decode step pad to the same number.
+CudaDevice::StepGraphs* CudaDevice::graphs_of(int rows, int output_rows) {
   const auto fitting = [&](int count) { return std::find_if(graphs_.begin(), graphs_.end(), [&](const StepGraphs& g) { return g.rows >= count; }); };
-  const auto found = fitting(rows.tokens);
+  const auto found = fitting(rows);
   const bool has_tail = shard_.tail_begin() < shard_.tail_end();
-  if (found != graphs_.end() && (!has_tail || (output_rows > 0 && fitting(output_rows) == found))) step_graphs_ = &*found;
-  if (step_graphs_) found->steps++;
-  sum_rows_ = step_graphs_ ? step_graphs_->rows : rows.tokens;
-  if (!broken()) plan_step(rows, wait_timeout_ms);
+  return found != graphs_.end() && (!has_tail || (output_rows > 0 && fitting(output_rows) == found)) ? &*found : nullptr;
 }
 
 // Places on the card, for a step of at most so many rows: header, rows, then for graphs tokens, selected rows and settings of the head, then each kind of attention; every list
@@ -166,23 +177,24 @@ size_t CudaDevice::lay_out(size_t rows, size_t sequences, bool graph) {
 
 // Lays down what the step's kernels look up. A sequence's block table goes as far as its rows. A step that is no graph sends it at once, in one piece; of a graph's step
 // tokens are still missing.
-void CudaDevice::plan_step(const StepRows& rows, int64_t wait_timeout_ms) {
-  const size_t T = static_cast<size_t>(rows.tokens), padded = step_graphs_ ? kGraphRowsMax : T;
-  size_t at = lay_out(padded, step_graphs_ ? padded : static_cast<size_t>(rows.sequences), step_graphs_ != nullptr);
-  uint8_t* const host = step_host_.as<uint8_t>();
+void CudaDevice::plan_step(const StepRows& rows, const StepGraphs* graphs, int64_t wait_timeout_ms) {
+  const size_t T = static_cast<size_t>(rows.tokens), padded = graphs ? kGraphRowsMax : T;
+  size_t at = lay_out(padded, graphs ? padded : static_cast<size_t>(rows.sequences), graphs != nullptr);
+  place_ = place_ ^ 1;
+  uint8_t* const host = step_host();
   const auto put = [&](const int32_t* there, const int32_t* values, int32_t padding) {
     int32_t* here = on_host(there);
     std::memcpy(here, values, T * 4);
     std::fill(here + T, here + padded, padding);
   };
-  int32_t* const header = step_host_.as<int32_t>();
+  int32_t* const header = reinterpret_cast<int32_t*>(host);
   header[kLeast] = static_cast<int32_t>(kNothingFound);
   header[kLiveRows] = rows.tokens;
   header[kLiveOutputs] = 0;
   if (reduces_with_peers_) {
     const PeerStep record = peers_->begin_step(wait_timeout_ms, stream_);
     std::memcpy(header + kPeerStep, &record, sizeof record);
-    if (step_graphs_) peers_->follow(step_graphs_->reductions);
+    if (graphs) peers_->follow(graphs->reductions);
   }
   device_rows_.tokens = rows.tokens;
   put(device_rows_.positions, rows.positions, 0);
@@ -195,7 +207,7 @@ void CudaDevice::plan_step(const StepRows& rows, int64_t wait_timeout_ms) {
     at += needed * 4;
   }
   for (AttentionShape& shape : shapes_) {
-    plan_attention(rows, shape.host_runs, shape.like->window, {shape.tuning.split_rows_max, slots_, step_graphs_ && fuses(step_graphs_->rows)}, &shape.plan);
+    plan_attention(rows, shape.host_runs, shape.like->window, {shape.tuning.split_rows_max, slots_, graphs && fuses(graphs->rows)}, &shape.plan);
     const std::vector<AttentionWork>& work = shape.plan.work;
     at = (at + 15) / 16 * 16;
     std::memcpy(host + at, work.data(), work.size() * sizeof work[0]);
@@ -207,41 +219,54 @@ void CudaDevice::plan_step(const StepRows& rows, int64_t wait_timeout_ms) {
     on_host(shape.first_slot)[padded] = shape.plan.first_slot[T];
   }
   step_bytes_ = at;
-  if (!step_graphs_) queue(copy_to_card(step_card_.as<void>(), host, at, stream_));
+  if (!graphs) queue(copy_to_card(step_card_.as<void>(), host, at, stream_));
 }
 
 // Completes what a graph's step needs to know, and sends it.
-void CudaDevice::send_step(const int32_t* tokens) {
-  sent_ = true;
+Problem CudaDevice::send_step(const StepBehind& step) {
   int32_t *const ids = on_host(tokens_), *const which = on_host(selected_);
   HeadRow* const settings = on_host(settings_);
   for (int r = 0; r < kGraphRowsMax; r++) {
-    ids[r] = r < rows_->tokens ? tokens[r] : -1;
-    const bool selected = r < tail_rows_;
-    which[r] = selected ? outputs_[r].row : 0;
-    settings[r] = selected ? HeadRow{candidate_rows_[r].temperature, candidate_rows_[r].key.low, candidate_rows_[r].key.high} : HeadRow{};
+    ids[r] = r < step.rows.tokens ? step.tokens[r] : -1;
+    const bool selected = r < step.output_rows;
+    which[r] = selected ? step.outputs[r].row : 0;
+    settings[r] = selected ? HeadRow{step.candidates[r].temperature, step.candidates[r].key.low, step.candidates[r].key.high} : HeadRow{};
   }
-  step_host_.as<int32_t>()[kLiveOutputs] = tail_rows_;
-  queue(copy_to_card(step_card_.as<void>(), step_host_.as<void>(), step_bytes_, stream_));
+  reinterpret_cast<int32_t*>(step_host())[kLiveOutputs] = step.output_rows;
+  return copy_to_card(step_card_.as<void>(), step_host(), step_bytes_, stream_);
 }
 
 size_t CudaDevice::run_ahead(size_t action, const int32_t* tokens) {
   if (!step_graphs_ || broken()) return action;
   const auto found = std::find_if(step_graphs_->pieces.begin(), step_graphs_->pieces.end(), [&](const Piece& p) { return p.begin == action; });
   if (found == step_graphs_->pieces.end()) return action;
-  if (!sent_) send_step(tokens);
-  if (!broken()) queue(launch_graph(found->graph, stream_));
+  if (!begun_.graphs) {
+    if (!std::exchange(sent_, true)) queue(send_step({*rows_, tokens, tail_rows_, outputs_, candidate_rows_}));
+    if (!broken()) queue(launch_graph(found->graph, stream_));
+  }
   ahead_ = &*found;
   if (found->reports) {
-    reports_sent_++;
+    report_ = report_of_candidates_ = begun_.graphs ? begun_.report : ++reports_sent_;
     reported_ = true;
   }
   return found->end;
 }
 
+// One graph behind another: what the first has reported lies in its own place, and what tells the second its tokens stays on the card until its first node is done.
+bool CudaDevice::queue_behind(const StepBehind& step) {
+  if (broken() || behind_.graphs) return false;
+  StepGraphs* const graphs = graphs_of(step.rows.tokens, step.output_rows);
+  if (!graphs || !graphs->is_whole()) return false;
+  plan_step(step.rows, graphs, 0);
+  Problem problem = send_step(step);
+  if (!problem) problem = launch_graph(graphs->pieces[0].graph, stream_);
+  behind_ = {graphs, ++reports_sent_, problem};
+  return true;
+}
+
 void CudaDevice::report() {
   queue(send_report({step_card_.as<uint32_t>() + kLeast, candidates_.as<cuda::Candidate>(), reported_candidates_, least_host_.as<uint32_t>(), candidates_host_.as<cuda::Candidate>(),
-                     reports_.as<uint32_t>(), word_host_.as<uint32_t>()},
+                     report_rows(), reports_.as<uint32_t>(), word_host_.as<uint32_t>()},
                     to_));
   reported_candidates_ = 0;
 }
@@ -257,16 +282,18 @@ void CudaDevice::give_up() {
   problem_.fault = "the card (" + card_facts_.name + ") does nothing more for this process: " + why;
 }
 
-bool CudaDevice::wait() {
+bool CudaDevice::wait(const std::function<void()>& meanwhile) {
   if (!waited_) {
+    const bool can_queue = reported_ && step_graphs_ && step_graphs_->is_whole();
     if (!broken() && !reported_) {
+      report_ = ++reports_sent_;
+      if (reported_candidates_ > 0) report_of_candidates_ = report_;
       report();
-      reports_sent_++;
     }
-    if (!broken()) queue(wait_for(word_host_.as<uint32_t>(), reports_sent_, stream_, deadline_ns_, shard_.config().spin));
+    if (!broken()) queue(wait_for(word_host_.as<uint32_t>(), report_, stream_, deadline_ns_, shard_.config().spin, can_queue ? meanwhile : nullptr));
     if (broken()) give_up();
     waited_ = true;
-    const uint32_t found = *least_host_.as<uint32_t>();
+    const uint32_t found = least_host_.as<uint32_t>()[report_ % kReportPlaces];
     if (reduces_with_peers_ && !problem_.lost) {
       const PeerDriver::Fault fault = peers_->fault();
       if (fault.kind != PeerFault::None) {
@@ -280,6 +307,12 @@ bool CudaDevice::wait() {
     if (!broken() && found != kNothingFound) problem_ = {static_cast<int>(found >> 16), static_cast<int>(found & 0xffff), ""};
   }
   return !broken() && problem_.action < 0 && problem_.peer < 0;
+}
+
+shardmesh::Candidate CudaDevice::candidate(int r) const {
+  const size_t place = report_of_candidates_ % kReportPlaces;
+  const cuda::Candidate& found = candidates_host_.as<cuda::Candidate>()[place * static_cast<size_t>(report_rows()) + static_cast<size_t>(r)];
+  return {found.token, found.value};
 }
 
 }  // namespace shardmesh::cuda

@@ -3,7 +3,8 @@
 //
 // A decode step of at most kGraphRowsMax rows is a graph, or several where the host must act in between: built once for each number of rows in kGraphRows from the same
 // operations as every other step, since a graph that is being built takes launches like a stream. A step takes the next larger graph; the rows that it lacks are marked as
-// such in what it sends ahead, which is also all that differs from step to step. The host then waits for one word (report.cu).
+// such in what it sends ahead, which is also all that differs from step to step. The host then waits for one word (report.cu). Where a step is one graph, the next may be launched
+// behind it meanwhile: it takes tokens from candidates on the card, and has places of its own in memory of the host, for what it reads there and what it writes there.
 //
 // Weights lie packed on the card (weight_layout.h), the embedding too: tokens travel, rows do not. A step's rows, block tables and attention work go over as one copy.
 // Rope of q and k and the store into the cache are one launch, at the place of store_kv; so are a norm or activation and the quantising of what it makes. In graphs of at most
@@ -12,6 +13,7 @@
 //
 // cuda_device.cpp: what it can run, and a step; cuda_device_memory.cpp: memory and weights; cuda_device_graphs.cpp: steps as graphs; cuda_device_operations.cpp: launches.
 #pragma once
+#include <functional>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -54,7 +56,8 @@ class CudaDevice final : public Device {
   void push_rows(int buffer, int first, int count) override;
   void begin_step(const StepRows& rows, int output_rows, int64_t wait_timeout_ms) override;
   size_t run_ahead(size_t action, const int32_t* tokens) override;
-  bool wait() override;
+  bool wait(const std::function<void()>& meanwhile) override;
+  bool queue_behind(const StepBehind& step) override;
   void embed(const Operation& o, const int32_t* tokens) override;
   void norm(const Operation& o) override;
   bool quantize(int action, int buffer) override;
@@ -108,7 +111,9 @@ class CudaDevice final : public Device {
   struct StepGraphs {
     int rows;
     std::vector<Piece> pieces;
-    uint64_t steps = 0;
+    uint64_t steps = 0, steps_behind = 0;
+    // A step is one launch, at whose end its results are there.
+    bool is_whole() const { return pieces.size() == 1 && pieces[0].reports; }
     std::vector<int> reductions = {};  // by exchange with peers
   };
 
@@ -132,11 +137,13 @@ class CudaDevice final : public Device {
   void plan_attention_shapes();
   const AttentionShape& shape_of(const Operation& o) const;
   size_t lay_out(size_t rows, size_t sequences, bool graph);
-  void plan_step(const StepRows& rows, int64_t wait_timeout_ms);
+  StepGraphs* graphs_of(int rows, int output_rows);
+  void plan_step(const StepRows& rows, const StepGraphs* graphs, int64_t wait_timeout_ms);
+  uint8_t* step_host() const { return step_host_[place_].as<uint8_t>(); }
   // What the host lays down for a place of the step's piece on the card.
   template <typename V>
-  V* on_host(const V* there) const { return reinterpret_cast<V*>(step_host_.as<uint8_t>() + (reinterpret_cast<const uint8_t*>(there) - step_card_.as<uint8_t>())); }
-  void send_step(const int32_t* tokens);
+  V* on_host(const V* there) const { return reinterpret_cast<V*>(step_host() + (reinterpret_cast<const uint8_t*>(there) - step_card_.as<uint8_t>())); }
+  Problem send_step(const StepBehind& step);
   bool is_device_only(ActionKind kind) const;
   void build_graphs();
   void close_graphs();
@@ -157,6 +164,7 @@ class CudaDevice final : public Device {
   const Action* action_of(size_t index, ActionKind kind) const;
   void look_up(const Operation& o);
   bool run_ahead_of_host(const Action& action);
+  int report_rows() const { return shard_.output_rows(); }  // most candidates of a report
   void report();
   void give_up();
   void allocate_kv();
@@ -195,8 +203,9 @@ class CudaDevice final : public Device {
   std::unique_ptr<PeerDriver> peers_;  // null: one rank, or sums are rounded on their way
   Memory kv_, sums_, received_sums_, partials_, candidates_, maxima_, reports_, arrivals_;
   // On the host, each with its counterpart on the card: what a step needs to know, in one piece; and, of steps that are no graph, tokens, rows to select, and rows to
-  // look for candidates in, which lie in the first one else.
-  Memory step_host_, step_card_, tokens_host_, tokens_card_, select_host_, select_card_, settings_host_, settings_card_;
+  // look for candidates in, which lie in the first one else. The first has two places on the host, so that the next step can be laid down while the copy of one is queued;
+  // on the card the stream keeps them apart.
+  Memory step_host_[2], step_card_, tokens_host_, tokens_card_, select_host_, select_card_, settings_host_, settings_card_;
   Memory least_host_, candidates_host_, word_host_, staging_host_, received_host_, sums_host_;
   DeviceRows device_rows_{};
   // Where these lie on the card for the step, or for the graphs: in the step's piece or not.
@@ -204,7 +213,8 @@ class CudaDevice final : public Device {
   const HeadRow* settings_ = nullptr;
   int slots_ = kSlotsMax;  // of partials_
   size_t step_bytes_ = 0;  // of what the step sends ahead
-  uint32_t reports_sent_ = 0;
+  int place_ = 0;          // of step_host_, laid down last
+  uint32_t reports_sent_ = 0, report_ = 0, report_of_candidates_ = 0;  // report_: the one that the step waits for
   int reported_candidates_ = 0;  // that the next report takes along
   bool waited_ = true, reported_ = false, building_ = false, sent_ = false;
   int64_t deadline_ns_ = 0;
@@ -214,6 +224,12 @@ class CudaDevice final : public Device {
   std::vector<StepGraphs> graphs_;
   const StepGraphs* step_graphs_ = nullptr;  // of this step
   const Piece* ahead_ = nullptr;             // the piece that was launched last
+  // The step that was queued behind this one, and, once that has begun, what it found of itself.
+  struct Queued {
+    StepGraphs* graphs = nullptr;
+    uint32_t report = 0;
+    Problem problem = nullptr;
+  } behind_, begun_;
 };
 
 }  // namespace shardmesh::cuda

@@ -35,7 +35,7 @@ void CudaDevice::build_graphs() {
   building_ = true;
   lay_out(kGraphRowsMax, kGraphRowsMax, true);
   for (const int rows : kGraphRows) {
-    StepGraphs graphs{std::min(rows, most), {}, 0};
+    StepGraphs graphs{std::min(rows, most), {}};
     build(&graphs);
     graphs_.push_back(std::move(graphs));
     if (rows >= most) break;
@@ -219,7 +219,7 @@ bool CudaDevice::run_ahead_of_host(const Action& action) {
 std::vector<GraphFacts> CudaDevice::graphs() const {
   std::vector<GraphFacts> facts;
   for (const StepGraphs& graphs : graphs_) {
-    GraphFacts of_rows{graphs.rows, {}, {}, graphs.steps};
+    GraphFacts of_rows{graphs.rows, {}, {}, graphs.steps, graphs.steps_behind};
     for (const Piece& piece : graphs.pieces) {
       of_rows.nodes.push_back(node_count(piece.graph));
       of_rows.programmatic_edges.push_back(programmatic_edge_count(piece.graph));

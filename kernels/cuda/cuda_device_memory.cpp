@@ -97,7 +97,7 @@ void CudaDevice::plan_memory() {
     shape.runs = Memory(Place::Card, shape.host_runs.size() * sizeof(HeadRun), kBuffers);
     if (const Problem problem = copy_now(shape.runs.as<void>(), shape.host_runs.data(), shape.runs.size())) refuse(problem);
   }
-  step_host_ = Memory(Place::Host, words * 4, kBuffers);
+  for (Memory& place : step_host_) place = Memory(Place::Host, words * 4, kBuffers);
   step_card_ = Memory(Place::Card, words * 4, kBuffers);
   partials_ = Memory(Place::Card, shapes_.empty() ? 0 : static_cast<size_t>(slots_) * heads * static_cast<size_t>(p.kv.head_size + 2) * 4, kBuffers);
   size_t arrivals = 1;
@@ -111,7 +111,7 @@ void CudaDevice::plan_memory() {
   if (const Problem problem = copy_now(reports_.as<void>(), &reports_sent_, 4)) refuse(problem);
   word_host_ = Memory(Place::Host, 4, kBuffers);
   *word_host_.as<uint32_t>() = 0;
-  least_host_ = Memory(Place::Host, 4, kBuffers);
+  least_host_ = Memory(Place::Host, kReportPlaces * 4, kBuffers);
   if (p.stage == 0) {
     tokens_host_ = Memory(Place::Host, T * 4, kBuffers);
     tokens_card_ = Memory(Place::Card, T * 4, kBuffers);
@@ -122,7 +122,7 @@ void CudaDevice::plan_memory() {
     settings_host_ = Memory(Place::Host, outputs * sizeof(HeadRow), kBuffers);
     settings_card_ = Memory(Place::Card, outputs * sizeof(HeadRow), kBuffers);
     candidates_ = Memory(Place::Card, outputs * sizeof(cuda::Candidate), kBuffers);
-    candidates_host_ = Memory(Place::Host, outputs * sizeof(cuda::Candidate), kBuffers);
+    candidates_host_ = Memory(Place::Host, kReportPlaces * outputs * sizeof(cuda::Candidate), kBuffers);
     maxima_ = Memory(Place::Card, outputs * 4, kBuffers);
   }
   tables_.resize(static_cast<size_t>(shard_.rope_tables()));
@@ -155,7 +155,7 @@ size_t CudaDevice::bytes() const {
   for (const Table& t : tables_) add(t.cosine, t.sine);
   for (const CardBuffer& b : buffers_) add(b.values, b.groups, b.bf16);
   for (const Memory& m : mirrors_) add(m);
-  add(arrivals_, candidates_, maxima_, kv_, sums_, received_sums_, partials_, step_host_, step_card_, staging_host_, received_host_, sums_host_);
+  add(arrivals_, candidates_, maxima_, kv_, sums_, received_sums_, partials_, step_host_[0], step_host_[1], step_card_, staging_host_, received_host_, sums_host_);
   return sum + (peers_ ? peers_->bytes() : 0);
 }
 

@@ -36,7 +36,7 @@ void CudaDevice::embed(const Operation& o, const int32_t* tokens) {
 void CudaDevice::look_up(const Operation& o) {
   const WeightSlice& slice = program().weights[static_cast<size_t>(o.weight)];
   const CardMatrix& matrix = matrices_[static_cast<size_t>(o.weight)];
-  queue(cuda::embed(slice.type, slice.rows.size(), slice.columns.size(), matrix.phase, matrix.data.as<uint8_t>(), tokens_, rows_->tokens,
+  queue(cuda::embed(slice.type, slice.rows.size(), slice.columns.size(), matrix.phase, matrix.data.as<uint8_t>(), tokens_, candidates_.as<cuda::Candidate>(), rows_->tokens,
                     static_cast<int32_t>(o.vocabulary[static_cast<size_t>(program().rank)].from), values(o.out), shard_.buffer(o.out).stride, to_));
 }
 
@@ -253,11 +253,6 @@ void CudaDevice::find_candidates(int buffer, int32_t first_token) {
   if (!broken())
     queue(head_candidates(values(buffer), logits.stride, tail_rows_, logits.width, first_token, settings, candidates_.as<cuda::Candidate>(), maxima_.as<float>(), to_));
   reported_candidates_ = tail_rows_;
-}
-
-shardmesh::Candidate CudaDevice::candidate(int r) const {
-  const cuda::Candidate& found = candidates_host_.as<cuda::Candidate>()[r];
-  return {found.token, found.value};
 }
 
 }  // namespace shardmesh::cuda

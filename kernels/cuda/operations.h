@@ -48,9 +48,15 @@ struct FiniteCheck {
 };
 // x [rows, width].
 Problem check_rows(const float* x, int64_t x_stride, int rows, int64_t width, const FiniteCheck& check, Stream stream);
-// out[t] = row tokens[t] - first_token of a packed matrix, as exact fp32; rows of other tokens stay as they are.
-Problem embed(TensorType type, int64_t rows, int64_t columns, int phase, const uint8_t* weight, const int32_t* tokens, int token_count, int32_t first_token, float* out,
-              int64_t out_stride, Stream stream);
+// The best token of a row (head_candidates).
+struct Candidate {
+  float value;     // rn(logit / temperature + noise), or the logit when temperature is 0
+  int32_t token;
+};
+// out[t] = row tokens[t] - first_token of a packed matrix, as exact fp32; rows of other tokens stay as they are. A token below -1 is that of before[-2 - tokens[t]], which a step
+// has found that the host has not read yet.
+Problem embed(TensorType type, int64_t rows, int64_t columns, int phase, const uint8_t* weight, const int32_t* tokens, const Candidate* before, int token_count,
+              int32_t first_token, float* out, int64_t out_stride, Stream stream);
 // out[r] = x[from[r]], [rows, width].
 Problem select_rows(const float* x, int64_t x_stride, const int32_t* from, int rows, int64_t width, float* out, int64_t out_stride, Stream stream);
 
@@ -211,10 +217,6 @@ Problem linear_fused(const FusedProducts& fused, Stream stream);
 
 // ---------------------------------------------------------------- head
 
-struct Candidate {
-  float value;     // rn(logit / temperature + noise), or the logit when temperature is 0
-  int32_t token;
-};
 struct HeadRow {
   float temperature;      // 0: greedy
   uint32_t noise_low, noise_high;  // noise_key() of the row's seed, choice and position
@@ -227,13 +229,17 @@ Problem head_sums(const float* logits, int64_t stride, int rows, int64_t count, 
 
 // ---------------------------------------------------------------- for the host
 
-// What goes to memory of the host that the card writes directly: `least` of FiniteCheck and the first candidates; then *word becomes *reports + 1, as does *reports.
+// Reports take turns with their places: the host reads one while the card, which may be a step ahead, writes the other.
+constexpr uint32_t kReportPlaces = 2;
+// What goes to memory of the host that the card writes directly: `least` of FiniteCheck and the first candidates, to place n % kReportPlaces of report n = *reports + 1; then
+// *word becomes n, as does *reports.
 struct Report {
   const uint32_t* least;
   const Candidate* candidates;
   int candidate_count;
-  uint32_t* host_least;
-  Candidate* host_candidates;
+  uint32_t* host_least;        // [kReportPlaces]
+  Candidate* host_candidates;  // [kReportPlaces][candidates_max]
+  int candidates_max;
   uint32_t* reports;
   uint32_t* word;
 };

@@ -92,6 +92,7 @@ Problem copy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, Stre
 std::atomic<bool> abandoned{false};
 
 constexpr int kPollsOfWord = 2048;  // between two looks at the stream
+constexpr int kPollsOfHost = 128;   // between two looks at what the host may queue
 
 int64_t now_ns() {
   timespec t;
@@ -187,13 +188,15 @@ const char* queue_kernel(const void* kernel, dim3 grid, dim3 block, size_t share
 
 Problem synchronise(Stream stream) { return problem_of(cudaStreamSynchronize(raw(stream))); }
 
-Problem wait_for(const uint32_t* word, uint32_t value, Stream stream, int64_t deadline_ns, bool spin) {
-  const auto is_here = [&] { return __atomic_load_n(word, __ATOMIC_ACQUIRE) == value; };
+Problem wait_for(const uint32_t* word, uint32_t value, Stream stream, int64_t deadline_ns, bool spin, const std::function<void()>& meanwhile) {
+  const auto is_here = [&] { return has_counted_to(value, word); };
+  if (meanwhile) meanwhile();
   for (uint64_t polls = 1; !is_here(); polls++) {
     if (!spin) std::this_thread::yield();
 #if defined(__x86_64__)
     else __builtin_ia32_pause();
 #endif
+    if (meanwhile && polls % kPollsOfHost == 0) meanwhile();
     if (polls % kPollsOfWord != 0) continue;
     const cudaError_t status = cudaStreamQuery(raw(stream));
     if (status == cudaSuccess) return is_here() ? nullptr : "the card has done everything and reported nothing";

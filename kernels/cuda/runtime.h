@@ -3,6 +3,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <initializer_list>
 #include <string>
 #include <utility>
@@ -46,9 +47,11 @@ Problem copy_to_host(void* host, const void* card, size_t bytes, Stream stream);
 Problem fill(void* card, uint8_t value, size_t bytes, Stream stream);
 // Waits for all that was queued, and says what went wrong in it.
 Problem synchronise(Stream stream);
-// Waits until `word`, in memory of the host, is `value`, without a call that holds the card's lock: something queued writes it (send_report). Looks now and then whether the
-// stream has met a fault, or has ended without that. `deadline_ns`: of the monotonic clock. `spin`: this thread has its core to itself.
-Problem wait_for(const uint32_t* word, uint32_t value, Stream stream, int64_t deadline_ns, bool spin);
+// Waits until `word`, in memory of the host, is `value` or has counted on from there, without a call that holds the card's lock: something queued writes it (send_report).
+// Looks now and then whether the stream has met a fault, or has ended without that. `deadline_ns`: of the monotonic clock. `spin`: this thread has its core to itself.
+// `meanwhile`, which may be empty, is called now and then, and may queue more.
+Problem wait_for(const uint32_t* word, uint32_t value, Stream stream, int64_t deadline_ns, bool spin, const std::function<void()>& meanwhile);
+inline bool has_counted_to(uint32_t value, const uint32_t* word) { return static_cast<int32_t>(__atomic_load_n(word, __ATOMIC_ACQUIRE) - value) >= 0; }
 // Whether all that was queued has ended, well or not, by then.
 bool settles(Stream stream, int64_t deadline_ns, bool spin);
 // Why this process can do nothing with the card any more, one line, after a fault that only a new process heals (ECC, Xid, a kernel's fault); "" when the card answers.

@@ -93,11 +93,11 @@ struct StepDone {
 };
 
 // Of a device that has decode steps as graphs of kernels, for steps of up to `rows` rows: nodes of each piece between two actions of the host, how many edges between
-// them are programmatic (kernels/cuda/runtime.h), and how many steps took it.
+// them are programmatic (kernels/cuda/runtime.h), how many steps took it, and how many of those the device had before the host knew the result of the step in front of them.
 struct GraphFacts {
   int rows;
   std::vector<int> nodes, programmatic_edges;
-  uint64_t steps;
+  uint64_t steps, steps_behind;
 };
 
 // Sums over all steps that were done.

@@ -18,7 +18,7 @@ class CpuDevice final : public Device {
   void fetch_rows(int, int, int) override {}
   void push_rows(int, int, int) override {}
   void begin_step(const StepRows& rows, int, int64_t) override { rows_ = &rows; }
-  bool wait() override { return true; }
+  bool wait(const std::function<void()>&) override { return true; }
   void embed(const Operation& o, const int32_t* tokens) override;
   void norm(const Operation& o) override;
   bool quantize(int action, int buffer) override;

@@ -7,6 +7,7 @@
 // load_matrix() is called from several loading threads at once, everything else by the compute thread, or by the control thread while that one is idle.
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -39,6 +40,18 @@ struct DeviceProblem {
 struct CandidateRow {
   float temperature;
   NoiseKey key;
+};
+
+// The token of a row that takes it from the best candidate of output row r of the step that runs.
+constexpr int32_t token_of_candidate(int r) { return -2 - r; }
+
+// A whole step for a device that has not ended the one before. Everything it points at may go when it was taken.
+struct StepBehind {
+  StepRows rows;
+  const int32_t* tokens;           // [rows.tokens], ids or token_of_candidate()
+  int output_rows;
+  const OutputRow* outputs;        // [output_rows]
+  const CandidateRow* candidates;  // [output_rows]
 };
 
 class Device {
@@ -96,8 +109,14 @@ class Device {
     return action;
   }
   virtual std::vector<GraphFacts> graphs() const { return {}; }
-  // False when anything was wrong since the step began.
-  virtual bool wait() = 0;
+  // False when anything was wrong since the step began. Calls `meanwhile`, if there is one, now and then as long as another step can be taken.
+  virtual bool wait(const std::function<void()>& meanwhile = {}) = 0;
+  // Inside of `meanwhile`: queues a step behind the one that is waited for, if the device can have two. begin_step() must then be called next for that same step, if for any; it
+  // finds the step under way. clear_kv() forgets it.
+  virtual bool queue_behind(const StepBehind& step) {
+    (void)step;
+    return false;
+  }
   const DeviceProblem& problem() const { return problem_; }
 
   // Of own tokens only; the other rows stay as they are.

@@ -7,6 +7,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <thread>
+#include <utility>
 #include <variant>
 
 #include "device.h"
@@ -90,6 +91,7 @@ class ShardExecutor final : public Executor {
     std::fill(board_.latest.begin(), board_.latest.end(), TokenBoard::Entry());
     board_.expected.clear();
     last_step_ = 0;
+    step_behind_ = 0;
     std::lock_guard lock(mutex_);
     state_ = State::Ready;
     totals_.last_step = 0;
@@ -370,7 +372,13 @@ class ShardExecutor final : public Executor {
     }
   }
 
-  RunContext context() { return {shard_, *device_, *team_, links_.get(), board_, slots_, samplers_, aborted_, trace_.load(std::memory_order_relaxed)}; }
+  RunContext context() { return {shard_, *device_, *team_, links_.get(), board_, slots_, samplers_, aborted_, trace_.load(std::memory_order_relaxed), [this] { return next_step(); }}; }
+
+  // Commands in front of a step come first: they change slots that the running step may still use.
+  const StepInput* next_step() {
+    std::lock_guard lock(mutex_);
+    return state_ == State::Ready && !queue_.empty() ? std::get_if<StepInput>(&queue_.front()) : nullptr;
+  }
 
   void execute(std::vector<SlotOpen>& slots) {
     if (slots_.empty()) return;
@@ -386,7 +394,9 @@ class ShardExecutor final : public Executor {
   }
 
   void execute(StepInput& input) {
-    const int64_t began = monotonic_now_ns();
+    // A step that the device had already began when the one before it ended.
+    const bool is_behind = std::exchange(step_behind_, 0) == input.step;
+    const int64_t began = is_behind ? last_end_ns_ : monotonic_now_ns();
     {
       std::lock_guard lock(mutex_);
       if (state_ != State::Ready) {
@@ -399,6 +409,7 @@ class ShardExecutor final : public Executor {
     StepRun::Status status = run.advance(false);
     while (status == StepRun::Status::Waiting) status = run.advance(true);
     const int64_t ended = monotonic_now_ns();
+    step_behind_ = run.step_behind();
     if (status == StepRun::Status::Done) {
       StepDone done = run.take_result();
       done.timings.total_us = static_cast<double>(ended - began) / 1000.0;
@@ -450,6 +461,7 @@ class ShardExecutor final : public Executor {
   std::vector<Sampler> samplers_;
   TokenBoard board_;
   int64_t last_end_ns_ = 0;
+  uint32_t step_behind_ = 0;  // that the device was given while the step before it ran; 0: none
 
   mutable std::mutex mutex_;
   std::condition_variable queue_changed_, idle_;

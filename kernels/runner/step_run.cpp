@@ -39,6 +39,14 @@ const char* action_name(ActionKind kind) {
 // What sampling found of an output row; rejected: the row before it gave another token than this row's own.
 enum class RowState : uint8_t { Done, Rejected, NotFinite };
 
+// `first_row` becomes what the rows point at.
+StepRows rows_of(const StepInput& input, std::vector<int32_t>* first_row) {
+  const int tokens = static_cast<int>(input.positions.size()), sequences = static_cast<int>(input.slots.size());
+  first_row->assign(static_cast<size_t>(sequences) + 1, tokens);
+  for (int t = tokens; t-- > 0;) (*first_row)[static_cast<size_t>(input.row_sequence[static_cast<size_t>(t)])] = t;
+  return {tokens, input.positions.data(), input.row_sequence.data(), sequences, first_row->data(), input.block_table_offsets.data(), input.block_tables.data()};
+}
+
 }  // namespace
 
 int64_t monotonic_now_ns() {
@@ -49,10 +57,7 @@ int64_t monotonic_now_ns() {
 
 StepRun::StepRun(const RunContext& context, const StepInput& input)
     : context_(context), shard_(context.shard), device_(context.device), program_(context.shard.program()), kernels_(context.shard.kernels()), wire_(context.shard.config().wire), input_(input), token_ids_(input.token_ids) {
-  const int tokens = static_cast<int>(input.positions.size()), sequences = static_cast<int>(input.slots.size());
-  first_row_.assign(static_cast<size_t>(sequences) + 1, tokens);
-  for (int t = tokens; t-- > 0;) first_row_[static_cast<size_t>(input.row_sequence[static_cast<size_t>(t)])] = t;
-  rows_ = {tokens, input.positions.data(), input.row_sequence.data(), sequences, first_row_.data(), input.block_table_offsets.data(), input.block_tables.data()};
+  rows_ = rows_of(input, &first_row_);
   failure_.step = input.step;
   device_.begin_step(rows_, shard_.tail_begin() < shard_.tail_end() ? static_cast<int>(input.outputs.size()) : 0, input.wait_timeout_ms);
   begin_pass();
@@ -64,12 +69,8 @@ void StepRun::begin_pass() {
   logits_here_ = false;
   candidate_rows_.assign(static_cast<size_t>(tail_rows_), {});
   if (device_.finds_candidates() && shard_.tail_begin() < shard_.tail_end()) {
-    for (int r = 0; r < tail_rows_; r++) {
-      if (!by_candidates(r)) continue;
-      const OutputRow& output = output_of(r);
-      const SamplingParameters& p = context_.slots[static_cast<size_t>(output.slot)].parameters();
-      if (p.temperature >= kTemperatureMin) candidate_rows_[static_cast<size_t>(r)] = {p.temperature, noise_key(p.seed, p.choice, sampled_position(output))};
-    }
+    for (int r = 0; r < tail_rows_; r++)
+      if (by_candidates(r)) candidate_rows_[static_cast<size_t>(r)] = candidate_row(input_, output_of(r));
   }
   device_.begin_tail(tail_rows_, input_.outputs.data() + tail_from_, candidate_rows_.data());
 }
@@ -537,13 +538,71 @@ StepRun::Status StepRun::gather_logits(int index) {
   return Status::Done;
 }
 
-// Whether the best candidate of each rank tells the token of row r of this pass, so that its logits stay where they are. With one rank that is worth a look for
-// only where they would have to leave a device.
-bool StepRun::by_candidates(int r) const {
-  const OutputRow& output = output_of(r);
+// Whether the best candidate of each rank tells the token of an output row, so that its logits stay where they are. With one rank that is worth a look for only where
+// they would have to leave a device.
+bool StepRun::by_candidates(const OutputRow& output) const {
   const bool worth = program_.ranks > 1 || device_.finds_candidates();
   return worth && output.score < 0 && output.banned.empty() && context_.slots[static_cast<size_t>(output.slot)].by_candidates();
 }
+
+// How the device looks for it.
+CandidateRow StepRun::candidate_row(const StepInput& input, const OutputRow& output) const {
+  const SamplingParameters& p = context_.slots[static_cast<size_t>(output.slot)].parameters();
+  if (p.temperature < kTemperatureMin) return {};
+  return {p.temperature, noise_key(p.seed, p.choice, sampled_position(input, output))};
+}
+
+// ---------------------------------------------------------------- the next step on the device
+
+void StepRun::offer_next_step() {
+  const StepInput* next = step_behind_ ? nullptr : context_.next_step();
+  if (!next || next->step == step_offered_) return;
+  step_offered_ = next->step;  // what is refused once is refused again
+  if (queue_behind(*next)) step_behind_ = next->step;
+}
+
+// Gives the device the next step while this one runs there, if it needs nothing that the host has yet to make: one worker is the whole mesh, its tokens are known or those that
+// candidates of this step tell, and so are those that it samples.
+bool StepRun::queue_behind(const StepInput& next) {
+  if (program_.stages > 1 || program_.ranks > 1 || next.outputs.empty()) return false;
+  std::vector<int32_t> tokens = next.token_ids;
+  for (size_t t = 0; t < tokens.size(); t++) {
+    if (tokens[t] >= 0) continue;
+    const int slot = next.slots[static_cast<size_t>(next.row_sequence[t])];
+    const uint32_t step = static_cast<uint32_t>(next.token_steps[t]);
+    const TokenBoard::Entry& entry = context_.tokens.latest[static_cast<size_t>(slot)];
+    if (step == input_.step) {
+      const int r = candidate_of(slot);
+      if (r < 0) return false;
+      tokens[t] = token_of_candidate(r);
+    } else if (entry.step == step && entry.token >= 0 && entry.token < program_.vocabulary_size) {
+      tokens[t] = entry.token;
+    } else {
+      return false;  // it fails where it is told
+    }
+  }
+  std::vector<CandidateRow> candidates;
+  for (const OutputRow& output : next.outputs) {
+    if (!by_candidates(output)) return false;
+    candidates.push_back(candidate_row(next, output));
+  }
+  std::vector<int32_t> first_row;
+  return device_.queue_behind({rows_of(next, &first_row), tokens.data(), static_cast<int>(next.outputs.size()), next.outputs.data(), candidates.data()});
+}
+
+// The output row whose candidate is the token that this step samples for a slot; -1: none tells it, or the host has to choose between a row and its drafts.
+int StepRun::candidate_of(int slot) const {
+  int found = -1;
+  for (int r = 0; r < static_cast<int>(input_.outputs.size()); r++) {
+    const OutputRow& output = input_.outputs[static_cast<size_t>(r)];
+    if (output.slot != slot || output.score >= 0) continue;
+    if (found >= 0 || !by_candidates(output)) return -1;
+    found = r;
+  }
+  return found;
+}
+
+// ---------------------------------------------------------------- sampling
 
 // What the host needs of this pass's logits, which are those of tokens `own`: the best candidate where that is enough, else all.
 StepRun::Status StepRun::look_at_logits(int buffer, Range own) {
@@ -562,7 +621,7 @@ StepRun::Status StepRun::look_at_logits(int buffer, Range own) {
     some = true;
   }
   if (some) device_.find_candidates(buffer, static_cast<int32_t>(own.from));
-  if (!device_.wait()) return fail_by_device();
+  if (!device_.wait([this] { offer_next_step(); })) return fail_by_device();
   if (!device_.finds_candidates()) find_candidates(buffer, own);
   for (int r = 0; some && r < tail_rows_; r++)
     if (by_candidates(r)) candidates_[static_cast<size_t>(r)] = device_.candidate(r);

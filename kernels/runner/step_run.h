@@ -4,6 +4,7 @@
 #include <array>
 #include <atomic>
 #include <deque>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -36,6 +37,8 @@ struct RunContext {
   std::vector<Sampler>& samplers;       // the same; one a thread
   const std::atomic<bool>& aborted;
   bool trace;                           // record spans
+  // The step that is queued next, if one is: to be given to a device that can have two. It stays where it is as long as the running one does.
+  std::function<const StepInput*()> next_step;
 };
 
 class StepRun {
@@ -49,6 +52,8 @@ class StepRun {
   StepDone take_result();
   // After Failed.
   const StepFailure& failure() const { return failure_; }
+  // The step that the device was given behind this one, 0: none.
+  uint32_t step_behind() const { return step_behind_; }
 
   // Takes in the sampled ids that have arrived, without waiting. Also between steps, so that the sender's ring never stays full.
   static void drain_tokens(const RunContext& context);
@@ -68,7 +73,12 @@ class StepRun {
   Status select_rows(const Operation& o);
   Status gather_logits(int index);
   Status look_at_logits(int buffer, Range own);
-  bool by_candidates(int r) const;
+  bool by_candidates(int r) const { return by_candidates(output_of(r)); }
+  bool by_candidates(const OutputRow& output) const;
+  CandidateRow candidate_row(const StepInput& input, const OutputRow& output) const;
+  void offer_next_step();
+  bool queue_behind(const StepInput& next);
+  int candidate_of(int slot) const;
   void find_candidates(int buffer, Range own);
   Status sample(const Operation& o);
   bool is_draft(size_t index) const;
@@ -95,7 +105,8 @@ class StepRun {
   std::string where(int index) const;
   const OutputRow& output_of(int r) const { return input_.outputs[static_cast<size_t>(tail_from_ + r)]; }
   // Absolute position of the token that is sampled.
-  uint32_t sampled_position(const OutputRow& output) const { return static_cast<uint32_t>(input_.positions[static_cast<size_t>(output.row)]) + 1; }
+  static uint32_t sampled_position(const StepInput& input, const OutputRow& output) { return static_cast<uint32_t>(input.positions[static_cast<size_t>(output.row)]) + 1; }
+  uint32_t sampled_position(const OutputRow& output) const { return sampled_position(input_, output); }
   float* row(int buffer, int r) const { return device_.row(buffer, r); }
   PeerAddress self() const { return {program_.stage, program_.rank}; }
   int ranks_of(int stage) const;
@@ -124,6 +135,7 @@ class StepRun {
   bool waiting_ = false, block_ = false;
   int64_t wait_began_ns_ = 0;
   bool logits_here_ = false;              // look_at_logits() was called for this pass
+  uint32_t step_offered_ = 0, step_behind_ = 0;  // the last that was offered to the device, and the one that it took
   std::vector<CandidateRow> candidate_rows_;
   std::vector<Candidate> candidates_;     // by output row of the pass: the best known, of rows that need no more; token -1: logits are not finite
   std::vector<int32_t> chosen_;           // by output row: the token sampled there, else -1

@@ -2,6 +2,9 @@
  * Whole programs on the CUDA executor, its kernels on the emulated machine (simt/machine.h). Copies and launches are queued as on a card and done as late as a card may,
  * in changing orders of threads and blocks; memory is guarded and poisoned. Not shown: speed, and what only a card's memory can do.
  */
+import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
 import { loadAddonFrom, type Addon } from '../../kernels/index.ts';
 import { buildKernelTarget } from './build-target.ts';
@@ -31,6 +34,45 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('cuda ex
       await mesh.stop();
     }
   };
+
+  it('cuda executor - two steps are on the card before the result of the first is read', async () => {
+    const addon = await load('shardmesh_cuda_emulated');
+    const folder = mkdtempSync(join(tmpdir(), 'shardmesh-card-'));
+    try {
+      const log = join(folder, 'graphs');
+      const mesh = await TinyMesh.start({ addon, kind: 'cuda' });
+      await withFault('SHARDMESH_EMULATED_CARD_LOG', log, () => mesh.generate(prompt, { logprobs: null }, 16));
+      const behind = mesh.members[0]!.executor.graphs()[0]!.stepsBehind;
+      await mesh.stop();
+      // The prompt is no graph, and behind the last step there is none.
+      const graphs = readFileSync(log, 'utf8').trim().split('\n').map(Number);
+      expect(graphs).toEqual([0, ...Array.from({ length: 14 }, () => 2), 1]);
+      expect(behind).toBe(14);
+    } finally {
+      rmSync(folder, { recursive: true });
+    }
+  });
+
+  it.for([
+    ['one place for what a step needs to know', 'place', /the host has changed what a queued copy reads/],
+    ['one place for results', 'report', null],
+    ['tokens of the step that was read last', 'token', null],
+  ] as const)('cuda executor - queued steps with %s are found', async ([, fault, message]) => {
+    const addon = await load('shardmesh_cuda_broken_queue');
+    const run = async (options: TinyMeshOptions): Promise<unknown> => {
+      const mesh = await TinyMesh.start(options);
+      try {
+        return await mesh.generate(prompt, { logprobs: null, temperature: 0.9, seed: 3n }, 16).catch((error: unknown) => error);
+      } finally {
+        await mesh.stop();
+      }
+    };
+    const want = await run({});
+    expect(await run({ addon, kind: 'cuda' })).toEqual(want); // nothing is taken away
+    const found = await withFault('SHARDMESH_BROKEN_QUEUE', fault, () => run({ addon, kind: 'cuda' }));
+    if (message) expect((found as Error).message).toMatch(message);
+    else expect(found).not.toEqual(want);
+  });
 
   it('cuda executor - a graph that lacks an edge is found', async () => {
     const addon = await load('shardmesh_cuda_emulated');

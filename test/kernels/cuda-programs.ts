@@ -3,7 +3,7 @@
  * the other ranks. On the emulated machine for every `npm test`, on a card for `npm run test:gpu`.
  */
 import { beforeAll, describe, expect, it } from 'vitest';
-import { loadAddon, type Addon, type SlotSampling } from '../../kernels/index.ts';
+import { loadAddon, type Addon, type OutputResult, type SlotSampling } from '../../kernels/index.ts';
 import { cachedModelPath, loadScoringModel } from './score-model.ts';
 import { kQuantShape, qwen2Shape, smallModel, type SmallShape } from './small-model.ts';
 import {
@@ -208,6 +208,138 @@ export function describeCudaPrograms(load: () => Promise<Addon>): void {
     });
   });
 
+  describe('steps on the card before the result in front of them is read', () => {
+    const alone = { logprobs: null };
+    const warm = { ...alone, temperature: 0.9, seed: 5n };
+    const last = (rows: number) => [{ row: rows - 1, score: null }];
+
+    /**
+     * Steps that are all submitted at once: sequences join, pause and end, their blocks and slots go to others, one needs the host's sampler, and rows take tokens of the
+     * step before, of an earlier one, or from the host.
+     */
+    const script = (options: TinyMeshOptions) =>
+      onMesh({ kvBlocks: 16, ...options }, async (mesh) => {
+        const results: Promise<OutputResult[]>[] = [];
+        const running = new Map<number, TinyRows & { after: number }>();
+        const begin = (slot: number, sampling: Partial<SlotSampling>, length: number, blocks: number[]): TinyRows => {
+          mesh.open(slot, sampling);
+          running.set(slot, { slot, position: length, tokens: null, after: 0, blocks, outputs: last(1) });
+          return { slot, position: 0, tokens: randomTokens(length, slot + length), blocks, outputs: last(length) };
+        };
+        const end = (slot: number): void => {
+          mesh.close(slot);
+          running.delete(slot);
+        };
+        const step = (slots: number[], prompts: TinyRows[] = []): void => {
+          const decoding = slots.map((slot) => running.get(slot)!);
+          const { step: number, done } = mesh.submit([...decoding.map((rows) => ({ ...rows })), ...prompts]);
+          for (const rows of decoding) rows.position++;
+          for (const { slot } of [...decoding, ...prompts]) running.get(slot)!.after = number;
+          results.push(done);
+        };
+        const steps = (count: number, slots: number[]): void => {
+          for (let i = 0; i < count; i++) step(slots);
+        };
+        step([], [begin(0, alone, 20, [7, 2, 9]), begin(1, warm, 7, [4, 0])]);
+        steps(4, [0, 1]);
+        step([0, 1], [begin(2, { ...warm, temperature: 2, choice: 1 }, 5, [12, 3])]);
+        steps(2, [0, 1, 2]);
+        step([1, 2]);
+        steps(3, [0, 1, 2]); // of the first of these, slot 0 has its token from a step in front of the one in front
+        end(0);
+        step([1, 2], [begin(0, warm, 1, [9, 7])]); // on blocks of another, written a step ago
+        steps(3, [0, 1, 2]);
+        step([1, 2], [{ ...running.get(0)!, tokens: [5] }]); // a token that the host knows
+        step([0, 1], [begin(3, {}, 2, [1, 10])]);
+        steps(2, [0, 3]);
+        end(3);
+        steps(3, [2, 0, 1]);
+        end(1);
+        steps(3, [0, 2]);
+        const found = await Promise.all(results);
+        const facts = mesh.members.flatMap(({ executor }) => executor.graphs());
+        return [found, facts.reduce((sum, { stepsBehind }) => sum + stepsBehind, 0)] as const;
+      });
+
+    it("cuda program - steps queued behind others give the reference's tokens, whatever they take them from", async () => {
+      const [want] = await script({});
+      expect(new Set(want.flat().map(({ token }) => token)).size).toBeGreaterThan(20);
+      const [found, behind] = await script(cuda);
+      expect(found).toEqual(want);
+      expect(behind).toBeGreaterThan(10);
+      const [ofRanks, behindOthers] = await script({ ...cuda, cut: twoRankCut });
+      expect(ofRanks).toEqual(want);
+      expect(behindOthers).toBe(0); // a token is the best of both ranks' candidates
+    });
+
+    it('cuda program - a step behind one that fails is not run, with the words of the CPU, and the next epoch knows nothing of it', async () => {
+      const broken = tinyWeights();
+      new Float32Array(broken.get('1.ffn_norm')!.blocks.buffer).fill(3e38);
+      const failures = (options: TinyMeshOptions) =>
+        onMesh({ weights: broken, ...options }, async (mesh) => {
+          const messages: unknown[] = [];
+          for (const epoch of [1, 2]) {
+            if (epoch > 1) mesh.connect(false);
+            mesh.open(0, alone);
+            const steps = [mesh.submit([{ slot: 0, position: 0, tokens: [epoch], blocks: [0], outputs: last(1) }])];
+            for (let position = 1; position < 4; position++)
+              steps.push(
+                mesh.submit([{ slot: 0, position, tokens: null, after: steps.at(-1)!.step, blocks: [0], outputs: last(1) }]),
+              );
+            for (const { done } of steps) messages.push(await done.catch((error: unknown) => (error as Error).message));
+            await mesh.members[0]!.executor.abort('a new epoch begins');
+          }
+          return messages;
+        });
+      const messages = await failures(cuda);
+      expect(messages[0]).toMatch(/^step 1, operation \d+ \(rms_norm\): its output 'n' is not finite$/);
+      expect(messages[1]).toBe('step 2 was not run: step 1 failed before it');
+      expect(messages.slice(4)).toEqual(messages.slice(0, 4));
+      expect(messages).toEqual(await failures(cpu));
+    });
+
+    it('cuda program - a row that wants a token which no step has sampled fails its step with the words of the CPU', async () => {
+      const failure = (options: TinyMeshOptions) =>
+        onMesh(options, async (mesh) => {
+          mesh.open(0, alone);
+          const row = (position: number, tokens: number[] | null, after: number): TinyRows[] => [
+            { slot: 0, position, tokens, after, blocks: [0], outputs: last(1) },
+          ];
+          const steps = [row(0, [1], 0), row(1, null, 1), row(2, null, 1)].map((rows) => mesh.submit(rows).done);
+          const [one, two, three] = await Promise.allSettled(steps);
+          return [one, two, three!.status === 'rejected' && (three!.reason as Error).message];
+        });
+      const found = await failure(cuda);
+      expect(found[2]).toBe('step 3: row 0 wants the token that step 1 sampled for slot 0, but that step sampled none');
+      expect(found).toEqual(await failure(cpu));
+    });
+
+    it('cuda program - an epoch that ends with steps on the card leaves nothing to the next', async () => {
+      const want = await onMesh({}, (mesh) => mesh.generate(prompt.slice(0, 30), warm, 12));
+      const found = await onMesh(cuda, async (mesh) => {
+        const texts: unknown[] = [];
+        for (const epoch of [1, 2, 3, 4]) {
+          if (epoch > 1) mesh.connect(false);
+          if (epoch % 2 === 0) {
+            texts.push(await mesh.generate(prompt.slice(0, 30), warm, 12));
+          } else {
+            mesh.open(0, alone);
+            const blocks = [4, 9, 14];
+            const steps = [mesh.submit([{ slot: 0, position: 0, tokens: [epoch], blocks, outputs: last(1) }])];
+            for (let position = 1; position < 20; position++)
+              steps.push(mesh.submit([{ slot: 0, position, tokens: null, after: steps.at(-1)!.step, blocks, outputs: last(1) }]));
+            await steps[epoch]!.done;
+            await mesh.members[0]!.executor.abort('a new epoch begins');
+            await expect(steps.at(-1)!.done).rejects.toMatchObject({ code: 'aborted' });
+          }
+          await mesh.members[0]!.executor.abort('a new epoch begins');
+        }
+        return texts;
+      });
+      expect(found).toEqual([want, want]);
+    });
+  });
+
   describe('graphs', () => {
     const sequences = 13;
     /** `counts.length` steps, of so many sequences each, one token a sequence; every sequence has a prompt of its own length. */
@@ -298,8 +430,8 @@ export function describeCudaPrograms(load: () => Promise<Addon>): void {
       expect(found).toEqual((await run({ kind: 'cpu' }))[0]);
       // Of 16 rows the embedding and the layer only.
       expect(graphs.slice(4, 6)).toEqual([
-        { rows: 12, nodes: [7 + 17], programmaticEdges: [0], steps: 0 },
-        { rows: 16, nodes: [1 + 17], programmaticEdges: [0], steps: 1 },
+        { rows: 12, nodes: [7 + 17], programmaticEdges: [0], steps: 0, stepsBehind: 0 },
+        { rows: 16, nodes: [1 + 17], programmaticEdges: [0], steps: 1, stepsBehind: 0 },
       ]);
     });
 

@@ -371,7 +371,13 @@ std::string compare_embed(TensorType type, int64_t columns, int64_t skip, Values
   Random random(static_cast<uint64_t>(columns + skip) * 13 + static_cast<uint64_t>(type));
   const Source source(type, kRows, columns, skip, values, random);
   const Packed packed(reference(), source.view, 1);
-  const std::vector<int32_t> tokens = {1000, 999, 1036, 1016, 1037, 1015, 0, 1036};  // some of another rank
+  const std::vector<int32_t> tokens = {1000, 999, 1036, 1016, 1037, 1015, 0, 1036, 1001, -1};  // some of another rank
+  std::vector<int32_t> given = tokens;
+  given[2] = -2 - 4;  // what row 4 of the step before has found
+  given[8] = -2;
+  std::vector<cuda::Candidate> found(5, {1.0f, -1});
+  found[4].token = tokens[2];
+  found[0].token = tokens[8];
   const int64_t stride = columns + 5;
   std::vector<float> expected = simt::poisoned<float>(static_cast<size_t>(stride) * tokens.size());
   for (size_t t = 0; t < tokens.size(); t++)
@@ -380,9 +386,11 @@ std::string compare_embed(TensorType type, int64_t columns, int64_t skip, Values
   const Guarded<uint8_t> weight("weight", matrix.bytes);
   matrix.data = weight.data();
   cuda::pack(source.view, &matrix, {0, 1});
-  const Guarded<int32_t> ids("tokens", tokens);
+  const Guarded<int32_t> ids("tokens", given);
+  const Guarded<cuda::Candidate> before("candidates", found);
   const Guarded<float> out("out", expected.size());
-  if (const char* problem = cuda::embed(type, kRows, columns, matrix.layout, weight.data(), ids.data(), static_cast<int>(tokens.size()), kFirst, out.data(), stride, nullptr)) return failed(problem);
+  if (const char* problem = cuda::embed(type, kRows, columns, matrix.layout, weight.data(), ids.data(), before.data(), static_cast<int>(tokens.size()), kFirst, out.data(), stride, nullptr))
+    return failed(problem);
   return simt::difference(expected, out);
 }
 

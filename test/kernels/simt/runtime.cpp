@@ -4,12 +4,16 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
+#include <fstream>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <stdexcept>
+#include <thread>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -51,7 +55,9 @@ using Sources = std::vector<std::pair<const uint8_t*, const uint8_t*>>;
 thread_local Sources* sources_of_stream;
 
 struct EmulatedStream final : Queue {
-  std::vector<Work> work;
+  std::deque<Work> work;
+  uint32_t waited_for = 0;  // the last value of the word that reports count
+  int graphs_unread = 0;    // launched, less the reports waited for: right where each graph ends with one
   std::string problem;  // what synchronise() returns stays valid to the next one
   Sources sources;
   using Queue::make;
@@ -230,29 +236,58 @@ Problem fill(void* card, uint8_t value, size_t bytes, Stream stream) {
   return nullptr;
 }
 
-Problem synchronise(Stream stream) {
-  EmulatedStream& s = raw(stream);
+namespace {
+
+// Does what was queued, up to where `enough` holds.
+template <typename Enough>
+Problem work_on(EmulatedStream& s, const Enough& enough) {
   s.problem.clear();
   // Steps meet every order of threads and blocks, and of the nodes of a graph.
   static std::atomic<uint64_t> turns{0};
   const uint64_t turn = turns++;
   simt::set_schedule({kOrders[turn % 3], turn + 1, 1, true});
   if (lasting_fault().comes()) s.problem = LastingFault::kText;
-  for (const auto& work : s.work)
-    if (s.problem.empty()) s.problem = work();
-  s.work.clear();
-  s.sources.clear();
+  while (s.problem.empty() && !s.work.empty() && !enough()) {
+    s.problem = s.work.front()();
+    s.work.pop_front();
+  }
+  if (!s.problem.empty()) s.work.clear();
+  if (s.work.empty()) s.sources.clear();
   return s.problem.empty() ? nullptr : s.problem.c_str();
+}
+
+// How long a card that is busy leaves the host to queue more; as soon as it has, the card goes on.
+constexpr auto kBusy = std::chrono::milliseconds(3);
+
+void be_busy(const EmulatedStream& s, const std::function<void()>& meanwhile) {
+  const auto end = std::chrono::steady_clock::now() + kBusy;
+  const size_t queued = s.work.size();
+  for (meanwhile(); s.work.size() == queued && std::chrono::steady_clock::now() < end; meanwhile()) std::this_thread::yield();
+}
+
+}  // namespace
+
+Problem synchronise(Stream stream) {
+  return work_on(raw(stream), [] { return false; });
 }
 
 // A card that hangs does nothing more.
 bool hangs() { return asked("SHARDMESH_EMULATED_CARD_HANGS") != nullptr; }
 
-Problem wait_for(const uint32_t* word, uint32_t value, Stream stream, int64_t, bool) {
+// A card may be as late as to end what is waited for and nothing behind it, or so early that it has ended all: both come by turns. A test asks for how many graphs there
+// were on it each time.
+Problem wait_for(const uint32_t* word, uint32_t value, Stream stream, int64_t, bool, const std::function<void()>& meanwhile) {
+  EmulatedStream& s = raw(stream);
+  const auto is_here = [&] { return has_counted_to(value, word); };
+  if (value <= std::exchange(s.waited_for, value)) return "the word is there before anything was done";
+  if (meanwhile) be_busy(s, meanwhile);
+  if (const char* log = asked("SHARDMESH_EMULATED_CARD_LOG")) std::ofstream(log, std::ios::app) << s.graphs_unread << '\n';
+  if (s.graphs_unread > 0) s.graphs_unread--;
   if (hangs()) return "the card has not finished in time";
-  if (*word == value) return "the word is there before anything was done";
-  if (const Problem problem = synchronise(stream)) return problem;
-  return *word == value ? nullptr : "the card has done everything and reported nothing";
+  static std::atomic<uint64_t> waits{0};
+  const bool is_late = waits++ / 3 % 2 == 0;
+  if (const Problem problem = work_on(s, [&] { return is_late && is_here(); })) return problem;
+  return is_here() ? nullptr : "the card has done everything and reported nothing";
 }
 
 bool settles(Stream stream, int64_t, bool) {
@@ -290,6 +325,7 @@ Problem finish_graph(Graph graph) {
 
 Problem launch_graph(Graph graph, Stream stream) {
   const EmulatedGraph& g = nodes_of(graph);
+  raw(stream).graphs_unread++;
   raw(stream).make([&g]() -> Work {
     std::vector<Work> work;
     for (const EmulatedGraph::Node& node : g.nodes) work.push_back(node.make());
