@@ -150,7 +150,7 @@ export interface StepTimings {
   collectiveUs: number;
   receiveUs: number;
   sampleUs: number;
-  /** Idle time before the step began, since the step before it ended. */
+  /** Idle time before the step began, since the step before it ended; by the device's own clock where it had the step already then. */
   idleUs: number;
 }
 

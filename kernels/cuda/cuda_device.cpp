@@ -265,8 +265,8 @@ bool CudaDevice::queue_behind(const StepBehind& step) {
 }
 
 void CudaDevice::report() {
-  queue(send_report({step_card_.as<uint32_t>() + kLeast, candidates_.as<cuda::Candidate>(), reported_candidates_, least_host_.as<uint32_t>(), candidates_host_.as<cuda::Candidate>(),
-                     report_rows(), reports_.as<uint32_t>(), word_host_.as<uint32_t>()},
+  queue(send_report({step_card_.as<uint32_t>() + kLeast, candidates_.as<cuda::Candidate>(), reported_candidates_, began_.as<uint64_t>(), times_host_.as<StepTimes>(),
+                     least_host_.as<uint32_t>(), candidates_host_.as<cuda::Candidate>(), report_rows(), reports_.as<uint32_t>(), word_host_.as<uint32_t>()},
                     to_));
   reported_candidates_ = 0;
 }
@@ -293,6 +293,9 @@ bool CudaDevice::wait(const std::function<void()>& meanwhile) {
     if (!broken()) queue(wait_for(word_host_.as<uint32_t>(), report_, stream_, deadline_ns_, shard_.config().spin, can_queue ? meanwhile : nullptr));
     if (broken()) give_up();
     waited_ = true;
+    const StepTimes& times = times_host_.as<StepTimes>()[report_ % kReportPlaces];
+    idle_us_ = begun_.graphs && times.began > card_ended_ns_ ? static_cast<double>(times.began - card_ended_ns_) / 1000.0 : 0;
+    card_ended_ns_ = times.ended;
     const uint32_t found = least_host_.as<uint32_t>()[report_ % kReportPlaces];
     if (reduces_with_peers_ && !problem_.lost) {
       const PeerDriver::Fault fault = peers_->fault();

@@ -75,6 +75,7 @@ class CudaDevice final : public Device {
   void find_candidates(int buffer, int32_t first_token) override;
   shardmesh::Candidate candidate(int r) const override;
   std::vector<GraphFacts> graphs() const override;
+  double idle_us() const override { return idle_us_; }
 
  private:
   struct CardMatrix {
@@ -201,12 +202,12 @@ class CudaDevice final : public Device {
   std::vector<Memory> mirrors_;       // by buffer: its rows on the host
   std::vector<AttentionShape> shapes_;
   std::unique_ptr<PeerDriver> peers_;  // null: one rank, or sums are rounded on their way
-  Memory kv_, sums_, received_sums_, partials_, candidates_, maxima_, reports_, arrivals_;
+  Memory kv_, sums_, received_sums_, partials_, candidates_, maxima_, reports_, began_, arrivals_;
   // On the host, each with its counterpart on the card: what a step needs to know, in one piece; and, of steps that are no graph, tokens, rows to select, and rows to
   // look for candidates in, which lie in the first one else. The first has two places on the host, so that the next step can be laid down while the copy of one is queued;
   // on the card the stream keeps them apart.
   Memory step_host_[2], step_card_, tokens_host_, tokens_card_, select_host_, select_card_, settings_host_, settings_card_;
-  Memory least_host_, candidates_host_, word_host_, staging_host_, received_host_, sums_host_;
+  Memory least_host_, times_host_, candidates_host_, word_host_, staging_host_, received_host_, sums_host_;
   DeviceRows device_rows_{};
   // Where these lie on the card for the step, or for the graphs: in the step's piece or not.
   const int32_t *tokens_ = nullptr, *selected_ = nullptr;
@@ -215,6 +216,8 @@ class CudaDevice final : public Device {
   size_t step_bytes_ = 0;  // of what the step sends ahead
   int place_ = 0;          // of step_host_, laid down last
   uint32_t reports_sent_ = 0, report_ = 0, report_of_candidates_ = 0;  // report_: the one that the step waits for
+  uint64_t card_ended_ns_ = 0;  // the last step that was waited for, by the card's clock
+  double idle_us_ = 0;
   int reported_candidates_ = 0;  // that the next report takes along
   bool waited_ = true, reported_ = false, building_ = false, sent_ = false;
   int64_t deadline_ns_ = 0;

@@ -107,10 +107,13 @@ void CudaDevice::plan_memory() {
   }
   for (const AttentionShape& shape : shapes_) arrivals = std::max(arrivals, static_cast<size_t>(kFusedTokensMax) * shape.host_runs.size());
   arrivals_ = Memory(Place::Card, arrivals * 4, kBuffers);
+  began_ = Memory(Place::Card, 8, kBuffers);
+  if (const Problem problem = copy_now(began_.as<void>(), &card_ended_ns_, 8)) refuse(problem);
   reports_ = Memory(Place::Card, 4, kBuffers);
   if (const Problem problem = copy_now(reports_.as<void>(), &reports_sent_, 4)) refuse(problem);
   word_host_ = Memory(Place::Host, 4, kBuffers);
   *word_host_.as<uint32_t>() = 0;
+  times_host_ = Memory(Place::Host, kReportPlaces * sizeof(StepTimes), kBuffers);
   least_host_ = Memory(Place::Host, kReportPlaces * 4, kBuffers);
   if (p.stage == 0) {
     tokens_host_ = Memory(Place::Host, T * 4, kBuffers);

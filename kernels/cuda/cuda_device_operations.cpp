@@ -36,7 +36,7 @@ void CudaDevice::embed(const Operation& o, const int32_t* tokens) {
 void CudaDevice::look_up(const Operation& o) {
   const WeightSlice& slice = program().weights[static_cast<size_t>(o.weight)];
   const CardMatrix& matrix = matrices_[static_cast<size_t>(o.weight)];
-  queue(cuda::embed(slice.type, slice.rows.size(), slice.columns.size(), matrix.phase, matrix.data.as<uint8_t>(), tokens_, candidates_.as<cuda::Candidate>(), rows_->tokens,
+  queue(cuda::embed(slice.type, slice.rows.size(), slice.columns.size(), matrix.phase, matrix.data.as<uint8_t>(), tokens_, candidates_.as<cuda::Candidate>(), began_.as<uint64_t>(), rows_->tokens,
                     static_cast<int32_t>(o.vocabulary[static_cast<size_t>(program().rank)].from), values(o.out), shard_.buffer(o.out).stride, to_));
 }
 

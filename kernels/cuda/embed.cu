@@ -4,6 +4,7 @@
 // scattered over its strip, which costs nothing beside the layers for the few rows of a step.
 #include "device.cuh"
 #include "operations.h"
+#include "system_scope.cuh"
 #include "weight_layout.h"
 
 namespace shardmesh::cuda {
@@ -51,6 +52,10 @@ __device__ __forceinline__ float float_value_at(const uint8_t* record, int r, in
 // A row's own token, or one that the step before has found.
 __device__ __forceinline__ int32_t token_of(int32_t token, const Candidate* before) { return token < -1 ? before[-2 - token].token : token; }
 
+__device__ __forceinline__ void note_begin(uint64_t* began) {
+  if (began && threadIdx.x == 0 && blockIdx.x == 0 && blockIdx.y == 0) *began = global_timer();
+}
+
 struct Strips {
   const uint8_t* data;
   int64_t bytes;  // of a strip
@@ -58,9 +63,10 @@ struct Strips {
 };
 
 template <typename F>
-__global__ void __launch_bounds__(kWarps * 32) embed_kernel(const Strips strips, const int32_t* tokens, const Candidate* before, int32_t first_token, int64_t rows,
+__global__ void __launch_bounds__(kWarps * 32) embed_kernel(const Strips strips, const int32_t* tokens, const Candidate* before, uint64_t* began, int32_t first_token, int64_t rows,
                                                              float* out, int64_t out_stride) {
   grid_dependency_wait();
+  note_begin(began);
   const int lane = static_cast<int>(threadIdx.x % 32), group = static_cast<int>(blockIdx.x * kWarps + threadIdx.x / 32);
   const int64_t row = static_cast<int64_t>(token_of(tokens[blockIdx.y], before)) - first_token;
   if (group >= strips.groups || row < 0 || row >= rows) return;
@@ -70,9 +76,10 @@ __global__ void __launch_bounds__(kWarps * 32) embed_kernel(const Strips strips,
 }
 
 template <typename F>
-__global__ void __launch_bounds__(kWarps * 32) embed_float_kernel(const Strips strips, const int32_t* tokens, const Candidate* before, int32_t first_token, int64_t rows,
+__global__ void __launch_bounds__(kWarps * 32) embed_float_kernel(const Strips strips, const int32_t* tokens, const Candidate* before, uint64_t* began, int32_t first_token, int64_t rows,
                                                              float* out, int64_t out_stride) {
   grid_dependency_wait();
+  note_begin(began);
   const int lane = static_cast<int>(threadIdx.x % 32), group = static_cast<int>(blockIdx.x * kWarps + threadIdx.x / 32);
   const int64_t row = static_cast<int64_t>(token_of(tokens[blockIdx.y], before)) - first_token;
   if (group >= strips.groups || row < 0 || row >= rows) return;
@@ -82,8 +89,8 @@ __global__ void __launch_bounds__(kWarps * 32) embed_float_kernel(const Strips s
 
 }  // namespace
 
-Problem embed(TensorType type, int64_t rows, int64_t columns, int phase, const uint8_t* weight, const int32_t* tokens, const Candidate* before, int token_count,
-              int32_t first_token, float* out, int64_t out_stride, Stream stream) {
+Problem embed(TensorType type, int64_t rows, int64_t columns, int phase, const uint8_t* weight, const int32_t* tokens, const Candidate* before, uint64_t* began,
+              int token_count, int32_t first_token, float* out, int64_t out_stride, Stream stream) {
   if (rows < 1 || columns < 32 || columns % 32 != 0 || columns > (1 << 24)) return "embed: rows must be positive, columns a multiple of 32 up to 2^24";
   if (token_count < 1 || token_count > 65535) return "embed: tokens must be in 1..65535";
   if (phase < 0 || phase > 7) return "embed: phase must be in 0..7";
@@ -94,12 +101,12 @@ Problem embed(TensorType type, int64_t rows, int64_t columns, int phase, const u
     using F = decltype(format);
     strips.heads = F::heads ? (phase + strips.groups + 7) / 8 : 0;
     strips.bytes = static_cast<int64_t>(strips.heads) * F::head_bytes + static_cast<int64_t>(strips.groups) * F::record_bytes;
-    problem = launch(embed_kernel<F>, grid, kWarps * 32, 0, stream, strips, tokens, before, first_token, rows, out, out_stride);
+    problem = launch(embed_kernel<F>, grid, kWarps * 32, 0, stream, strips, tokens, before, began, first_token, rows, out, out_stride);
   });
   with_float_format(type, [&](auto format) {
     using F = decltype(format);
     strips.bytes = static_cast<int64_t>(strips.groups) * F::record_bytes;
-    problem = launch(embed_float_kernel<F>, grid, kWarps * 32, 0, stream, strips, tokens, before, first_token, rows, out, out_stride);
+    problem = launch(embed_float_kernel<F>, grid, kWarps * 32, 0, stream, strips, tokens, before, began, first_token, rows, out, out_stride);
   });
   return problem;
 }

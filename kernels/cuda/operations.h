@@ -54,8 +54,8 @@ struct Candidate {
   int32_t token;
 };
 // out[t] = row tokens[t] - first_token of a packed matrix, as exact fp32; rows of other tokens stay as they are. A token below -1 is that of before[-2 - tokens[t]], which a step
-// has found that the host has not read yet.
-Problem embed(TensorType type, int64_t rows, int64_t columns, int phase, const uint8_t* weight, const int32_t* tokens, const Candidate* before, int token_count,
+// has found that the host has not read yet. *began, unless null: when this ran, by the card's clock.
+Problem embed(TensorType type, int64_t rows, int64_t columns, int phase, const uint8_t* weight, const int32_t* tokens, const Candidate* before, uint64_t* began, int token_count,
               int32_t first_token, float* out, int64_t out_stride, Stream stream);
 // out[r] = x[from[r]], [rows, width].
 Problem select_rows(const float* x, int64_t x_stride, const int32_t* from, int rows, int64_t width, float* out, int64_t out_stride, Stream stream);
@@ -231,12 +231,18 @@ Problem head_sums(const float* logits, int64_t stride, int rows, int64_t count, 
 
 // Reports take turns with their places: the host reads one while the card, which may be a step ahead, writes the other.
 constexpr uint32_t kReportPlaces = 2;
-// What goes to memory of the host that the card writes directly: `least` of FiniteCheck and the first candidates, to place n % kReportPlaces of report n = *reports + 1; then
-// *word becomes n, as does *reports.
+// By the card's clock, in nanoseconds.
+struct StepTimes {
+  uint64_t began, ended;
+};
+// What goes to memory of the host that the card writes directly: `least` of FiniteCheck, the first candidates, and the times *began and now, to place n % kReportPlaces of
+// report n = *reports + 1; then *word becomes n, as does *reports.
 struct Report {
   const uint32_t* least;
   const Candidate* candidates;
   int candidate_count;
+  const uint64_t* began;
+  StepTimes* host_times;       // [kReportPlaces]
   uint32_t* host_least;        // [kReportPlaces]
   Candidate* host_candidates;  // [kReportPlaces][candidates_max]
   int candidates_max;

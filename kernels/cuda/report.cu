@@ -1,9 +1,11 @@
 // The end of what the host waits for: what it wants to know goes into memory of the host, then a word there counts up. Who sees the new count sees all of it, and
 // everything that was queued before.
-//   least, candidates: found by this step (finite.cuh, head.cu)      reports: the count, in device memory, so that a graph needs no number of its own; it also tells the place
+//   least, candidates: found by this step (finite.cuh, head.cu)      began: when it did (embed.cu)
+//   reports: the count, in device memory, so that a graph needs no number of its own; it also tells the place
 // One block; the host polls `word` and calls nothing of CUDA meanwhile (runtime.h, wait_for).
 #include "device.cuh"
 #include "operations.h"
+#include "system_scope.cuh"
 
 namespace shardmesh::cuda {
 namespace {
@@ -15,7 +17,10 @@ __global__ void __launch_bounds__(kThreads) report_kernel(const Report report) {
   const uint32_t count = *report.reports + 1, place = count % kReportPlaces;
   Candidate* const candidates = report.host_candidates + static_cast<int64_t>(place) * report.candidates_max;
   for (int i = static_cast<int>(threadIdx.x); i < report.candidate_count; i += kThreads) candidates[i] = report.candidates[i];
-  if (threadIdx.x == 0) report.host_least[place] = *report.least;
+  if (threadIdx.x == 0) {
+    report.host_least[place] = *report.least;
+    report.host_times[place] = {*report.began, global_timer()};
+  }
   __threadfence_system();
   __syncthreads();
   if (threadIdx.x > 0) return;

@@ -109,6 +109,8 @@ class Device {
     return action;
   }
   virtual std::vector<GraphFacts> graphs() const { return {}; }
+  // Of a step that was queued behind another, when it is done: how long the device did nothing in front of it, by its own clock.
+  virtual double idle_us() const { return 0; }
   // False when anything was wrong since the step began. Calls `meanwhile`, if there is one, now and then as long as another step can be taken.
   virtual bool wait(const std::function<void()>& meanwhile = {}) = 0;
   // Inside of `meanwhile`: queues a step behind the one that is waited for, if the device can have two. begin_step() must then be called next for that same step, if for any; it

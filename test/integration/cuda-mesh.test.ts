@@ -2,7 +2,7 @@
  * A mesh of one processor and one "card": the real processes, broker and model over HTTP; the second worker is an unchanged process whose addon runs the CUDA executor
  * on the emulated machine (test/kernels/simt). Its answers must be those of a mesh of processors, number for number.
  */
-import { existsSync } from 'node:fs';
+import { existsSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { emulatedCli } from '../matrix/emulated-cli.ts';
@@ -90,6 +90,21 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('a mesh 
       const [want, found] = [await complete(served, body), await complete(cuda, body)];
       expect(found.choices).toEqual(want.choices);
       expect(cuda.events('shard_loaded').map(({ executor }) => executor)).toEqual(['cuda', 'cuda']);
+    } finally {
+      await cuda.stop();
+    }
+  });
+
+  it('cuda mesh - a card alone has the next step before the result of the one in front of it is read', async () => {
+    const body = { prompt: 'The capital of France is', max_tokens: 4, temperature: 0 };
+    const log = join(marked.folder, 'graphs');
+    const env = { ...marked.env, SHARDMESH_EMULATED_CARD_LOG: log, SHARDMESH_EMULATED_CARD_BUSY_MS: '1000' };
+    const cuda = await startServe(['--executor', 'cuda', ...small.with(1, '1')], { env, main });
+    try {
+      const [want, found] = [await complete(served, body), await complete(cuda, body)];
+      expect(found.choices).toEqual(want.choices);
+      // Of the four tokens the first is the prompt's, which is no graph; behind the last step there is none.
+      expect(readFileSync(log, 'utf8').trim().split('\n').slice(-3)).toEqual(['2', '2', '1']);
     } finally {
       await cuda.stop();
     }

@@ -389,7 +389,7 @@ std::string compare_embed(TensorType type, int64_t columns, int64_t skip, Values
   const Guarded<int32_t> ids("tokens", given);
   const Guarded<cuda::Candidate> before("candidates", found);
   const Guarded<float> out("out", expected.size());
-  if (const char* problem = cuda::embed(type, kRows, columns, matrix.layout, weight.data(), ids.data(), before.data(), static_cast<int>(tokens.size()), kFirst, out.data(), stride, nullptr))
+  if (const char* problem = cuda::embed(type, kRows, columns, matrix.layout, weight.data(), ids.data(), before.data(), nullptr, static_cast<int>(tokens.size()), kFirst, out.data(), stride, nullptr))
     return failed(problem);
   return simt::difference(expected, out);
 }

@@ -256,11 +256,10 @@ Problem work_on(EmulatedStream& s, const Enough& enough) {
   return s.problem.empty() ? nullptr : s.problem.c_str();
 }
 
-// How long a card that is busy leaves the host to queue more; as soon as it has, the card goes on.
-constexpr auto kBusy = std::chrono::milliseconds(3);
-
+// A card that is busy leaves the host some milliseconds to queue more; as soon as it has, the card goes on.
 void be_busy(const EmulatedStream& s, const std::function<void()>& meanwhile) {
-  const auto end = std::chrono::steady_clock::now() + kBusy;
+  const char* milliseconds = asked("SHARDMESH_EMULATED_CARD_BUSY_MS");
+  const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(milliseconds ? std::atoi(milliseconds) : 3);
   const size_t queued = s.work.size();
   for (meanwhile(); s.work.size() == queued && std::chrono::steady_clock::now() < end; meanwhile()) std::this_thread::yield();
 }
