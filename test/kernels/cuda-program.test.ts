@@ -41,13 +41,19 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('cuda ex
     try {
       const log = join(folder, 'graphs');
       const mesh = await TinyMesh.start({ addon, kind: 'cuda' });
+      const began = performance.now();
       await withFault('SHARDMESH_EMULATED_CARD_LOG', log, () => mesh.generate(prompt, { logprobs: null }, 16));
+      const elapsedUs = (performance.now() - began) * 1000;
       const behind = mesh.members[0]!.executor.graphs()[0]!.stepsBehind;
+      const { totalUs, idleUs } = mesh.members[0]!.executor.totals().timings;
       await mesh.stop();
       // The prompt is no graph, and behind the last step there is none.
       const graphs = readFileSync(log, 'utf8').trim().split('\n').map(Number);
       expect(graphs).toEqual([0, ...Array.from({ length: 14 }, () => 2), 1]);
       expect(behind).toBe(14);
+      // Between two steps the card has nothing to do for a moment, by its own clock; steps and moments are no more than the time that went by.
+      expect(idleUs).toBeGreaterThan(0);
+      expect(totalUs + idleUs).toBeLessThan(elapsedUs);
     } finally {
       rmSync(folder, { recursive: true });
     }
