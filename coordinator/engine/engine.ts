@@ -513,7 +513,8 @@ export class ShardmeshEngine implements Engine {
       prefillChunkMax: options.prefillChunkMax,
       stepOutputsMax: options.stepOutputsMax ?? Math.max(options.sequencesMax, Math.min(options.stepTokensMax, scoredRowsMax)),
       microBatches: () => Math.min(this.#pipeline.microBatches, stepsInFlightMax),
-      prefillTokensMax: (decodeRows) => this.#pipeline.prefillTokensMax(decodeRows, options.itlTargetMs ?? null),
+      prefillTokensMax: (decodeRows, waiting) =>
+        this.#pipeline.prefillTokensMax(decodeRows, waiting, options.itlTargetMs ?? null),
       stepsInFlightMax,
       // A sequence may be in the step that runs and in one that waits for its token: the way to the coordinator and back is never inside the token loop.
       // Chunks of one prompt fill a whole pipeline.

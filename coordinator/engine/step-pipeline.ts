@@ -130,9 +130,9 @@ export class StepPipeline {
     return this.#roundTimes.of(rows) ?? unmeasuredRound * (this.#aheadTimes.of(rows) ?? rows * unmeasuredTokenMs);
   }
 
-  /** Most prompt tokens beside so many decode rows; `targetMs`: most time between two tokens of a stream, null: 1.6 times what it is without prefill. */
-  prefillTokensMax(decodeRows: number, targetMs: number | null): number {
-    return this.#times.prefillTokensMax(decodeRows, targetMs === null ? null : targetMs / this.microBatches);
+  /** Most prompt tokens beside so many decode rows (`StepTimes`); `targetMs`: most time between two tokens of a stream, null: by how many prompts wait for each. */
+  prefillTokensMax(decodeRows: number, waiting: number, targetMs: number | null): number {
+    return this.#times.prefillTokensMax(decodeRows, waiting, targetMs === null ? null : targetMs / this.microBatches);
   }
 
   /**

@@ -20,6 +20,13 @@ const chunkTokensFirst = 64;
 const stretch = 1.6;
 /** ... and in any case up to 50 tokens a second for each stream: faster than anybody reads. */
 const unnoticedMs = 20;
+/**
+ * ... and where many prompts wait beside few streams, by this much for each prompt that waits for a stream: with 16 requests at once those that come last do not wait for
+ * the pace of those that came first ...
+ */
+const stretchForWaiting = 4;
+/** ... up to 10 tokens a second for each stream, still faster than most read. */
+const bearableMs = 100;
 
 /** Mean milliseconds by rows; told apart are powers of two: 1, 2, 3..4, 5..8 ... */
 export class RowTimes {
@@ -69,13 +76,15 @@ export class StepTimes {
 
   /**
    * Most prompt tokens of a step with `decodeRows` rows of streams that decode.
-   * @param targetMs  how long such a step may take; null: 1.6 times a step without prefill, 20 ms at least
+   * @param waiting  prompts without their first token, for each stream that decodes
+   * @param targetMs  how long such a step may take; null: 1.6 times a step without prefill, 20 ms at least, more where many prompts wait
    */
-  prefillTokensMax(decodeRows: number, targetMs: number | null): number {
+  prefillTokensMax(decodeRows: number, waiting: number, targetMs: number | null): number {
     if (decodeRows === 0) return Number.POSITIVE_INFINITY;
     const decodeMs = this.decodeMs(decodeRows);
     if (decodeMs === null || this.#tokenMs === null) return chunkTokensFirst;
-    const limitMs = targetMs ?? Math.max(stretch * decodeMs, unnoticedMs);
+    const limitMs =
+      targetMs ?? Math.max(stretch * decodeMs, unnoticedMs, Math.min((1 + stretchForWaiting * waiting) * decodeMs, bearableMs));
     return Math.max(chunkTokensMin, Math.floor((limitMs - decodeMs) / Math.max(this.#tokenMs, 1e-6)));
   }
 }

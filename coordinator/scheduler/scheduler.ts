@@ -60,8 +60,8 @@ export interface SchedulerOptions {
   stepOutputsMax: number;
   /** Parts into which decoding sequences are split, each in a step of its own: 1 for a single stage. */
   microBatches: () => number;
-  /** Most prompt tokens of a step beside so many decode rows, so that those keep their pace. */
-  prefillTokensMax: (decodeRows: number) => number;
+  /** Most prompt tokens of a step beside so many decode rows, so that those keep their pace; `waiting`: prompts without their first token, for each stream that decodes. */
+  prefillTokensMax: (decodeRows: number, waiting: number) => number;
   stepsInFlightMax: number;
   /** Most steps in flight that may hold one sequence. 1: steps in flight are disjoint. More: a row may take the token of a step that is not back. */
   sequenceStepsMax: number;
@@ -391,12 +391,12 @@ export class Scheduler {
   #planDecode(draft: Draft): void {
     let decoding = 0;
     let remaining = 0;
-    let prefilling = false;
+    let prefilling = 0;
     const candidates: Sequence[] = [];
     for (const sequence of this.#running) {
       if (sequence.paused) continue;
       if (!isDecoding(sequence)) {
-        prefilling ||= sequence.planned < knownTarget(sequence);
+        if (sequence.planned < knownTarget(sequence)) prefilling++;
         continue;
       }
       if (outputIndex(sequence, sequence.planned) >= sequence.outputTokensMax) continue;
@@ -405,7 +405,7 @@ export class Scheduler {
       if (this.#takesRows(sequence)) candidates.push(sequence);
     }
     // Prefill goes on even when there are more decoding sequences than budget; those then take turns.
-    const reserved = prefilling ? Math.min(this.options.prefillChunkMax, Math.ceil(this.options.stepTokensMax / 4)) : 0;
+    const reserved = prefilling > 0 ? Math.min(this.options.prefillChunkMax, Math.ceil(this.options.stepTokensMax / 4)) : 0;
     const room = Math.max(1, Math.min(draft.tokensLeft - reserved, draft.outputsLeft));
     const share = Math.min(room, this.#microBatch(draft, decoding, remaining));
     // Without turns, the oldest come first: the newest are the ones that lose their blocks.
@@ -418,7 +418,9 @@ export class Scheduler {
     }
     if (planned > 0) this.#rotation.batches++;
     // Streams that decode in other micro-batches wait for this step as well.
-    if (decoding > 0) draft.tokensLeft = Math.min(draft.tokensLeft, this.options.prefillTokensMax(Math.max(planned, 1)));
+    if (decoding === 0) return;
+    const waiting = prefilling + this.#waiting.reduce((sum, { paused }) => sum + (paused ? 0 : 1), 0);
+    draft.tokensLeft = Math.min(draft.tokensLeft, this.options.prefillTokensMax(Math.max(planned, 1), waiting / decoding));
   }
 
   /**

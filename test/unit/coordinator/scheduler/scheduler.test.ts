@@ -344,6 +344,22 @@ describe('scheduler', () => {
     }
   });
 
+  it('scheduler - tells how many prompts wait for each stream that decodes, those without a slot included', () => {
+    const asked: [number, number][] = [];
+    const { scheduler } = makeScheduler({ sequencesMax: 3, prefillTokensMax: (...args) => (asked.push(args), 4) });
+    scheduler.add(makeSequence({ promptTokens: 8, outputTokensMax: 9 }));
+    scheduler.complete(resultOf(scheduler.schedule(0)!));
+    expect(asked).toEqual([]);
+    for (let i = 0; i < 3; i++) scheduler.add(makeSequence({ promptTokens: 8, outputTokensMax: 9, firstToken: 100 * (i + 1) }));
+    // Each time the prompt in front gets 4 of its 8 tokens; its second half brings its first token.
+    for (let i = 0; i < 3; i++) scheduler.complete(resultOf(scheduler.schedule(0)!));
+    expect(asked).toEqual([
+      [1, 3],
+      [1, 3],
+      [2, 1],
+    ]);
+  });
+
   it('scheduler - gives a paused sequence no rows, and takes its blocks before anybody waits for them', () => {
     const { scheduler } = makeScheduler({ blocks: 3 });
     const paused = scheduler.add(makeSequence({ promptTokens: 32 }));
