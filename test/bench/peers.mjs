@@ -17,7 +17,7 @@ import { decode, greedy, pace, prefill, repeated, serve, target } from './peers/
 import { scalingPlot } from './peers/scaling-plot.mjs';
 import { startServe } from './peers/serve.mjs';
 import { steadiness } from './peers/steadiness.mjs';
-import { commonShare, convertedModel, startVllm, vllmPython, vllmVersion } from './peers/vllm.mjs';
+import { commonShare, convertedModel, startVllm, vllmPython, vllmSettings, vllmVersion } from './peers/vllm.mjs';
 
 const groups = ['single', 'batch', 'http', 'pace', 'footprint'];
 const { values } = parseArgs({
@@ -97,14 +97,18 @@ const server = rows.includes('http')
 const rivalServer = server ? await target(server.url) : null;
 const batches = [4, 8, 16, 32];
 
-const vllmServer = vllm
-  ? await startVllm(vllm, convertedModel(vllm, model, { say }), { sequences: Math.max(...batches), contextMax: 2_560 })
-  : null;
-const vllmTarget = vllmServer ? await target(vllmServer.url) : null;
+const vllms = new Map();
+for (const name of vllm ? Object.keys(vllmSettings) : []) {
+  if (name !== 'vLLM' && !rows.includes('http')) continue;
+  say(`starting ${name}`);
+  const folder = convertedModel(vllm, model, { say });
+  const started = await startVllm(name, vllm, folder, { sequences: Math.max(...batches), contextMax: 2_560 });
+  vllms.set(name, { ...started, target: await target(started.url), agreement: 0 });
+}
 /** Measures vLLM where it takes part; what measures next waits until its processes, which look for work for a second after their last, are at rest. */
-async function withVllm(measure) {
-  if (!vllmTarget) return;
-  await measure(vllmTarget);
+async function withVllm(measure, name = 'vLLM') {
+  if (!vllms.has(name)) return;
+  await measure(vllms.get(name).target);
   await new Promise((resolve) => setTimeout(resolve, 1_500));
 }
 // A rival that answers something else has other weights, and its speed would say nothing. Rounded otherwise, texts part at some point.
@@ -114,17 +118,16 @@ const prompts = [
   'def fibonacci(n):',
   'Water boils at a temperature of',
 ];
-let vllmAgreement = null;
-await withVllm(async (rival) => {
-  const shares = [];
-  for (const prompt of prompts) shares.push(commonShare(await greedy(on('tp 1'), prompt, 24), await greedy(rival, prompt, 24)));
-  vllmAgreement = shares.reduce((sum, share) => sum + share, 0) / shares.length;
+for (const [name, one] of vllms) {
+  for (const prompt of prompts)
+    one.agreement += commonShare(await greedy(on('tp 1'), prompt, 24), await greedy(one.target, prompt, 24)) / prompts.length;
   say(
-    `vLLM ${vllmIs}: ready after ${vllmServer.readySeconds.toFixed(0)} s; ${(vllmAgreement * 100).toFixed(0)} % of our greedy text is its as well`,
+    `${name} ${vllmIs}: ready after ${one.readySeconds.toFixed(0)} s; its text is ours for ${(one.agreement * 100).toFixed(0)} % of 24 greedy tokens`,
   );
-  if (vllmAgreement < 0.2)
-    throw new Error('vLLM answers otherwise than shardmesh from the first words on: were its weights made from this file?');
-});
+  if (one.agreement < 0.2)
+    throw new Error(`${name} answers otherwise than shardmesh from the first words on: were its weights made from this file?`);
+}
+if (vllms.size > 0) await new Promise((resolve) => setTimeout(resolve, 1_500));
 
 async function round(index) {
   if (rows.includes('single')) {
@@ -165,7 +168,7 @@ async function round(index) {
     const answers = [];
     for (const name of both) answers.push([`shardmesh ${name}`, await serve(on(name))]);
     answers.push(['llama-server -t 2 -np 16', await serve(rivalServer)]);
-    await withVllm(async (rival) => answers.push(['vLLM', await serve(rival)]));
+    for (const name of vllms.keys()) await withVllm(async (rival) => answers.push([name, await serve(rival)]), name);
     for (const [name, { tokensPerSecond, ttftMs }] of answers) {
       note('http tokens', name, tokensPerSecond);
       note('http ttft', name, ttftMs);
@@ -275,7 +278,7 @@ const machine = {
   node: process.version,
   shardmesh: execFileSync('git', ['rev-parse', '--short', 'HEAD'], { encoding: 'utf8', cwd: import.meta.dirname ?? '.' }).trim(),
   rivals: [...rivals.map(({ name, bin }) => `${name} ${versionOf(bin) ?? ''}`.trim()), ...(vllm ? [`vLLM ${vllmIs}`] : [])],
-  vllm: vllmServer ? { readySeconds: vllmServer.readySeconds, commonShareOfGreedyText: vllmAgreement } : null,
+  vllm: [...vllms].map(([name, { readySeconds, agreement }]) => ({ name, readySeconds, commonShareOfGreedyText: agreement })),
   model: basename(model),
   modelBytes: statSync(model).size,
   modelSha256: createHash('sha256').update(readFileSync(model)).digest('hex'),
@@ -308,4 +311,4 @@ if (values.plot) {
 
 for (const { stop } of ours.values()) await stop();
 await server?.stop();
-await vllmServer?.stop();
+for (const { stop } of vllms.values()) await stop();

@@ -31,4 +31,10 @@ describe('bench tools', () => {
     expect(points).toHaveLength(11);
     expect(points).toMatchObject({ 10: { sequences: 1_024, plan: positive } });
   });
+
+  it('bench:peers - names a --vllm that is no environment, before anything is started', async () => {
+    const script = fileURLToPath(new URL('../bench/peers.mjs', import.meta.url));
+    const started = promisify(execFile)(process.execPath, [script, '--vllm', '/nowhere'], { timeout: 60_000 });
+    await expect(started).rejects.toThrow(/--vllm \/nowhere: there is no such file or folder; to make one:/);
+  });
 });

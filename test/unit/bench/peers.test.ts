@@ -10,7 +10,7 @@ interface Vllm {
   vllmPython(path: string): string;
   vllmVersion(python: string): string;
   convertedModel(python: string, file: string, options: { folder: string }): string;
-  vllmArguments(folder: string, port: number, sizes: { sequences: number; contextMax: number }): string[];
+  vllmArguments(folder: string, port: number, sizes: { sequences: number; contextMax: number; settings?: string[] }): string[];
   vllmPreloads(python: string, systemFolders: string[]): string[];
   vllmEnvironment(python: string, cores: number): Record<string, string>;
   commonShare(ours: string, theirs: string): number;
@@ -101,6 +101,8 @@ describe('vllm', () => {
     expect(valueOf('--served-model-name')).toBe('a b');
     expect([valueOf('--host'), valueOf('--port'), valueOf('--dtype')]).toEqual(['127.0.0.1', '8123', 'bfloat16']);
     expect([valueOf('--max-num-seqs'), valueOf('--max-model-len')]).toEqual(['32', '2560']);
+    const settings = ['--max-num-batched-tokens', '512'];
+    expect(vllmArguments('/m', 1, { sequences: 1, contextMax: 2560, settings }).slice(-2)).toEqual(settings);
   });
 
   test('vllm - computes on every core, reports nothing, looks for no hub', () => {
