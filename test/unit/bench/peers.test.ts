@@ -1,5 +1,8 @@
 /** Rivals of `bench:peers`: what is said when one is not there, does not come up or ends, and that nothing of it stays. */
+import { once } from 'node:events';
 import { chmodSync, existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { createServer, type ServerResponse } from 'node:http';
+import type { AddressInfo } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { pathToFileURL } from 'node:url';
@@ -7,26 +10,32 @@ import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { repository } from '../deploy/container-files.ts';
 
 interface Vllm {
-  vllmPython(path: string): string;
-  vllmVersion(python: string): string;
-  convertedModel(python: string, file: string, options: { folder: string }): string;
-  vllmArguments(folder: string, port: number, sizes: { sequences: number; contextMax: number; settings?: string[] }): string[];
-  vllmPreloads(python: string, systemFolders: string[]): string[];
-  vllmEnvironment(python: string, cores: number): Record<string, string>;
-  commonShare(ours: string, theirs: string): number;
+  vllmPython: (path: string) => string;
+  vllmVersion: (python: string) => string;
+  convertedModel: (python: string, file: string, options: { folder: string }) => string;
+  vllmArguments: (
+    folder: string,
+    port: number,
+    sizes: { sequences: number; contextMax: number; settings?: string[] },
+  ) => string[];
+  vllmPreloads: (python: string, systemFolders: string[]) => string[];
+  vllmEnvironment: (python: string, cores: number) => Record<string, string>;
+  commonShare: (ours: string, theirs: string) => number;
+  vllmRivals(
+    place: string,
+  ): Promise<{ name: string; version: string; start(): Promise<{ url: string; readySeconds: number | null }> }[]>;
 }
 interface RivalServer {
-  startRivalServer(
+  startRivalServer: (
     name: string,
     command: string,
     argumentsFor: (port: number) => string[],
     options: { log: string; readySecondsMax: number },
-  ): Promise<{ url: string; readySeconds: number; stop(): Promise<void> }>;
+  ) => Promise<{ url: string; readySeconds: number; stop(): Promise<void> }>;
 }
 const peers = join(repository, 'test/bench/peers');
-const { vllmPython, vllmVersion, convertedModel, vllmArguments, vllmPreloads, vllmEnvironment, commonShare } = (await import(
-  pathToFileURL(join(peers, 'vllm.mjs')).href
-)) as Vllm;
+const { vllmPython, vllmVersion, convertedModel, vllmArguments, vllmPreloads, vllmEnvironment, vllmRivals, commonShare } =
+  (await import(pathToFileURL(join(peers, 'vllm.mjs')).href)) as Vllm;
 const { startRivalServer } = (await import(pathToFileURL(join(peers, 'rival-server.mjs')).href)) as RivalServer;
 
 let folder: string;
@@ -130,6 +139,31 @@ describe('vllm', () => {
     expect(vllmPreloads(python, [folder])).toEqual([openMp]);
     writeFileSync(tcmalloc, '');
     expect(vllmPreloads(python, ['/nowhere', folder])).toEqual([tcmalloc, openMp]);
+  });
+
+  test('vllm - an environment is two rivals: its own size of a step, and a smaller one', async () => {
+    const python = environment('echo "0.32.0 2.13.0"');
+    const names = (await vllmRivals(python)).map(({ name, version }) => [name, version]);
+    const version = '0.32.0 (bf16, torch 2.13.0)';
+    expect(names).toEqual([
+      ['vLLM', version],
+      ['vLLM, 512 tokens a step', version],
+    ]);
+  });
+
+  test('vllm - a server that runs already is taken by its address, one that is none is refused', async () => {
+    const server = createServer((request, response) =>
+      request.url === '/version' ? response.end('{"version":"0.32.0"}') : response.writeHead(404).end(),
+    ).listen(0, '127.0.0.1');
+    await once(server, 'listening');
+    const host = `127.0.0.1:${(server.address() as AddressInfo).port}`;
+    const [rival] = await vllmRivals(`http://${host}/`);
+    expect(rival).toMatchObject({ name: `vLLM at ${host}`, version: '0.32.0' });
+    expect(await rival?.start()).toMatchObject({ url: `http://${host}`, readySeconds: null });
+    server.removeAllListeners('request').on('request', (_, response: ServerResponse) => response.writeHead(404).end());
+    await expect(vllmRivals(`http://${host}`)).rejects.toThrow(/\/version is not answered as vLLM does \(HTTP 404\)/);
+    server.close();
+    await expect(vllmRivals(`http://${host}`)).rejects.toThrow(/no server answers there/);
   });
 
   test('vllm - how much of a text another begins with', () => {
