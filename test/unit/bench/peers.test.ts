@@ -21,9 +21,9 @@ interface Vllm {
   vllmPreloads: (python: string, systemFolders: string[]) => string[];
   vllmEnvironment: (python: string, cores: number) => Record<string, string>;
   commonShare: (ours: string, theirs: string) => number;
-  vllmRivals(
+  vllmRivals: (
     place: string,
-  ): Promise<{ name: string; version: string; start(): Promise<{ url: string; readySeconds: number | null }> }[]>;
+  ) => Promise<{ name: string; version: string; start: () => Promise<{ url: string; readySeconds: number | null }> }[]>;
 }
 interface RivalServer {
   startRivalServer: (
