@@ -64,8 +64,8 @@ export function convertedModel(python, file, { folder = peersFolder, say = () =>
 }
 
 /**
- * What is measured of it: its own choice of prompt tokens a step (2,048) had the most tokens/s on two cores, 512 the earliest first tokens. Both with all cores, Intel's
- * OpenMP and tcmalloc, which beat GNU's OpenMP, and one core left free (365, 326, 267 and 267 tokens/s).
+ * What is measured of it: its own choice of prompt tokens a step (2,048) had the most tokens/s on two cores, 512 the earliest first tokens, so both take part. Intel's
+ * OpenMP and tcmalloc on every core beat GNU's OpenMP, and one core left free, in one trial each.
  */
 export const vllmSettings = { vLLM: [], 'vLLM, 512 tokens a step': ['--max-num-batched-tokens', '512'] };
 
