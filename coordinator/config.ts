@@ -31,7 +31,7 @@ export interface CoordinatorConfig {
   blockTokens: number;
   kvCacheBytes: number;
   /** What a step's arithmetic must be the same on: every executor, or those of one kind. */
-  bits: 'exact' | 'per-kind';
+  bits: 'exact' | 'per-kind' | 'free';
   activations: 'int8' | 'int16';
   kvType: 'auto' | 'int8' | 'f16-int8' | 'f16';
   contextTokensMax: number | null;

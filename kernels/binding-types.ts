@@ -299,6 +299,8 @@ export interface WeightReport {
 export interface NativeExecutor {
   readonly isa: string;
   readonly bytes: number;
+  /** One line on how it computes, for people; empty: nothing to say. */
+  readonly note: string;
   /** Raw blocks of the slice `program.weights[index]`, rows in order. Repacks off the event loop; `data` must not change until the promise is settled. */
   loadWeight(index: number, data: Uint8Array): Promise<WeightReport>;
   /** Checksum of the rope tables, compared when a worker joins. */

@@ -420,7 +420,7 @@ const coordinatorChecks: Checks<CoordinatorMessage> = {
     blockTokens: integer(stepLimits.blockTokensMin, stepLimits.blockTokensMax),
     kvBlocks: integer(0, stepLimits.blocksMax),
     kvCacheBytes: count,
-    bits: oneOf('exact', 'per-kind'),
+    bits: oneOf('exact', 'per-kind', 'free'),
     activations: oneOf('int8', 'int16'),
     kvType: oneOf('auto', 'int8', 'f16-int8', 'f16'),
     contextTokensMax: integer(1, stepLimits.contextTokensMax),

@@ -98,7 +98,7 @@ export interface Assign {
   /** 0: as many as `kvCacheBytes` holds. */
   kvBlocks: number;
   kvCacheBytes: number;
-  bits: 'exact' | 'per-kind';
+  bits: 'exact' | 'per-kind' | 'free';
   activations: 'int8' | 'int16';
   kvType: 'auto' | 'int8' | 'f16-int8' | 'f16';
   contextTokensMax: number;

@@ -288,6 +288,8 @@ export class ShardWorker {
         kvBlocks: this.#shard.kvBlocks,
         milliseconds: this.#shard.loadMs,
       });
+      const { note } = this.#shard.executor;
+      if (note) this.#options.log('info', 'executor_note', { message: note });
     } else {
       await this.#shard.executor.abort('a new epoch begins');
       this.#shard = { ...this.#shard, bytesFetched: 0, loadMs: 0 };

@@ -66,8 +66,9 @@ export interface PlacementPlan {
   replicas: number;
   /** Workers of all replicas. */
   workers: number;
-  /** `free`: activations are rounded on their way, so the bits depend on how the model is split. */
-  bits: Program['bits'] | 'free';
+  bits: Program['bits'];
+  /** Why bits are `free`: they were asked to be, or activations are rounded on their way. */
+  freedBy: ('--bits' | '--wire')[];
   /** Of one replica. */
   shards: WorkerPlan[];
   /** Largest of a worker. */
@@ -166,7 +167,8 @@ function placementPlan(
   const { facts, blockTokens, kvCacheBytes, machine, contextTokens, wire } = options;
   const units = unitsOfModel(facts);
   const shards: WorkerPlan[] = [];
-  let bits: PlacementPlan['bits'] = 'exact';
+  let bits = 'exact' as PlacementPlan['bits'];
+  const freedBy: PlacementPlan['freedBy'] = [];
   const load: PlacementLoad = {
     hiddenSize: facts.hiddenSize,
     wireBytes: wireBytes[wire],
@@ -195,7 +197,11 @@ function placementPlan(
       }),
     })),
   };
-  if (wire !== 'f32' && shards.length > 1) bits = 'free';
+  if (bits === 'free') freedBy.push('--bits');
+  if (wire !== 'f32' && shards.length > 1) {
+    bits = 'free';
+    freedBy.push('--wire');
+  }
   const memoryBytes = replicas * shards.reduce((sum, shard) => sum + shard.weightBytes + kvCacheBytes, 0);
   const predict = (streams: number): Prediction => predictSpeed(load, machine, { streams, contextTokens }, replicas);
   return {
@@ -205,6 +211,7 @@ function placementPlan(
     replicas,
     workers: shards.length * replicas,
     bits,
+    freedBy,
     shards,
     weightBytesMax: Math.max(...shards.map((shard) => shard.weightBytes)),
     kvTokens: Math.min(...shards.map((shard) => shard.kvTokens)),

@@ -138,9 +138,9 @@ const options = {
   bits: () =>
     new Option(
       '--bits <promise>',
-      'exact: one answer on any split and executor; per-kind: only on executors of one kind, where BF16 weights may use tensor cores',
+      'exact: one answer on any split and executor; per-kind: only on executors of one kind, where BF16 weights may use tensor cores; free: cuBLASLt may compute them too, and answers hang on what runs beside',
     )
-      .choices(['exact', 'per-kind'])
+      .choices(['exact', 'per-kind', 'free'])
       .default('exact'),
   activations: () =>
     new Option('--activations <type>', 'activations of quantised products; int16 is slower and a hundred times as exact')
@@ -216,7 +216,7 @@ export interface OptionValues {
   prefillChunkMax?: number;
   blockTokens: number;
   kvCacheBytes: number;
-  bits: 'exact' | 'per-kind';
+  bits: 'exact' | 'per-kind' | 'free';
   activations: 'int8' | 'int16';
   kvType: 'auto' | 'int8' | 'f16-int8' | 'f16';
   contextTokensMax?: number;

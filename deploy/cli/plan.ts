@@ -280,11 +280,16 @@ export function planText(report: PlanReport, basis: readonly Basis[], blockToken
   return report.advice.length === 0 ? lines : [...lines, '', ...report.advice.map((line) => `note: ${line}`)];
 }
 
-const bitsText = ({ bits }: PlacementPlan): string =>
+const freedText = {
+  '--bits':
+    'what runs beside a request may change its answer, because --bits free leaves products of BF16 weights to cuBLASLt on cards',
+  '--wire': 'another split may give another answer, because --wire rounds what travels between workers',
+};
+const bitsText = ({ bits, freedBy }: PlacementPlan): string =>
   ({
     exact: 'exact bits: any split, any executor, the same answer',
     'per-kind': 'bits per kind: the same answer on any split, as long as all workers have the same kind of executor',
-    free: 'bits free: another split may give another answer, because --wire rounds what travels between workers',
+    free: `bits free: ${freedBy.map((option) => freedText[option]).join('; ')}`,
   })[bits];
 
 const indented = (line: string): string => `  ${line}`;

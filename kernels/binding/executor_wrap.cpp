@@ -158,6 +158,7 @@ class ExecutorWrap : public Napi::ObjectWrap<ExecutorWrap> {
                        {
                            InstanceAccessor<&ExecutorWrap::isa>("isa"),
                            InstanceAccessor<&ExecutorWrap::bytes>("bytes"),
+                           InstanceAccessor<&ExecutorWrap::note>("note"),
                            InstanceMethod<&ExecutorWrap::load_weight>("loadWeight"),
                            InstanceMethod<&ExecutorWrap::tables_checksum>("tablesChecksum"),
                            InstanceMethod<&ExecutorWrap::open_segment>("openSegment"),
@@ -280,6 +281,7 @@ class ExecutorWrap : public Napi::ObjectWrap<ExecutorWrap> {
   }
 
   Napi::Value isa(const Napi::CallbackInfo& info) { return Napi::String::New(info.Env(), executor(info.Env()).isa()); }
+  Napi::Value note(const Napi::CallbackInfo& info) { return Napi::String::New(info.Env(), executor(info.Env()).note()); }
   Napi::Value bytes(const Napi::CallbackInfo& info) { return Napi::Number::New(info.Env(), static_cast<double>(executor(info.Env()).bytes())); }
 
   Napi::Value load_weight(const Napi::CallbackInfo& info) {

@@ -14,6 +14,7 @@
 // cuda_device.cpp: what it can run, and a step; cuda_device_memory.cpp: memory and weights; cuda_device_graphs.cpp: steps as graphs; cuda_device_operations.cpp: launches.
 #pragma once
 #include <functional>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -21,6 +22,7 @@
 
 #include "../runner/device.h"
 #include "attention_plan.h"
+#include "blas_products.h"
 #include "operations.h"
 #include "peer_driver.h"
 #include "runtime.h"
@@ -44,6 +46,7 @@ class CudaDevice final : public Device {
 
   const char* name() const override { return "cuda"; }
   size_t bytes() const override;
+  std::string note() const override { return note_; }
   WeightReport load_matrix(int weight, const MatrixSource& source) override;
   void finish_loading() override;
   void clear_kv() override;
@@ -82,6 +85,13 @@ class CudaDevice final : public Device {
     Memory data;
     int phase = 0;
     ProductTuning tuning{};
+    bool by_rows = false;  // BF16, row after row
+  };
+  // What the library does of an operation's product for many tokens: a subtree of it, from column `from` on.
+  struct BlasPart {
+    BlasShape shape;
+    int64_t from;
+    int plan;
   };
   struct CardBuffer {
     Memory values, groups, bf16;  // groups: its quantised form; bf16: rounded to bf16, of what a bf16 product reads
@@ -135,6 +145,9 @@ class CudaDevice final : public Device {
   void check_matrix(int weight) const;
   void check_rope(int index) const;
   void plan_memory();
+  void plan_blas();
+  BlasOperands operands(const BlasPart& part, const Operation& o, float* out) const;
+  void warm_blas();
   void plan_attention_shapes();
   const AttentionShape& shape_of(const Operation& o) const;
   size_t lay_out(size_t rows, size_t sequences, bool graph);
@@ -182,9 +195,13 @@ class CudaDevice final : public Device {
   bool is_ahead(int index) const { return !building_ && ahead_ && shard_.actions()[ahead_->end].operation == index; }
   Product product(const Operation& o, int subtree_count, const Subtree* subtrees, float* out, int64_t out_stride, int64_t subtree_stride) const;
   // Whether a product goes through the tensor cores as bf16: where the program lets executor kinds differ in their bits.
-  bool is_bf16(const Operation& o) const { return program().per_kind && program().weights[static_cast<size_t>(o.weight)].type == TensorType::BF16; }
+  bool is_bf16(int weight) const { return program().bits != Bits::Exact && program().weights[static_cast<size_t>(weight)].type == TensorType::BF16; }
+  bool is_bf16(const Operation& o) const { return is_bf16(o.weight); }
+  const std::vector<BlasPart>& blas_parts(const Operation& o) const { return blas_parts_[static_cast<size_t>(&o - program().operations.data())]; }
+  bool is_for_blas(const Operation& o) const { return blas_ && blas_->serves(rows_of(o.in)) && !blas_parts(o).empty(); }
   void round_input(const Operation& o);
   void run(const Operation& o, const Product& product);
+  void run_blas(const Operation& o, const Product& product);
 
   // Words at the beginning of what a step sends ahead.
   enum { kLeast, kLiveRows, kLiveOutputs, kPeerStep = 4, kHeaderWords = 8 };
@@ -195,6 +212,9 @@ class CudaDevice final : public Device {
   Edges edges_ = Edges::Plain;    // of graphs
   Stream stream_ = nullptr;
   Stream to_ = nullptr;  // where operations queue: the stream, or a graph that is being built
+  std::unique_ptr<BlasProducts> blas_;              // null: bits are not free, or the library cannot be had
+  std::vector<std::vector<BlasPart>> blas_parts_;   // by operation; none: own kernels do it whatever the step
+  std::string note_;
   std::vector<CardMatrix> matrices_;  // by weight
   std::vector<Memory> vectors_;       // by weight
   std::vector<Table> tables_;         // by number

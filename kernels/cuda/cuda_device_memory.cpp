@@ -1,5 +1,6 @@
 // The device's memory, planned when the executor is made, and its weights.
 #include <algorithm>
+#include <memory>
 #include <stdexcept>
 
 #include "cuda_device.h"
@@ -61,6 +62,8 @@ void CudaDevice::plan_memory() {
     mirrors_[i] = Memory(Place::Host, bytes, kBuffers);
     host_[i] = {mirrors_[i].as<float>(), b.stride};
   }
+
+  plan_blas();
 
   size_t own_sums = 0, other_sums = 0;
   for (size_t i = 0; i < p.operations.size(); i++) {
@@ -137,6 +140,61 @@ void CudaDevice::plan_memory() {
   }
 }
 
+// Steps that are no graph, which have more than kGraphRowsMax tokens, leave products of BF16 weights to the library where bits are free: all of them or none, so that a model has
+// one layout. A matrix that it reads lies row after row, in as many bytes; own kernels read that too. The head sees too few rows at a time, and an embedding is read as it is packed.
+void CudaDevice::plan_blas() {
+  const Program& p = program();
+  blas_parts_.resize(p.operations.size());
+  if (p.bits != Bits::Free) return;
+  note_ = "BF16 products by own kernels: ";
+  if (shard_.config().step_tokens_max <= kGraphRowsMax) {
+    note_ += "no step has more than " + std::to_string(kGraphRowsMax) + " tokens";
+    return;
+  }
+  const auto is_embedding = [&](int weight) { return std::any_of(p.operations.begin(), p.operations.end(), [&](const Operation& o) { return o.kind == OperationKind::Embed && o.weight == weight; }); };
+  try {
+    blas_ = std::make_unique<BlasProducts>(blas_libraries(), kGraphRowsMax, shard_.config().step_tokens_max);
+    for (size_t i = 0; i < p.operations.size(); i++) {
+      const Operation& o = p.operations[i];
+      const bool partial = o.kind == OperationKind::LinearPartial;
+      if ((!partial && o.kind != OperationKind::Linear) || !is_bf16(o) || shard_.buffer(o.in).per_output || is_embedding(o.weight)) continue;
+      const WeightSlice& slice = p.weights[static_cast<size_t>(o.weight)];
+      const std::vector<Subtree> whole{{0, static_cast<int>(o.segments.size())}};
+      for (const Subtree& tree : partial ? shard_.own_subtrees(static_cast<int>(i)) : whole) {
+        const int64_t from = tree.first ? int64_t{o.segments[static_cast<size_t>(tree.first) - 1]} * 32 : 0, to = int64_t{o.segments[static_cast<size_t>(tree.first + tree.count) - 1]} * 32;
+        const BlasShape shape{slice.rows.size(), to - from, slice.columns.size(), slice.columns.size(), partial ? o.width : shard_.buffer(o.out).stride, vector(o.bias)};
+        blas_parts_[i].push_back({shape, from, blas_->plan(shape)});
+      }
+      matrices_[static_cast<size_t>(o.weight)].by_rows = true;
+    }
+    note_ = "BF16 products of more than " + std::to_string(kGraphRowsMax) + " tokens by " + blas_->name();
+  } catch (const std::runtime_error& error) {
+    note_ += error.what();
+    blas_.reset();
+    for (auto& parts : blas_parts_) parts.clear();
+    for (CardMatrix& matrix : matrices_) matrix.by_rows = false;
+  }
+  if (blas_) blas_->allocate_workspace();
+}
+
+BlasOperands CudaDevice::operands(const BlasPart& part, const Operation& o, float* out) const {
+  return {matrices_[static_cast<size_t>(o.weight)].data.as<uint8_t>() + 2 * part.from, card(o.in).bf16.as<uint8_t>() + 2 * part.from, out};
+}
+
+// Before a kernel waits for another card, every kernel must be loaded, those of the library too.
+void CudaDevice::warm_blas() {
+  std::vector<int> warm;
+  for (const Operation& o : program().operations)
+    for (const BlasPart& part : blas_parts(o)) {
+      if (std::find(warm.begin(), warm.end(), part.plan) != warm.end()) continue;
+      warm.push_back(part.plan);
+      float* out = o.kind == OperationKind::LinearPartial ? sums() : values(o.out);
+      Problem problem = blas_->warm(part.plan, part.shape, operands(part, o, out), stream_);
+      if (!problem) problem = synchronise(stream_);
+      if (problem) refuse(std::string("a product of BF16 weights fails: ") + problem);
+    }
+}
+
 // Last, so that what is free is what it may have.
 void CudaDevice::allocate_kv() {
   const size_t block = static_cast<size_t>(program().kv.layers) * shard_.kv_layout().block_bytes, asked = block * static_cast<size_t>(shard_.config().kv_blocks);
@@ -159,6 +217,7 @@ size_t CudaDevice::bytes() const {
   for (const CardBuffer& b : buffers_) add(b.values, b.groups, b.bf16);
   for (const Memory& m : mirrors_) add(m);
   add(arrivals_, candidates_, maxima_, kv_, sums_, received_sums_, partials_, step_host_[0], step_host_[1], step_card_, staging_host_, received_host_, sums_host_);
+  if (blas_) sum += blas_->workspace_bytes();
   return sum + (peers_ ? peers_->bytes() : 0);
 }
 
@@ -166,7 +225,7 @@ WeightReport CudaDevice::load_matrix(int weight, const MatrixSource& source) {
   CardMatrix& matrix = matrices_[static_cast<size_t>(weight)];
   std::vector<uint8_t> packed(matrix.data.size());
   PackedMatrix out{source.type, source.rows, source.columns, packed.size(), packed.data(), 0, 0};
-  pack(source, &out, Part{0, 1});
+  (matrix.by_rows ? pack_rows : pack)(source, &out, Part{0, 1});
   matrix.phase = out.layout;
   if (const Problem problem = copy_now(matrix.data.as<void>(), packed.data(), packed.size()))
     refuse("tensor '" + program().weights[static_cast<size_t>(weight)].tensor + "' cannot be copied to the card: " + problem);
@@ -184,6 +243,7 @@ void CudaDevice::finish_loading() {
     copy(tables_[number].cosine, table.cosine);
     copy(tables_[number].sine, table.sine);
   }
+  if (blas_) warm_blas();
   build_graphs();
 }
 

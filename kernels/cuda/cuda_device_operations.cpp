@@ -1,6 +1,7 @@
 // Operations as launches.
 #include <algorithm>
 #include <cstring>
+#include <optional>
 
 #include "cuda_device.h"
 #include "weight_layout.h"
@@ -82,29 +83,42 @@ Product CudaDevice::product(const Operation& o, int subtree_count, const Subtree
           matrix.data.as<uint8_t>(), card(o.in).groups.as<ActivationGroup>(), rows_of(o.in), static_cast<int>(o.segments.size()),
           o.segments.data(), subtree_count,     subtrees,             vector(o.bias),
           out,               out_stride,        subtree_stride,       matrix.tuning.decode_tiles,
-          program().activations, values(o.in),  shard_.buffer(o.in).stride, card(o.in).bf16.as<Bf16Group>()};
+          program().activations, values(o.in),  shard_.buffer(o.in).stride, card(o.in).bf16.as<Bf16Group>(),
+          matrix.by_rows};
 }
 
 void CudaDevice::round_input(const Operation& o) {
   const Buffer& in = shard_.buffer(o.in);
-  queue(round_bf16(values(o.in), in.stride, rows_of(o.in), in.width, card(o.in).bf16.as<Bf16Group>(), to_));
+  const Memory& bf16 = card(o.in).bf16;
+  if (is_for_blas(o)) queue(round_bf16_rows(values(o.in), in.stride, rows_of(o.in), in.width, bf16.as<uint16_t>(), to_));
+  else queue(round_bf16(values(o.in), in.stride, rows_of(o.in), in.width, bf16.as<Bf16Group>(), to_));
 }
 
 void CudaDevice::run(const Operation& o, const Product& product) {
   if (broken()) return;
   const int decode_tokens_max = matrices_[static_cast<size_t>(o.weight)].tuning.decode_tokens_max;
   if (shard_.is_quantized(o.weight)) queue(product.tokens <= decode_tokens_max ? linear_decode(product, to_) : linear_prefill(product, to_));
-  else if (is_bf16(o)) queue(product.tokens <= kBf16DecodeTokensMax ? linear_bf16_decode(product, to_) : linear_bf16_prefill(product, to_));
+  else if (is_for_blas(o)) run_blas(o, product);
+  else if (is_bf16(o)) queue(product.tokens <= kBf16DecodeTokensMax || product.by_rows ? linear_bf16_decode(product, to_) : linear_bf16_prefill(product, to_));
   else queue(product.tokens <= kFloatDecodeTokensMax ? linear_float_decode(product, to_) : linear_float_prefill(product, to_));
 }
 
+// A subtree after the other: rows that pad the step to the number that was planned end where the next one begins.
+void CudaDevice::run_blas(const Operation& o, const Product& product) {
+  const std::vector<BlasPart>& parts = blas_parts(o);
+  for (size_t s = 0; s < parts.size() && !broken(); s++)
+    queue(blas_->run(parts[s].plan, parts[s].shape, operands(parts[s], o, product.out + static_cast<int64_t>(s) * product.subtree_stride), product.tokens, to_));
+}
+
 void CudaDevice::products(const std::vector<int>& operations) {
-  bool rounded = false;  // they share their input
+  std::optional<bool> rounded;  // for the library or for own kernels; they share their input
   for (const int index : operations) {
     if (broken()) return;
     const Operation& o = operation(index);
-    if (is_bf16(o) && !rounded) round_input(o);
-    rounded = rounded || is_bf16(o);
+    if (is_bf16(o) && rounded != is_for_blas(o)) {
+      round_input(o);
+      rounded = is_for_blas(o);
+    }
     const Subtree whole{0, static_cast<int>(o.segments.size())};
     run(o, product(o, 1, &whole, values(o.out), shard_.buffer(o.out).stride, 0));
   }

@@ -94,6 +94,7 @@ __global__ void __launch_bounds__(kThreads) linear_bf16_prefill_kernel(const Pro
 
 Problem linear_bf16_prefill(const Product& product, Stream stream) {
   ProductPlan plan;
+  if (product.by_rows) return "linear_bf16_prefill: weights must be packed in strips";
   if (const Problem problem = make_product_plan(product, &plan, Products::Bf16)) return problem;
   const dim3 grid(static_cast<unsigned>((plan.strips + kBlockStrips - 1) / kBlockStrips), static_cast<unsigned>((plan.tiles + kBlockTiles - 1) / kBlockTiles));
   return launch(linear_bf16_prefill_kernel, grid, kThreads, static_cast<size_t>(kStages) * kStageBytes, stream, plan);

@@ -32,6 +32,8 @@ struct ActivationTiles {
 size_t packed_bytes(const MatrixSource& source);
 // Packs this part's strips into host memory of packed_bytes(); `out->layout` is the phase.
 void pack(const MatrixSource& source, PackedMatrix* out, Part part);
+// The same bytes for BF16 weights row after row, rows of zeros up to a whole strip: for cuBLASLt, and for linear_bf16_decode with Product::by_rows.
+void pack_rows(const MatrixSource& source, PackedMatrix* out, Part part);
 // Bytes of the quantised activations of T tokens.
 size_t activation_bytes(int tokens, int64_t columns, ActivationType type = ActivationType::Int8);
 // The same of their bf16 form.
@@ -66,6 +68,8 @@ Problem select_rows(const float* x, int64_t x_stride, const int32_t* from, int r
 Problem quantize(const float* x, int64_t x_stride, int tokens, int64_t columns, ActivationTiles out, Stream stream, const FiniteCheck& check = {});
 // x rounded to bf16 (to nearest even), for linear_bf16_decode and _prefill.
 Problem round_bf16(const float* x, int64_t x_stride, int tokens, int64_t columns, Bf16Group* out, Stream stream);
+// The same row after row, [T, columns], for cuBLASLt; it takes no more than bf16_bytes().
+Problem round_bf16_rows(const float* x, int64_t x_stride, int tokens, int64_t columns, uint16_t* out, Stream stream);
 
 struct Product {
   TensorType type;
@@ -86,6 +90,7 @@ struct Product {
   const float* x = nullptr;  // [T, x_stride] fp32, for float weights; 16-byte aligned, x_stride a multiple of 4
   int64_t x_stride = 0;
   const Bf16Group* bf16 = nullptr;  // x rounded to bf16, for linear_bf16_decode and _prefill
+  bool by_rows = false;             // weights as pack_rows() lays them down, for linear_bf16_decode
 };
 // Quantised weights. For few tokens: a block is a strip of 16 rows, a warp a segment.
 Problem linear_decode(const Product& product, Stream stream);

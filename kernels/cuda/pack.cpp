@@ -100,6 +100,15 @@ void pack_float_strips(const MatrixSource& source, uint8_t* data, int64_t from, 
   }
 }
 
+void copy_rows(const MatrixSource& source, uint8_t* data, int64_t from, int64_t to) {
+  const size_t bytes = static_cast<size_t>(source.columns) * 2;
+  for (int64_t r = from; r < to; r++) {
+    uint8_t* row = data + static_cast<size_t>(r) * bytes;
+    if (r < source.rows) std::memcpy(row, source.data + r * source.row_bytes + source.skip * 2, bytes);
+    else std::memset(row, 0, bytes);
+  }
+}
+
 int64_t strip_count(int64_t rows) { return (rows + kStripRows - 1) / kStripRows; }
 
 }  // namespace
@@ -120,6 +129,15 @@ void pack(const MatrixSource& source, PackedMatrix* out, Part part) {
   const int64_t from = strips * part.index / part.count, to = strips * (part.index + 1) / part.count;
   with_format(source.type, [&](auto format) { pack_strips<decltype(format)>(source, out->data, from, to); });
   with_float_format(source.type, [&](auto format) { pack_float_strips<decltype(format)>(source, out->data, from, to); });
+}
+
+void pack_rows(const MatrixSource& source, PackedMatrix* out, Part part) {
+  const int64_t rows = strip_count(source.rows) * kStripRows;
+  if (part.index == 0) {
+    out->layout = 0;
+    out->repack_error = 0.0;
+  }
+  copy_rows(source, out->data, rows * part.index / part.count, rows * (part.index + 1) / part.count);
 }
 
 size_t activation_bytes(int tokens, int64_t columns, ActivationType type) {

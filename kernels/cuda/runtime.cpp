@@ -134,6 +134,8 @@ size_t free_bytes() {
   return cudaMemGetInfo(&free, &total) == cudaSuccess ? free : 0;
 }
 
+std::vector<std::string> blas_libraries() { return {"libcublasLt.so.13", "libcublasLt.so.12"}; }
+
 void* allocate(Place place, size_t bytes, const char* what) {
   void* memory = nullptr;
   const cudaError_t status = place == Place::Card ? cudaMalloc(&memory, bytes) : cudaMallocHost(&memory, bytes);

@@ -7,6 +7,7 @@
 #include <initializer_list>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "operations.h"
 
@@ -27,6 +28,9 @@ struct Card {
 std::string find_card(Card* card);
 
 size_t free_bytes();
+
+// Names of NVIDIA's library of matrix products, the newest first, for dlopen(). It is no part of what a card needs.
+std::vector<std::string> blas_libraries();
 
 // Memory of the card, or memory of the host that the card reads and writes directly. Both throw std::runtime_error naming `what` and the sizes.
 enum class Place { Card, Host };

@@ -137,6 +137,8 @@ class Executor {
 
   virtual const char* isa() const = 0;
   virtual size_t bytes() const = 0;
+  // One line on how it computes, for people; empty: nothing to say.
+  virtual std::string note() const = 0;
   // `data`: the raw blocks of weight slice `index`, rows in order. Throws when the length is not the slice's, or when it is loaded already.
   virtual WeightReport load_weight(int index, const uint8_t* data, size_t length) = 0;
   // FNV-1a of the rope tables. Throws while weights are missing.

@@ -70,13 +70,16 @@ struct KvSpec {
   ValueType value;
 };
 
+// Exact: any executor gives the reference's. PerKind: others are allowed, as long as executors of one kind agree. Free: a token's may hang on what else is in its step.
+enum class Bits { Exact, PerKind, Free };
+
 struct Program {
   std::string architecture;
   int stage, stages, rank, ranks;
   int64_t hidden_size, vocabulary_size, context_tokens_max;
   std::vector<BufferSpec> buffers;
   std::vector<WeightSlice> weights;
-  bool per_kind;  // other bits than the reference's are allowed, as long as executors of one kind agree
+  Bits bits;
   ActivationType activations;
   KvSpec kv;
   std::vector<Operation> operations;

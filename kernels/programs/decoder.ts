@@ -46,7 +46,7 @@ export interface ProgramOptions {
   activations: ActivationType;
   /** `auto`: f16 beside int16 activations; else int8, but for K where k has a bias. */
   kvType: KvType;
-  /** `per-kind`: faster arithmetic of one executor kind is allowed where there is any (BF16 weights). `exact` where nothing is said. */
+  /** `per-kind` and `free`: faster arithmetic of one executor kind is allowed where there is any (BF16 weights). `exact` where nothing is said. */
   bits?: Program['bits'];
   /** Longest context wanted; null, 0 or more than the model's own: the model's own. */
   contextTokensMax: number | null;

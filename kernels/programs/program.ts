@@ -122,8 +122,11 @@ export interface KvSpec {
 
 export interface Program {
   architecture: string;
-  /** `exact`: any executor gives the reference's bits. `per-kind`: only executors of one kind agree, since a card may put BF16 weights through its tensor cores. */
-  bits: 'exact' | 'per-kind';
+  /**
+   * `exact`: any executor gives the reference's bits. `per-kind`: only executors of one kind agree, since a card may put BF16 weights through its tensor cores. `free`: a card
+   * may also leave such products to NVIDIA's library, and then a token's bits hang on what else is in its step.
+   */
+  bits: 'exact' | 'per-kind' | 'free';
   activations: ActivationType;
   stage: number;
   stages: number;

@@ -61,6 +61,8 @@ class Device {
   // What Executor::isa() says.
   virtual const char* name() const = 0;
   virtual size_t bytes() const = 0;
+  // One line on how it computes, for people; empty: nothing to say.
+  virtual std::string note() const { return ""; }
 
   // --- weights and K/V
   virtual WeightReport load_matrix(int weight, const MatrixSource& source) = 0;

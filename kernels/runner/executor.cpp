@@ -61,6 +61,7 @@ class ShardExecutor final : public Executor {
 
   const char* isa() const override { return device_->name(); }
   size_t bytes() const override { return device_->bytes(); }
+  std::string note() const override { return device_->note(); }
   WeightReport load_weight(int index, const uint8_t* data, size_t length) override { return shard_.load_weight(index, data, length); }
 
   uint64_t tables_checksum() const override {

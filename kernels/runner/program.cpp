@@ -82,8 +82,8 @@ class ProgramParser {
     parse_buffers(json_.at("buffers"));
     parse_weights(json_.at("weights"));
     const std::string& bits = json_.at("bits").text();
-    if (bits != "exact" && bits != "per-kind") json_.at("bits").fail("'" + bits + "' is neither 'exact' nor 'per-kind'");
-    p_.per_kind = bits == "per-kind";
+    if (bits != "exact" && bits != "per-kind" && bits != "free") json_.at("bits").fail("'" + bits + "' is not 'exact', 'per-kind' or 'free'");
+    p_.bits = bits == "exact" ? Bits::Exact : bits == "per-kind" ? Bits::PerKind : Bits::Free;
     const std::string& activations = json_.at("activations").text();
     if (activations != "int8" && activations != "int16") json_.at("activations").fail("'" + activations + "' is neither 'int8' nor 'int16'");
     p_.activations = activations == "int8" ? ActivationType::Int8 : ActivationType::Int16;

@@ -602,6 +602,15 @@ export function describeCudaPrograms(load: () => Promise<Addon>): void {
       expect(await text(allowed, 1, 2, cuda)).toEqual(found);
     });
 
+    it('cuda program - bits free: near what the reference gives, by cuBLASLt where it is here, else by own kernels', async () => {
+      const shape = shapes['llama, BF16 throughout, heads of 256, K and V f16']!;
+      const want = await text(smallModel(shape), 1, 1, {});
+      for (const tp of [1, [2, 1]]) {
+        const found = await text(smallModel({ ...shape, bits: 'free' }), tp, 1, cuda);
+        expect(Math.abs((found[1] as number) - (want[1] as number))).toBeLessThan(0.02);
+      }
+    });
+
     for (const [name, shape] of Object.entries(shapes))
       it(`cuda program - ${name}: the reference's bits on one rank, on several and a mixed pair of stages`, async () => {
         const model = smallModel(shape);

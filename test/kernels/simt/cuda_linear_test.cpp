@@ -111,7 +111,8 @@ struct Bf16Case {
   bool exact;  // small integers: no sum rounds, whatever its order
 };
 
-// Both products of one case: the reference's bytes where no sum rounds; else the same bytes as each other, close to the sums in double precision.
+// Both products of one case, decode with weights in strips and row after row: the reference's bytes where no sum rounds; else the same bytes as each other, close to the sums in
+// double precision.
 std::string compare_bf16(const Bf16Case& b, uint64_t seed) {
   simt::set_schedule(simt::kSchedules[seed % simt::kScheduleCount]);
   Random random(seed);
@@ -133,20 +134,39 @@ std::string compare_bf16(const Bf16Case& b, uint64_t seed) {
   const Guarded<uint8_t> weight("weight", matrix.bytes), rounded("rounded", cuda::bf16_bytes(c.tokens, c.columns));
   matrix.data = weight.data();
   cuda::pack(source.view, &matrix, {0, 1});
+  const Guarded<uint8_t> by_rows("weight by rows", matrix.bytes);
+  matrix.data = by_rows.data();
+  for (int part = 0; part < 2; part++) cuda::pack_rows(source.view, &matrix, {part, 2});
   const size_t out_count = static_cast<size_t>(subtree_stride) * c.subtrees.size();
-  const Guarded<float> device_x("x", x), device_bias("bias", bias), decoded("decoded", out_count), prefilled("prefilled", out_count);
+  const Guarded<float> device_x("x", x), device_bias("bias", bias), decoded("decoded", out_count), decoded_by_rows("decoded by rows", out_count), prefilled("prefilled", out_count);
   auto* bf16 = reinterpret_cast<cuda::Bf16Group*>(rounded.data());
   cuda::Product product{TensorType::BF16, c.rows, c.columns, 0, weight.data(), nullptr, c.tokens, static_cast<int>(c.segment_ends.size()), c.segment_ends.data(),
                         static_cast<int>(c.subtrees.size()), c.subtrees.data(), c.bias ? device_bias.data() : nullptr, decoded.data(), out_stride, subtree_stride};
   product.bf16 = bf16;
   if (const char* problem = cuda::round_bf16(device_x.data(), x_stride, c.tokens, c.columns, bf16, nullptr)) return problem;
   if (const char* problem = cuda::linear_bf16_decode(product, nullptr)) return problem;
+  product.out = decoded_by_rows.data();
+  product.weight = by_rows.data();
+  product.by_rows = true;
+  if (const char* problem = cuda::linear_bf16_decode(product, nullptr)) return problem;
   product.out = prefilled.data();
+  product.weight = weight.data();
+  product.by_rows = false;
   if (const char* problem = cuda::linear_bf16_prefill(product, nullptr)) return problem;
+  const Guarded<uint16_t> rounded_rows("rounded rows", static_cast<size_t>(c.tokens * c.columns));
+  if (const char* problem = cuda::round_bf16_rows(device_x.data(), x_stride, c.tokens, c.columns, rounded_rows.data(), nullptr)) return problem;
   const std::string at = describe(c, Values::Random, simt::kSchedules[seed % simt::kScheduleCount], seed);
   if (const std::string problem = simt::finish(); !problem.empty()) return problem + "; " + at;
-  if (!decoded.intact() || !prefilled.intact()) return "bytes beside a buffer have changed; " + at;
+  if (std::memcmp(decoded.data(), decoded_by_rows.data(), out_count * 4) != 0) return "decode differs by the layout of weights; " + at;
+  if (!decoded.intact() || !decoded_by_rows.intact() || !prefilled.intact()) return "bytes beside a buffer have changed; " + at;
   if (decoded.values() != prefilled.values() && std::memcmp(decoded.data(), prefilled.data(), out_count * 4) != 0) return "decode and prefill differ; " + at;
+
+  for (int t = 0; t < c.tokens; t++)
+    for (int64_t k = 0; k < c.columns; k++) {
+      const float want = rounded_to_bf16(x[static_cast<size_t>(t * x_stride + k)]);
+      if (bfloat_to_float(rounded_rows.data()[t * c.columns + k]) != want) return "round_bf16_rows rounds otherwise; " + at;
+    }
+  if (!rounded_rows.intact()) return "bytes beside rounded rows have changed; " + at;
 
   if (b.exact) {
     const KernelSet& reference = *reference_kernel_set();
@@ -266,6 +286,10 @@ std::string check_refusals() {
   if (!refused(good, "quantised weights", {cuda::linear_float_decode, cuda::linear_float_prefill})) return "quantised weights of a float product";
   p.type = TensorType::F16;
   if (!refused(p, "BF16", {cuda::linear_bf16_decode, cuda::linear_bf16_prefill})) return "F16 weights of a bf16 product";
+  p.type = TensorType::BF16;
+  p.by_rows = true;
+  if (!refused(p, "strips", {cuda::linear_bf16_prefill})) return "weights by rows of the prefill product";
+  if (!cuda::round_bf16_rows(nullptr, 0, 1, 48, nullptr, nullptr)) return "round_bf16_rows takes 48 columns";
   if (!cuda::round_bf16(nullptr, 0, 1, 48, nullptr, nullptr)) return "round_bf16 takes 48 columns";
   return cuda::quantize(nullptr, 0, 1, 33, nullptr, nullptr) ? "" : "quantize takes 33 columns";
 }

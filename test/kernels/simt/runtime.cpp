@@ -165,6 +165,12 @@ std::string find_card(Card* card) {
 
 size_t free_bytes() { return card_bytes() - std::min(card_bytes(), used_bytes.load()); }
 
+// A test names the stand-in (cublas_lt_stand_in.cpp), or what is none.
+std::vector<std::string> blas_libraries() {
+  const char* path = asked("SHARDMESH_EMULATED_CUBLASLT");
+  return {path ? path : "libcublasLt.so.emulated"};
+}
+
 void* allocate(Place place, size_t bytes, const char* what) {
   if (place == Place::Card && bytes > free_bytes()) throw std::runtime_error(no_room(place, bytes, what, "out of memory"));
   auto memory = std::make_unique<simt::GuardedBytes>(what, bytes);

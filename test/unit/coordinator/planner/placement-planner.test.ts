@@ -162,10 +162,11 @@ describe('placement planner', () => {
   });
 
   test('placement planner - BF16 weights promise their bits per kind only where that is allowed, rounded activations none', () => {
-    const bitsOf = (type: 'F16' | 'BF16', bits: 'exact' | 'per-kind') =>
+    const bitsOf = (type: 'F16' | 'BF16', bits: 'exact' | 'per-kind' | 'free') =>
       planPlacements(options({ facts: makeFacts({}, type, type), bits })).asked.bits;
     expect([bitsOf('BF16', 'exact'), bitsOf('F16', 'exact'), bitsOf('F16', 'per-kind')]).toEqual(['exact', 'exact', 'exact']);
     expect(bitsOf('BF16', 'per-kind')).toBe('per-kind');
+    expect([bitsOf('BF16', 'free'), bitsOf('F16', 'free')]).toEqual(['free', 'exact']);
     expect(planPlacements(options({ wire: 'q8' })).asked.bits).toBe('free');
     expect(planPlacements(options({ wire: 'q8' })).placements.find((one) => one.workers === 1)?.bits).toBe('exact');
     expect(planPlacements(options({ kvType: 'f16-int8' })).asked).toMatchObject({ bits: 'exact', kvTokens: 22_816 });
@@ -180,6 +181,12 @@ describe('plan', () => {
     );
     expect(text).toContain('Test 135M (llama): 30 layers, 92.1 MiB of weights');
     expect(text).toContain('tp 2 pp 1: 2 workers, exact bits');
+    const bf16 = { facts: makeFacts({}, 'BF16', 'BF16'), bits: 'free' } as const;
+    const headOf = (more: Partial<PlannerOptions>) => planText(planPlacements(options({ ...bf16, ...more })), [], 16)[3];
+    expect(headOf({})).toMatch(/bits free: what runs beside a request may change its answer, because --bits free .* on cards$/);
+    expect(headOf({ wire: 'q8' })).toMatch(
+      /--bits free .* on cards; another split may give another answer, because --wire rounds/,
+    );
     expect(text).toMatch(/stage 0 rank 1 +0\.\.29 +5\.\.8 +8\.\.15 +24\.\.47 +2 +46\.\d MiB +32896 tokens/);
     expect(text).toMatch(/2 replicas of tp 1 pp 1 +2 +92\.1 MiB +43840 tokens +exact +104 +207 +0 %$/m);
     expect(text).toMatch(/tp 2 pp 1 .*<- asked for$/m);
