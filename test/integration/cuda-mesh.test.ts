@@ -3,8 +3,10 @@
  * on the emulated machine (test/kernels/simt). Its answers must be those of a mesh of processors, number for number.
  */
 import { existsSync, readFileSync } from 'node:fs';
-import { join } from 'node:path';
+import { dirname, join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { buildKernelTarget } from '../kernels/build-target.ts';
+import { writeSmallModel } from '../kernels/small-model-file.ts';
 import { emulatedCli } from '../matrix/emulated-cli.ts';
 import { freePorts, runCommand, shardmesh, type Running } from './helpers/command.ts';
 import { mark, signal, waitFor, type Marked } from './helpers/processes.ts';
@@ -152,6 +154,68 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('a mesh 
       } finally {
         await cuda.stop();
       }
+    });
+  });
+
+  describe('BF16 weights', () => {
+    const types = {
+      q: 'BF16',
+      k: 'BF16',
+      v: 'BF16',
+      o: 'BF16',
+      gate: 'BF16',
+      up: 'BF16',
+      down: 'BF16',
+      embedding: 'BF16',
+    } as const;
+    // A token is a byte: the prompt is one step of 100 tokens.
+    const body = { prompt: 'ab c'.repeat(25), max_tokens: 3, temperature: 0, logprobs: 1, echo: true };
+    let model: string[];
+
+    beforeAll(() => {
+      const shape = {
+        architecture: 'llama',
+        layers: 2,
+        hidden: 128,
+        heads: 4,
+        kvHeads: 2,
+        headSize: 32,
+        feedForward: 192,
+      } as const;
+      model = ['--model', writeSmallModel(marked.folder, { ...shape, vocabulary: 1_100, window: null, types })];
+    });
+
+    const answer = async (args: string[], env: Record<string, string> = {}) => {
+      const mesh = await startServe([...model, '--kv-cache-bytes', '8m', '--log-level', 'info', ...args], {
+        env: { ...marked.env, ...env },
+        main,
+      });
+      try {
+        const { text, logprobs } = (await complete(mesh, body)).choices[0]!;
+        const notes = mesh.events('executor_note').map(({ message }) => message);
+        return { text, logprobs: logprobs!.token_logprobs.slice(1) as number[], notes };
+      } finally {
+        await mesh.stop();
+      }
+    };
+    // Activations are rounded to bf16.
+    const farthest = (a: number[], b: number[]) => Math.max(...a.map((value, i) => Math.abs(value - b[i]!)));
+    const cuda = ['--executor', 'cuda'];
+
+    it('cuda mesh - BF16 weights with --bits per-kind give one answer on any cut of cards, near that of a processor; with --bits free cuBLASLt computes, and its worker says so', async () => {
+      const exact = await answer([]);
+      expect(exact.logprobs).toHaveLength(102);
+      const one = await answer([...cuda, '--bits', 'per-kind']);
+      expect(one.logprobs).not.toEqual(exact.logprobs);
+      expect(farthest(one.logprobs, exact.logprobs)).toBeLessThan(0.06);
+      expect(await answer([...cuda, '--bits', 'per-kind', '--tp', '2'])).toEqual(one);
+      expect(one.notes).toEqual([]);
+
+      const library = join(dirname(await buildKernelTarget('cublas_lt_stand_in')), 'libcublas_lt_stand_in.so');
+      const free = await answer([...cuda, '--bits', 'free'], { SHARDMESH_EMULATED_CUBLASLT: library });
+      expect(free.notes).toEqual(['BF16 products of more than 64 tokens by cuBLASLt 13.1.0']);
+      expect(free.logprobs).not.toEqual(one.logprobs);
+      expect(farthest(free.logprobs, exact.logprobs)).toBeLessThan(0.06);
     });
   });
 
