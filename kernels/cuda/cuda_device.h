@@ -7,8 +7,8 @@
 // behind it meanwhile: it takes tokens from candidates on the card, and has places of its own in memory of the host, for what it reads there and what it writes there.
 //
 // Weights lie packed on the card (weight_layout.h), the embedding too: tokens travel, rows do not. A step's rows, block tables and attention work go over as one copy.
-// Rope of q and k and the store into the cache are one launch, at the place of store_kv; so are a norm or activation and the quantising of what it makes. In graphs of at most
-// kFusedTokensMax rows a layer is five launches: q, k, v with rope and store; attention with its join; o with the residual and the next norm; gate and up with the activation; down
+// Rope of q and k and the store into the cache are one launch, at the place of store_kv; so are a norm or activation and the quantising of what it makes. In graphs of few
+// rows (tuning.h says how few, kFusedTokensMax at most) a layer is five launches: q, k, v with rope and store; attention with its join; o with the residual and the next norm; gate and up with the activation; down
 // like o (fuse).
 //
 // cuda_device.cpp: what it can run, and a step; cuda_device_memory.cpp: memory and weights; cuda_device_graphs.cpp: steps as graphs; cuda_device_operations.cpp: launches.
@@ -173,7 +173,7 @@ class CudaDevice final : public Device {
   NormAfter norm_after(size_t action, int first_row) const;
   bool fuses(int rows) const {
     const Program& p = program();
-    return rows <= kFusedTokensMax && p.activations == ActivationType::Int8 && p.kv.key == KeyType::Int8 && p.kv.value == ValueType::Int8;
+    return rows <= fused_tokens_max_ && p.activations == ActivationType::Int8 && p.kv.key == KeyType::Int8 && p.kv.value == ValueType::Int8;
   }
   const Action* action_of(size_t index, ActionKind kind) const;
   void look_up(const Operation& o);
@@ -232,6 +232,7 @@ class CudaDevice final : public Device {
   // Where these lie on the card for the step, or for the graphs: in the step's piece or not.
   const int32_t *tokens_ = nullptr, *selected_ = nullptr;
   const HeadRow* settings_ = nullptr;
+  int fused_tokens_max_ = kFusedTokensMax;  // of the tuning
   int slots_ = kSlotsMax;  // of partials_
   size_t step_bytes_ = 0;  // of what the step sends ahead
   int place_ = 0;          // of step_host_, laid down last

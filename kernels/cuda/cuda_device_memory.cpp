@@ -29,6 +29,7 @@ void CudaDevice::plan_memory() {
   const char* const kWeights = "the weights of this shard";
   const char* const kBuffers = "the buffers of a step (stepTokensMax)";
 
+  fused_tokens_max_ = tuning_->fused_tokens_max();
   matrices_.resize(p.weights.size());
   vectors_.resize(p.weights.size());
   for (size_t i = 0; i < p.weights.size(); i++) {
@@ -36,7 +37,8 @@ void CudaDevice::plan_memory() {
     if (p.weights[i].use == WeightUse::Vector) vectors_[i] = Memory(Place::Card, static_cast<size_t>(source.columns) * 4, kWeights);
     else {
       matrices_[i].data = Memory(Place::Card, packed_bytes(source), kWeights);
-      matrices_[i].tuning = tuning_->product(source.type, static_cast<int64_t>(matrices_[i].data.size()));
+      const Products arithmetic = shard_.is_quantized(static_cast<int>(i)) ? Products::Quantised : is_bf16(static_cast<int>(i)) ? Products::Bf16 : Products::Float;
+      matrices_[i].tuning = tuning_->product(source.type, arithmetic, static_cast<int64_t>(matrices_[i].data.size()));
     }
   }
   buffers_.resize(p.buffers.size());

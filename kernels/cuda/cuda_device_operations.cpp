@@ -9,8 +9,6 @@
 namespace shardmesh::cuda {
 namespace {
 
-// Above these the prefill products of float weights take over from the decode products; either gives the same bits.
-constexpr int kFloatDecodeTokensMax = 16, kBf16DecodeTokensMax = 64;
 constexpr int kHalfAttentionBlocks = 3;  // of a multiprocessor, where K or V is f16
 
 }  // namespace
@@ -96,11 +94,11 @@ void CudaDevice::round_input(const Operation& o) {
 
 void CudaDevice::run(const Operation& o, const Product& product) {
   if (broken()) return;
-  const int decode_tokens_max = matrices_[static_cast<size_t>(o.weight)].tuning.decode_tokens_max;
-  if (shard_.is_quantized(o.weight)) queue(product.tokens <= decode_tokens_max ? linear_decode(product, to_) : linear_prefill(product, to_));
+  const bool few = product.tokens <= matrices_[static_cast<size_t>(o.weight)].tuning.decode_tokens_max;  // either product gives the same bits
+  if (shard_.is_quantized(o.weight)) queue(few ? linear_decode(product, to_) : linear_prefill(product, to_));
   else if (is_for_blas(o)) run_blas(o, product);
-  else if (is_bf16(o)) queue(product.tokens <= kBf16DecodeTokensMax || product.by_rows ? linear_bf16_decode(product, to_) : linear_bf16_prefill(product, to_));
-  else queue(product.tokens <= kFloatDecodeTokensMax ? linear_float_decode(product, to_) : linear_float_prefill(product, to_));
+  else if (is_bf16(o)) queue(few || product.by_rows ? linear_bf16_decode(product, to_) : linear_bf16_prefill(product, to_));
+  else queue(few ? linear_float_decode(product, to_) : linear_float_prefill(product, to_));
 }
 
 // A subtree after the other: rows that pad the step to the number that was planned end where the next one begins.

@@ -6,7 +6,8 @@
 namespace shardmesh::cuda {
 namespace {
 
-// Two goes where they save the links this much: about what one more launch and one more meeting take on 25 GB/s. Not measured on cards yet.
+// Two goes where they save the links this much: about what one more launch and one more meeting take on 25 GB/s. Not measured on cards yet. All ranks must
+// decide alike, and two cards are needed to measure it, so it is no value of one card's tuning (tuning.h).
 constexpr int64_t kTwoGoesSaveBytes = 256 * 1024;
 
 const char* const kRegion = "the sums that other ranks read (stepTokensMax)";

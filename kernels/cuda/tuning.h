@@ -8,13 +8,14 @@
 
 #include "../include/program.h"
 #include "../runner/json.h"
+#include "product_plan.h"
 #include "runtime.h"
 #include "tuning_table.h"
 
 namespace shardmesh::cuda {
 
 struct ProductTuning {
-  int decode_tokens_max;  // for more tokens linear_prefill is taken in place of linear_decode
+  int decode_tokens_max;  // for more tokens the prefill product is taken in place of the decode product
   int decode_tiles;       // tiles of 8 tokens that a block of linear_decode walks at most: 1, 2, 4 or 8
 };
 struct AttentionTuning {
@@ -24,13 +25,17 @@ struct AttentionTuning {
 
 // What `shardmesh tune` chooses from, and what tests hold against the reference.
 constexpr int kDecodeTokensMaxChoices[] = {8, 16, 32, 64, 128}, kDecodeTilesChoices[] = {1, 2, 4, 8}, kSplitRowsChoices[] = {1, 4, 8, 16, 32}, kAttentionWarpsChoices[] = {4, 8, 16, 32};
+constexpr int kFusedTokensChoices[] = {0, 1, 2, 4, kFusedTokensMax};
 constexpr Edges kEdgesChoices[] = {Edges::Plain, Edges::Programmatic};
+constexpr Products kProducts[] = {Products::Quantised, Products::Float, Products::Bf16};
 
 inline const char* name_of(Edges edges) { return edges == Edges::Programmatic ? "programmatic" : "plain"; }
+inline const char* name_of(Products products) { return products == Products::Quantised ? "quantised" : products == Products::Float ? "float" : "bf16"; }
 
 struct TuningRows {
   struct ProductRow {
     std::optional<TensorType> type;
+    std::optional<Products> arithmetic;
     std::optional<int64_t> bytes_max;
     ProductTuning tuning;
   };
@@ -43,6 +48,7 @@ struct TuningRows {
   std::string measured;  // "": by nobody
   std::vector<ProductRow> products;
   std::vector<AttentionRow> attention;
+  std::optional<int> fused_tokens_max;  // decode steps of at most so many rows take launches that do several operations; none: the next card's
   std::optional<Edges> edges;  // of the graphs of steps, where the card knows others than plain ones; none: the next card's
 };
 
@@ -62,12 +68,17 @@ inline std::vector<TuningRows> parse_tuning(const std::string& text) {
     const Json& products = card.at("products");
     for (size_t p = 0; p < products.size(); p++) {
       const Json& row = products[p];
-      TuningRows::ProductRow made{{}, optional(row.at("bytesMax"), int64_t{1} << 50), {static_cast<int>(row.at("decodeTokensMax").integer(1, 1024)), static_cast<int>(row.at("decodeTiles").integer(1, 8))}};
+      TuningRows::ProductRow made{{}, {}, optional(row.at("bytesMax"), int64_t{1} << 50), {static_cast<int>(row.at("decodeTokensMax").integer(1, 1024)), static_cast<int>(row.at("decodeTiles").integer(1, 8))}};
       if (const int tiles = made.tuning.decode_tiles; tiles & (tiles - 1)) row.at("decodeTiles").fail(std::to_string(tiles) + " is not 1, 2, 4 or 8");
       TensorType type;
       if (!row.at("type").is_null()) {
         if (!tensor_type_of(row.at("type").text(), &type)) row.at("type").fail("unknown type '" + row.at("type").text() + "'");
         made.type = type;
+      }
+      if (const Json* arithmetic = row.find("arithmetic"); arithmetic && !arithmetic->is_null()) {
+        for (const Products products : kProducts)
+          if (arithmetic->text() == name_of(products)) made.arithmetic = products;
+        if (!made.arithmetic) arithmetic->fail("'" + arithmetic->text() + "' is not quantised, float or bf16");
       }
       rows.products.push_back(made);
     }
@@ -78,6 +89,7 @@ inline std::vector<TuningRows> parse_tuning(const std::string& text) {
       if (const auto size = optional(row.at("headSize"), 1024)) made.head_size = static_cast<int>(*size);
       rows.attention.push_back(made);
     }
+    if (const Json* fused = card.find("fusedTokensMax"); fused && !fused->is_null()) rows.fused_tokens_max = static_cast<int>(fused->integer(0, kFusedTokensMax));
     if (const Json* edges = card.find("graphEdges"); edges && !edges->is_null()) {
       for (const Edges choice : kEdgesChoices)
         if (edges->text() == name_of(choice)) rows.edges = choice;
@@ -100,10 +112,10 @@ class Tuning {
   }
 
   // `bytes`: of the packed matrix.
-  ProductTuning product(TensorType type, int64_t bytes) const {
+  ProductTuning product(TensorType type, Products arithmetic, int64_t bytes) const {
     for (const TuningRows& rows : fitting_)
       for (const TuningRows::ProductRow& row : rows.products)
-        if ((!row.type || *row.type == type) && (!row.bytes_max || bytes <= *row.bytes_max)) return row.tuning;
+        if ((!row.type || *row.type == type) && (!row.arithmetic || *row.arithmetic == arithmetic) && (!row.bytes_max || bytes <= *row.bytes_max)) return row.tuning;
     throw std::runtime_error("tuning: no row fits every product");
   }
   AttentionTuning attention(int head_size) const {
@@ -111,6 +123,11 @@ class Tuning {
       for (const TuningRows::AttentionRow& row : rows.attention)
         if (!row.head_size || *row.head_size == head_size) return row.tuning;
     throw std::runtime_error("tuning: no row fits every head size");
+  }
+  int fused_tokens_max() const {
+    for (const TuningRows& rows : fitting_)
+      if (rows.fused_tokens_max) return *rows.fused_tokens_max;
+    return kFusedTokensMax;
   }
   Edges edges() const {
     for (const TuningRows& rows : fitting_)

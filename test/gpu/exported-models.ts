@@ -91,6 +91,21 @@ export const testModels: readonly ExportedModel[] = [
     promptTokens: 260,
   },
   {
+    name: 'llama-floats-d32',
+    shape: {
+      ...llama,
+      hidden: 128,
+      heads: 4,
+      kvHeads: 2,
+      headSize: 32,
+      feedForward: 96,
+      types: { ...typesOf('BF16'), q: 'F16', v: 'F32', gate: 'Q4_0', down: 'F16' },
+    },
+    seed: 16,
+    cuts: [one, allCuts[1]!],
+    promptTokens: 60,
+  },
+  {
     name: 'llama-135m-4-layers',
     shape: {
       ...llama,

@@ -95,7 +95,8 @@ class Bench {
   }
 
   void products_of(const std::string& matrix_name, TensorType type, int64_t rows, int64_t columns, const std::vector<int>& decode, const std::vector<int>& prefill);
-  std::string tune_product(TensorType type, int64_t columns, int64_t rows, int64_t bytes_max);
+  std::string tune_product(TensorType type, cuda::Products arithmetic, int64_t columns, int64_t rows, int64_t bytes_max);
+  int tune_fused();
   std::string tune_attention(int head_size);
   cuda::Edges tune_edges();
   void paged_decode(int head_size, int heads, int kv_heads, int sequences, int context);
@@ -163,13 +164,13 @@ struct ProductScene {
   int64_t rows, columns;
   CardMatrix matrix;
   std::vector<int> segments;
-  Memory in, bf16, out;  // bf16: of BF16 weights, which go through the tensor cores here
+  Memory x, in, bf16, out;  // bf16: of BF16 weights, which go through the tensor cores but where tuning asks for the reference's arithmetic
 
   ProductScene(TensorType of, int64_t rows_, int64_t columns_, int copies, int tokens_max) : type(of), rows(rows_), columns(columns_), matrix(card_matrix(of, rows_, columns_, copies)) {
     const int groups = static_cast<int>(columns / 32), count = std::min(8, (groups + 7) / 8);
     for (int i = 0, end = 0; i < count; i++) segments.push_back(end += groups / count + (i < groups % count ? 1 : 0));
     Random random(3);
-    const Memory x = on_card(make_activations(static_cast<size_t>(tokens_max * columns), Values::Random, random));
+    x = on_card(make_activations(static_cast<size_t>(tokens_max * columns), Values::Random, random));
     in = Memory(Place::Card, cuda::activation_bytes(tokens_max, columns), "the benchmark");
     out = Memory(Place::Card, static_cast<size_t>(tokens_max * rows) * 4, "the benchmark");
     time_us(1, 1, [&](int, Stream s) { return cuda::quantize(x.as<float>(), columns, tokens_max, columns, in.as<cuda::ActivationGroup>(), s); });
@@ -178,13 +179,21 @@ struct ProductScene {
     time_us(1, 1, [&](int, Stream s) { return cuda::round_bf16(x.as<float>(), columns, tokens_max, columns, bf16.as<cuda::Bf16Group>(), s); });
   }
 
+  // `whole`: the tree of the segments.
+  cuda::Product product(int tokens, int tiles, int i, const Subtree* whole) const {
+    const uint8_t* weight = matrix.copies[static_cast<size_t>(i) % matrix.copies.size()].as<uint8_t>();
+    cuda::Product product{type, rows, columns, matrix.phase, weight, in.as<cuda::ActivationGroup>(), tokens, whole->count, segments.data(), 1, whole, nullptr, out.as<float>(), rows, 0, tiles};
+    product.x = x.as<float>();
+    product.x_stride = columns;
+    product.bf16 = bf16.as<cuda::Bf16Group>();
+    return product;
+  }
+  Subtree whole() const { return {0, static_cast<int>(segments.size())}; }
+
   template <typename Launcher>
   Problem queue(const Launcher& launcher, int tokens, int tiles, int i, Stream stream) const {
-    const Subtree whole{0, static_cast<int>(segments.size())};
-    const uint8_t* weight = matrix.copies[static_cast<size_t>(i) % matrix.copies.size()].as<uint8_t>();
-    cuda::Product product{type, rows, columns, matrix.phase, weight, in.as<cuda::ActivationGroup>(), tokens, whole.count, segments.data(), 1, &whole, nullptr, out.as<float>(), rows, 0, tiles};
-    product.bf16 = bf16.as<cuda::Bf16Group>();
-    return launcher(product, stream);
+    const Subtree tree = whole();
+    return launcher(product(tokens, tiles, i, &tree), stream);
   }
 };
 
@@ -193,7 +202,8 @@ std::string tokens_text(int tokens) { return text("%d token%s", tokens, tokens =
 
 void Bench::products_of(const std::string& matrix_name, TensorType type, int64_t rows, int64_t columns, const std::vector<int>& decode, const std::vector<int>& prefill) {
   const size_t bytes = cuda::packed_bytes({type, rows, columns, 0, 0, nullptr});
-  const int tiles = tuning_.product(type, static_cast<int64_t>(bytes)).decode_tiles;
+  const cuda::Products arithmetic = type == TensorType::BF16 ? cuda::Products::Bf16 : is_float(type) ? cuda::Products::Float : cuda::Products::Quantised;
+  const int tiles = tuning_.product(type, arithmetic, static_cast<int64_t>(bytes)).decode_tiles;
   std::unique_ptr<ProductScene> scene;
   std::string problem;
   try {
@@ -492,25 +502,69 @@ size_t best_choice(const std::vector<std::vector<double>>& times) {
   return best;
 }
 
-// A row of "products": tiles of a decode block by batches of 16, 32 and 64 tokens, then how many tokens linear_decode stays ahead for.
-std::string Bench::tune_product(TensorType type, int64_t columns, int64_t rows, int64_t bytes_max) {
+// A row of "products": tiles of a decode block by batches of 16, 32 and 64 tokens, where there is a choice, then how many tokens the decode product stays ahead for.
+std::string Bench::tune_product(TensorType type, cuda::Products arithmetic, int64_t columns, int64_t rows, int64_t bytes_max) {
+  using Launcher = Problem (*)(const cuda::Product&, Stream);
+  const bool quantised = arithmetic == cuda::Products::Quantised, floats = arithmetic == cuda::Products::Float;
+  const Launcher decode = quantised ? cuda::linear_decode : floats ? cuda::linear_float_decode : cuda::linear_bf16_decode;
+  const Launcher prefill = quantised ? cuda::linear_prefill : floats ? cuda::linear_float_prefill : cuda::linear_bf16_prefill;
   const size_t bytes = cuda::packed_bytes({type, rows, columns, 0, 0, nullptr});
   const ProductScene scene(type, rows, columns, copies(bytes), cuda::kDecodeTokensMaxChoices[std::size(cuda::kDecodeTokensMaxChoices) - 1]);
   const auto time = [&](auto launcher, int tokens, int tiles) {
     return time_us(repetitions(bytes), options_.tries, [&](int i, Stream s) { return scene.queue(launcher, tokens, tiles, i, s); });
   };
-  std::vector<std::vector<double>> times;
-  for (const int tiles : cuda::kDecodeTilesChoices) {
-    times.emplace_back();
-    for (const int tokens : {16, 32, 64}) times.back().push_back(time(cuda::linear_decode, tokens, tiles));
+  int tiles = cuda::kDecodeTilesChoices[std::size(cuda::kDecodeTilesChoices) - 1];
+  if (quantised) {
+    std::vector<std::vector<double>> times;
+    for (const int choice : cuda::kDecodeTilesChoices) {
+      times.emplace_back();
+      for (const int tokens : {16, 32, 64}) times.back().push_back(time(decode, tokens, choice));
+    }
+    tiles = cuda::kDecodeTilesChoices[best_choice(times)];
   }
-  const int tiles = cuda::kDecodeTilesChoices[best_choice(times)];
   int tokens_max = cuda::kDecodeTokensMaxChoices[0];
   for (const int tokens : cuda::kDecodeTokensMaxChoices) {
-    if (time(cuda::linear_decode, tokens, tiles) > time(cuda::linear_prefill, tokens, tiles)) break;
+    if (time(decode, tokens, tiles) > time(prefill, tokens, tiles)) break;
     tokens_max = tokens;
   }
-  return text("{\"type\": \"%s\", \"bytesMax\": %s, \"decodeTokensMax\": %d, \"decodeTiles\": %d}", name_of(type), bytes_max ? std::to_string(bytes_max).c_str() : "null", tokens_max, tiles);
+  return text("{\"type\": \"%s\", \"arithmetic\": \"%s\", \"bytesMax\": %s, \"decodeTokensMax\": %d, \"decodeTiles\": %d}", name_of(type), cuda::name_of(arithmetic), bytes_max ? std::to_string(bytes_max).c_str() : "null", tokens_max, tiles);
+}
+
+// For how many rows gate, up, activation and quantising in one launch stay ahead of three launches.
+int Bench::tune_fused() {
+  const int64_t columns = options_.tiny ? 128 : 4096, rows = options_.tiny ? 64 : 4096;
+  constexpr TensorType type = TensorType::Q4_1;
+  const size_t bytes = cuda::packed_bytes({type, rows, columns, 0, 0, nullptr});
+  const ProductScene gate(type, rows, columns, copies(bytes), cuda::kFusedTokensMax), up(type, rows, columns, copies(bytes), cuda::kFusedTokensMax);
+  const Memory quantized(Place::Card, cuda::activation_bytes(cuda::kFusedTokensMax, rows), "the benchmark"), arrivals = on_card(std::vector<uint32_t>(static_cast<size_t>(rows / 32), 0));
+  const Subtree tree = gate.whole();
+  const auto tiles = [&](cuda::Products products) { return tuning_.product(type, products, static_cast<int64_t>(bytes)).decode_tiles; };
+  int most = 0;
+  for (const int tokens : cuda::kFusedTokensChoices) {
+    if (tokens == 0) continue;
+    const auto products_of = [&](int i) { return std::array{gate.product(tokens, tiles(cuda::Products::Quantised), i, &tree), up.product(tokens, tiles(cuda::Products::Quantised), i, &tree)}; };
+    const double fused = time_us(repetitions(2 * bytes), options_.tries, [&](int i, Stream s) {
+      const auto products = products_of(i);
+      cuda::FusedProducts f{};
+      f.count = 2;
+      f.product[0] = products[0];
+      f.product[1] = products[1];
+      f.product[1].in = f.product[0].in;
+      f.then = cuda::Then::Activation;
+      f.quantized = quantized.as<cuda::ActivationGroup>();
+      f.arrivals = arrivals.as<uint32_t>();
+      return cuda::linear_fused(f, s);
+    });
+    const double single = time_us(repetitions(2 * bytes), options_.tries, [&](int i, Stream s) -> Problem {
+      for (const cuda::Product& product : products_of(i))
+        if (const Problem problem = cuda::linear_decode(product, s)) return problem;
+      return cuda::gated_activation(gate.out.as<float>(), rows, up.out.as<float>(), rows, rows, tokens, 0, nullptr, 0, quantized.as<cuda::ActivationGroup>(), s);
+    });
+    std::printf("gate, up and activation of %s: %.2f us in one launch, %.2f us in three\n", tokens_text(tokens).c_str(), fused, single);
+    if (fused > single) break;
+    most = tokens;
+  }
+  return most;
 }
 
 // A row of "attention": warps by one long and many short contexts, then how many rows of a sequence splitting pays for.
@@ -580,17 +634,22 @@ cuda::Edges Bench::tune_edges() {
 void Bench::tune(const std::string& path) {
   std::vector<std::string> products, attentions;
   if (options_.tiny) {
-    products.push_back(tune_product(TensorType::Q4_1, 128, 48, 0));
+    products.push_back(tune_product(TensorType::Q4_1, cuda::Products::Quantised, 128, 48, 0));
+    products.push_back(tune_product(TensorType::F16, cuda::Products::Float, 128, 48, 0));
+    products.push_back(tune_product(TensorType::BF16, cuda::Products::Bf16, 128, 48, 0));
   } else {
     for (const TensorType type : kTypes) {
-      if (is_float(type)) continue;  // they have a border of their own, which is not in the table
       const double row_bytes = static_cast<double>(cuda::packed_bytes({type, 64, 4096, 0, 0, nullptr})) / 64;
       // Measured at half of the largest that a row is for, and at 64 MB for what is larger still.
       for (const int64_t bytes_max : {int64_t{4} << 20, int64_t{16} << 20, int64_t{0}}) {
         const double bytes = bytes_max ? static_cast<double>(bytes_max) / 2 : 64e6;
-        products.push_back(tune_product(type, 4096, static_cast<int64_t>(bytes / row_bytes / 64 + 1) * 64, bytes_max));
-        std::printf("%s\n", products.back().c_str());
-        std::fflush(stdout);
+        for (const cuda::Products arithmetic : cuda::kProducts) {
+          const bool fits = arithmetic == cuda::Products::Quantised ? !is_float(type) : arithmetic == cuda::Products::Float ? is_float(type) : type == TensorType::BF16;
+          if (!fits) continue;
+          products.push_back(tune_product(type, arithmetic, 4096, static_cast<int64_t>(bytes / row_bytes / 64 + 1) * 64, bytes_max));
+          std::printf("%s\n", products.back().c_str());
+          std::fflush(stdout);
+        }
       }
     }
   }
@@ -598,6 +657,7 @@ void Bench::tune(const std::string& path) {
     attentions.push_back(tune_attention(head_size));
     std::printf("%s\n", attentions.back().c_str());
   }
+  const int fused = tune_fused();
   const cuda::Edges edges = tune_edges();
   const auto joined = [](const std::vector<std::string>& rows) {
     std::string all;
@@ -606,8 +666,8 @@ void Bench::tune(const std::string& path) {
   };
   FILE* file = std::fopen(path.c_str(), "w");
   if (!file) throw std::runtime_error(path + ": cannot be written");
-  std::fprintf(file, "{\"version\": 1, \"cards\": [{\n  \"sm\": %d, \"card\": \"%s\", \"measured\": \"%s\",\n  \"products\": [\n%s\n  ],\n  \"attention\": [\n%s\n  ],\n  \"graphEdges\": \"%s\"\n}]}\n", report_.card.sm,
-               report_.card.name.c_str(), today().c_str(), joined(products).c_str(), joined(attentions).c_str(), cuda::name_of(edges));
+  std::fprintf(file, "{\"version\": 1, \"cards\": [{\n  \"sm\": %d, \"card\": \"%s\", \"measured\": \"%s\",\n  \"products\": [\n%s\n  ],\n  \"attention\": [\n%s\n  ],\n  \"fusedTokensMax\": %d,\n  \"graphEdges\": \"%s\"\n}]}\n",
+               report_.card.sm, report_.card.name.c_str(), today().c_str(), joined(products).c_str(), joined(attentions).c_str(), fused, cuda::name_of(edges));
   if (std::fclose(file) != 0) throw std::runtime_error(path + ": cannot be written");
 }
 

@@ -62,13 +62,16 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('exporte
   });
 
   it("exported program - every value that tuning chooses from, and every row of the built-in table, has the reference's bits", async () => {
-    const found = await lines('--small', '--tuning', exported('qwen2-blocks-of-32-d32-window'));
-    expect(found.length).toBeGreaterThanOrEqual(6);
-    for (const line of found)
-      expect(line).toMatch(
-        /^ok qwen2-blocks-of-32-d32-window - decode products up to .* (plain|programmatic) edges: the reference's bits$/,
-      );
-    expect(found.filter((line) => line.includes('programmatic edges'))).not.toHaveLength(0);
+    for (const name of ['qwen2-blocks-of-32-d32-window', 'llama-floats-d32']) {
+      const found = await lines('--small', '--tuning', exported(name));
+      expect(found.length).toBeGreaterThanOrEqual(6);
+      for (const line of found)
+        expect(line).toMatch(/^ok .* - decode products up to .* (plain|programmatic) edges: the reference's bits$/);
+      expect(found[0]).toContain(name);
+      const fused = found.map((line) => / fused for (\d) rows/.exec(line)?.[1]);
+      expect(fused).toEqual(expect.arrayContaining(['0', '1', '2', '4', '8']));
+      expect(found.filter((line) => line.includes('programmatic edges'))).not.toHaveLength(0);
+    }
   });
 
   it('exported program - a file that is cut short, or names a tensor it does not have, is refused by name', async () => {
