@@ -165,6 +165,7 @@ async function start(
       model: facts.name,
       link: config.link,
       wire: config.wire,
+      bits: firstSeat.program.bits,
       seats: plan.seats.map(({ stage, rank }) => ({ stage, rank })),
       placementTemplate: {
         stages: plan.cut.stages.map((stage) => ({ ...stage, ranks: stage.ranks.map((rank) => ({ ...rank, worker: '' })) })),

@@ -34,6 +34,8 @@ export interface MeshOptions {
   /** Link driver for every pair, or `auto`. */
   link: Placement['link'];
   wire: WireType;
+  /** Of the programs: `per-kind` seats workers of one kind only. */
+  bits: Assign['bits'];
   seats: Seat[];
   /** Stages and ranks with `worker` left empty. */
   placementTemplate: Pick<Placement, 'stages'>;
@@ -91,6 +93,9 @@ export interface MeshOutputs {
   /** One line for the log. */
   event(name: string, fields: Record<string, unknown>): void;
 }
+
+/** What computes alike where bits are per kind. */
+const kindOf = ({ device }: WorkerFacts): string => (device ? `a card of sm_${device.sm}` : 'a processor');
 
 /** A heartbeat that shows a lost message counts only this long after the message was sent. */
 const repeatAfterMs = 1_500;
@@ -427,11 +432,17 @@ export class Mesh {
     const other = [...this.#members.values()].find(
       (member) => member.refused === null && member.facts.arithmetic !== facts.arithmetic,
     );
+    const kind = kindOf(facts);
+    const ofOtherKind =
+      this.#options.bits === 'per-kind' &&
+      [...this.#members.values()].find((member) => member.refused === null && kindOf(member.facts) !== kind);
     const refused = !overlaps
       ? `protocol ${message.protocolMin}..${message.protocolMax}, this coordinator speaks ${min}..${max}`
       : other
         ? `its kernels (${facts.arithmetic}) would give other bits than those of the workers here (${other.facts.arithmetic})`
-        : null;
+        : ofOtherKind
+          ? `with --bits per-kind ${kind} would give other bits than ${kindOf(ofOtherKind.facts)} of the workers here; --bits exact and free take both`
+          : null;
     this.#members.set(worker, { facts, epochSeen: message.epochSeen, seenAt: this.#now, heartbeat: null, refused });
     const { hostId: host, pid, isa, cores, device } = facts;
     const computes = device ? { device: `${device.name}, sm_${device.sm}` } : { isa };

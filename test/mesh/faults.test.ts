@@ -78,6 +78,7 @@ async function makeMesh(seed: number, stages: number, ranks: number) {
       model: 'm',
       link: 'auto',
       wire: 'f32',
+      bits: 'exact',
       seats,
       placementTemplate: {
         stages: Array.from({ length: stages }, () => ({

@@ -23,6 +23,7 @@ async function start(transport: MemoryTransport): Promise<{ service: MeshService
       model: 'smollm2',
       link: 'auto',
       wire: 'f32',
+      bits: 'exact',
       seats: [{ stage: 0, rank: 0 }],
       placementTemplate: { stages: [] },
       protocol: { min: 1, max: 1 },

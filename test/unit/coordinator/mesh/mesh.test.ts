@@ -1,6 +1,6 @@
 import { describe, expect, it } from 'vitest';
 import { defaultMeshTimers, Mesh, type EpochInfo, type MeshLoss, type Seat } from '../../../../coordinator/mesh/mesh.ts';
-import type { CoordinatorMessage, Join, PeerMemory, ShardReady, WorkerFacts } from '../../../../protocol/messages.ts';
+import type { Assign, CoordinatorMessage, Join, PeerMemory, ShardReady, WorkerFacts } from '../../../../protocol/messages.ts';
 import type { WireType } from '../../../../protocol/placement.ts';
 
 const facts = (changes: Partial<WorkerFacts> = {}): WorkerFacts => ({
@@ -42,7 +42,11 @@ const ready = (worker: string, epoch: number, changes: Partial<ShardReady> = {})
 });
 
 /** A mesh of `seats` (default: one stage of two ranks) with everything it says recorded. */
-function makeMesh(seats: Seat[] = [0, 1].map((rank) => ({ stage: 0, rank })), wire: WireType = 'f32') {
+function makeMesh(
+  seats: Seat[] = [0, 1].map((rank) => ({ stage: 0, rank })),
+  wire: WireType = 'f32',
+  bits: Assign['bits'] = 'exact',
+) {
   const sent: { worker: string; message: CoordinatorMessage }[] = [];
   const serving: EpochInfo[] = [];
   const lost: { epoch: number; loss: MeshLoss }[] = [];
@@ -53,6 +57,7 @@ function makeMesh(seats: Seat[] = [0, 1].map((rank) => ({ stage: 0, rank })), wi
       model: 'm',
       link: 'auto',
       wire,
+      bits,
       seats,
       placementTemplate: {
         stages: Array.from({ length: stages }, (_, stage) => ({
@@ -328,6 +333,31 @@ describe('mesh', () => {
     expect(mesh.reason()).toContain('b: its kernels (arithmetic-2) would give other bits');
     mesh.receive('c', join('c', { protocolMin: 2, protocolMax: 3 }), 0);
     expect(mesh.reason()).toContain('c: protocol 2..3, this coordinator speaks 1..1');
+  });
+
+  it('mesh - with bits per kind a worker of another kind is refused by name, with exact and free bits none is', () => {
+    const card = (sm: number) =>
+      facts({
+        executor: 'cuda',
+        device: { name: 'card', sm, memoryBytes: 1e9, multiprocessors: 2, bandwidthBytes: 0, powerWatts: 0, driver: '' },
+      });
+    const seats = [0, 1, 2, 3].map((rank) => ({ stage: 0, rank }));
+    for (const bits of ['exact', 'per-kind', 'free'] as const) {
+      const { mesh } = makeMesh(seats, 'f32', bits);
+      mesh.receive('a', join('a', { facts: card(80) }), 0);
+      mesh.receive('b', join('b', { facts: card(80) }), 0);
+      expect(mesh.reason()).not.toContain('refused');
+      mesh.receive('c', join('c', { facts: card(90) }), 0);
+      mesh.receive('d', join('d'), 0);
+      const reasons = [
+        'c: with --bits per-kind a card of sm_90 would give other bits than a card of sm_80',
+        'd: with --bits per-kind a processor',
+      ];
+      for (const reason of reasons) {
+        if (bits === 'per-kind') expect(mesh.reason()).toContain(reason);
+        else expect(mesh.reason() ?? '').not.toContain(reason);
+      }
+    }
   });
 
   it('mesh - a spare takes the seat of a lost worker at once', () => {
