@@ -55,7 +55,7 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('cuBLASL
     notes: string[];
     bytes: number;
   }
-  /** The log-probability of each token of a prompt of 150, in chunks, and then three tokens one by one; what executors say of themselves. */
+  /** Log-probabilities of tokens of a prompt of 150, in chunks, and then three tokens one by one; what executors say of themselves. */
   const text = async (
     bits: NonNullable<SmallShape['bits']>,
     options: MeshOptions & { library?: string; answer?: string; answerInSteps?: string; tp?: number[]; pp?: number } = {},
@@ -92,8 +92,8 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('cuBLASL
         }
       };
       // Chunks of 129 and 21 tokens: the library, which computes rows of 170, and own kernels.
-      await step(0, prompt.slice(0, 129), prompt.slice(1, 130));
-      await step(129, prompt.slice(129), [...prompt.slice(130), null]);
+      await step(0, prompt.slice(0, 129), prompt.slice(100, 130));
+      await step(129, prompt.slice(129), [...prompt.slice(140), null]);
       for (let i = 0; i < 3; i++) await step(150 + i, [found.tokens.at(-1)!], [null]);
       return found;
     } finally {
