@@ -30,7 +30,11 @@ __global__ void __launch_bounds__(kSegmentsMax * 32, 1) linear_bf16_decode_kerne
   for (int i = 0; i < tiles; i++) own[i] = min(i, plan.tiles - 1 - first_tile) * plan.groups;  // a tile too many repeats the last and is not stored
   float acc[tiles][4] = {};
   const int begin = plan.segment_begin(segment), end = plan.segment_end[segment];
-  if constexpr (!by_rows) prefetch_weights(records + static_cast<int64_t>(begin) * F::record_bytes, (end - begin) * F::record_bytes, lane);
+  if constexpr (by_rows) {  // two lanes a row
+    if (lane % 2 * 128 < (end - begin) * group_bytes) prefetch_l2(records + lane / 2 * row_bytes + static_cast<int64_t>(begin) * group_bytes + lane % 2 * 128);
+  } else {
+    prefetch_weights(records + static_cast<int64_t>(begin) * F::record_bytes, (end - begin) * F::record_bytes, lane);
+  }
   grid_dependency_wait();
 #pragma unroll(tiles == 1 ? 4 : 2)
   for (int group = begin; group < end; group++) {
