@@ -55,12 +55,19 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('cuBLASL
     notes: string[];
     bytes: number;
   }
-  /** Log-probabilities of tokens of a prompt of 150, in chunks, and then three tokens one by one; what executors say of themselves. */
+  /** Log-probabilities of tokens of a prompt, in two chunks, and then three tokens one by one; what executors say of themselves. */
   const text = async (
     bits: NonNullable<SmallShape['bits']>,
-    options: MeshOptions & { library?: string; answer?: string; answerInSteps?: string; tp?: number[]; pp?: number } = {},
+    options: MeshOptions & {
+      library?: string;
+      answer?: string;
+      answerInSteps?: string;
+      tp?: number[];
+      pp?: number;
+      tokens?: number;
+    } = {},
   ): Promise<Found> => {
-    const { library, answer, answerInSteps, tp = [1], pp = 1, ...mesh } = options;
+    const { library, answer, answerInSteps, tp = [1], pp = 1, tokens: length = 150, ...mesh } = options;
     const model = smallModel({ ...shape, bits });
     const set = (name: string, value: string | undefined): void => {
       if (value === undefined) Reflect.deleteProperty(process.env, name);
@@ -76,7 +83,8 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('cuBLASL
       });
       set('SHARDMESH_STAND_IN_CUBLASLT', answerInSteps);
       members.open(0);
-      const prompt = randomTokens(150, 3);
+      const prompt = randomTokens(length, 3);
+      const first = length - 21;
       const blocks = Array.from({ length: 12 }, (_, i) => (i * 7 + 5) % 12);
       const found: Found = {
         tokens: [],
@@ -91,10 +99,10 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('cuBLASL
           found.logprobs.push(logprob!);
         }
       };
-      // Chunks of 129 and 21 tokens: the library, which computes rows of 170, and own kernels.
-      await step(0, prompt.slice(0, 129), prompt.slice(100, 130));
-      await step(129, prompt.slice(129), [...prompt.slice(140), null]);
-      for (let i = 0; i < 3; i++) await step(150 + i, [found.tokens.at(-1)!], [null]);
+      // Of 150 tokens chunks of 129 and 21: the library, which computes rows of 170, and own kernels.
+      await step(0, prompt.slice(0, first), prompt.slice(first - 29, first + 1));
+      await step(first, prompt.slice(first), [...prompt.slice(first + 11), null]);
+      for (let i = 0; i < 3; i++) await step(length + i, [found.tokens.at(-1)!], [null]);
       return found;
     } finally {
       set('SHARDMESH_EMULATED_CUBLASLT', undefined);
@@ -141,10 +149,10 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('cuBLASL
   });
 
   it('cuda blas - without the library, a function of it or an algorithm, own kernels compute, with the bits per kind and one line that says so', async () => {
-    const want = await text('per-kind', cuda());
+    const want = await text('per-kind', { ...cuda(), tokens: 91 });
     const own = 'BF16 products by own kernels: ';
     const found = async (options: { library?: string; answer?: string; stepTokensMax?: number }): Promise<string> => {
-      const { notes, ...bits } = await text('free', { ...cuda(), ...options });
+      const { notes, ...bits } = await text('free', { ...cuda(), tokens: 91, ...options });
       expect(bits).toEqual({ tokens: want.tokens, logprobs: want.logprobs, bytes: bits.bytes });
       expect(notes[0]).toMatch(new RegExp(`^${own}[^\n]+$`));
       return notes[0]!.slice(own.length);
