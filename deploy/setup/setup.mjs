@@ -7,7 +7,7 @@ import { createRequire } from 'node:module';
 import { availableParallelism } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath, pathToFileURL } from 'node:url';
-import { builtCudaPart } from './cuda-part.mjs';
+import { builtCudaPart, setUpCudaPart } from './cuda-part.mjs';
 import { obtainNatsServer } from './nats-server.mjs';
 import { cacheDirectory, root } from './paths.mjs';
 import { line, mebibytes, runSteps } from './progress.mjs';
@@ -159,9 +159,11 @@ async function withLock(run) {
 export async function setUp(options = {}) {
   checkNode();
   await withLock(async () => {
+    let cudaPart;
     const builds = [
       { name: 'TypeScript', run: buildTypeScript },
-      { name: 'native addon', run: buildAddon },
+      { name: 'CUDA kernels', run: () => (cudaPart = setUpCudaPart()) },
+      { name: 'native addon', run: async (note) => (await cudaPart, buildAddon(note)) },
     ];
     const groups = [[{ name: 'packages', run: installPackages }]];
     if (options.only === 'build') groups.push(builds);

@@ -1,4 +1,4 @@
-// What the addon has of CUDA: kernels/cuda where it was linked (npm run build:cuda, or test/kernels on an emulated machine), else cuda_absent.cpp.
+// What the addon has of CUDA: kernels/cuda where it was linked (by the set-up where it finds nvcc, or by test/kernels on an emulated machine), else cuda_absent.cpp.
 #pragma once
 #include <cstdint>
 #include <memory>

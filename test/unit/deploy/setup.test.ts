@@ -40,6 +40,7 @@ const environment = (): NodeJS.ProcessEnv => ({
   PATH: join(folder, 'bin'),
   HOME: join(folder, 'home'),
   SHARDMESH_CACHE: join(folder, 'cache'),
+  CUDA_HOME: join(folder, 'cuda'),
   // Nothing is fetched by a test.
   NODE_OPTIONS: `--import=data:text/javascript,${encodeURIComponent("globalThis.fetch = () => Promise.reject(new Error('no network'));")}`,
 });
@@ -130,9 +131,9 @@ describe('set-up', () => {
     installed();
     tools();
     const first = setUp();
-    expect(first.output).toMatch(/step 1 of 3: packages: up to date/);
-    expect(first.output).toMatch(/step \d of 3: TypeScript: built/);
-    expect(first.output).toMatch(/step \d of 3: native addon: built/);
+    expect(first.output).toMatch(/step 1 of 4: packages: up to date/);
+    expect(first.output).toMatch(/step \d of 4: TypeScript: built/);
+    expect(first.output).toMatch(/step \d of 4: native addon: built/);
     expect(first.code).toBe(0);
     const second = setUp();
     expect(second.output.match(/up to date/g)).toHaveLength(3);
@@ -140,6 +141,56 @@ describe('set-up', () => {
     const third = setUp();
     expect(third.output).toMatch(/TypeScript: up to date/);
     expect(third.output).toMatch(/native addon: built/);
+  });
+
+  test('set-up - where nvcc is missing or old the CUDA kernels are left out', () => {
+    installed();
+    tools();
+    expect(setUp().output).toMatch(/CUDA kernels: left out: nvcc was not found/);
+    program('nvcc', 'echo "Cuda compilation tools, release 12.6, V12.6.20"', join(folder, 'cuda/bin'));
+    expect(setUp().output).toMatch(/CUDA kernels: left out: nvcc 12\.6 is too old: 12\.8 or later is needed/);
+  });
+
+  test('set-up - where nvcc is there, the addon is built with its CUDA part, once for the same sources', () => {
+    installed();
+    program('c++', 'echo "c++ 12.2.0"');
+    program('nvcc', 'echo "Cuda compilation tools, release 13.0, V13.0.88"');
+    program(
+      'cmake',
+      `echo "$*" >> cmake.log
+case "$*" in
+  *shardmesh_cuda*) : > build/cuda/libcudart_static.a; : > build/cuda/kernels/libshardmesh_cuda.a;;
+  --build*) echo addon > build/shardmesh.node;;
+esac`,
+    );
+    mkdirSync(join(clone, 'build/cuda/kernels'), { recursive: true });
+    const { code, output } = setUp();
+    expect(output).toMatch(/CUDA kernels: built/);
+    expect(output).toMatch(/native addon: built, with its CUDA part/);
+    expect(code).toBe(0);
+    const log = readFileSync(join(clone, 'cmake.log'), 'utf8');
+    expect(log).toContain('-DCMAKE_CUDA_ARCHITECTURES=80-real;90-real');
+    expect(log).toContain(`-DSHARDMESH_CUDA=${join(clone, 'build/cuda')}`);
+    expect(setUp().output).toMatch(/CUDA kernels: up to date/);
+    mkdirSync(join(clone, 'kernels/cuda'));
+    writeFileSync(join(clone, 'kernels/cuda/new.cu'), 'int x;\n');
+    expect(setUp().output).toMatch(/CUDA kernels: built/);
+  });
+
+  test('set-up - CUDA kernels that cannot be compiled are left out, and not tried again', () => {
+    installed();
+    program('c++', 'echo "c++ 12.2.0"');
+    program('nvcc', 'echo "Cuda compilation tools, release 13.0, V13.0.88"');
+    program(
+      'cmake',
+      `case "$*" in *shardmesh_cuda*) echo tried >> tries; exit 2;; --build*) echo addon > build/shardmesh.node;; esac`,
+    );
+    const { code, output } = setUp();
+    expect(output).toMatch(/CUDA kernels: left out: nvcc could not compile them \(`npm run build:cuda` says why\)/);
+    expect(output).toMatch(/native addon: built \(/);
+    expect(code).toBe(0);
+    setUp();
+    expect(readFileSync(join(clone, 'tries'), 'utf8')).toBe('tried\n');
   });
 
   test('set-up - interrupted in a build, it starts again where it was', async () => {

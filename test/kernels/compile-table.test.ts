@@ -1,10 +1,11 @@
-/** What ptxas says each CUDA kernel takes, held against limits. Part of the `gpu` project: building the kernels takes minutes. Needs nvcc, not a card. */
-import { execFileSync, spawnSync } from 'node:child_process';
-import { readFileSync } from 'node:fs';
+/** What ptxas says each CUDA kernel takes, held against limits, of the part that the set-up has built (deploy/setup/cuda-part.mjs). Needs nvcc, not a card. */
+import { existsSync, readFileSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
 import { beforeAll, describe, expect, it } from 'vitest';
 
-const root = fileURLToPath(new URL('../..', import.meta.url));
+const folder = fileURLToPath(new URL('../../build/cuda', import.meta.url));
+const resources = `${folder}/resources.json`;
+const couldNotBeCompiled = existsSync(`${folder}/.part-failed`);
 
 interface Resources {
   kernel: string;
@@ -14,14 +15,13 @@ interface Resources {
   spillBytes: number;
 }
 
-const hasNvcc = spawnSync(process.env.CUDACXX ?? 'nvcc', ['--version']).status === 0;
-
-describe.skipIf(!hasNvcc)('compile table (skipped where nvcc is missing)', () => {
+// Where nvcc is missing or older than 12.8 the set-up builds nothing, and says so.
+describe.skipIf(!existsSync(resources) && !couldNotBeCompiled)('compile table (skipped where there is no nvcc)', () => {
   let kernels: Resources[] = [];
   beforeAll(() => {
-    execFileSync(process.execPath, ['deploy/setup/build-cuda.mjs'], { cwd: root, stdio: 'inherit' });
-    kernels = JSON.parse(readFileSync(`${root}/build/cuda/resources.json`, 'utf8')) as Resources[];
-  }, 1_200_000);
+    expect(couldNotBeCompiled, 'nvcc could not compile the CUDA kernels; `npm run build:cuda` says why').toBe(false);
+    kernels = JSON.parse(readFileSync(resources, 'utf8')) as Resources[];
+  });
 
   const over = (isOver: (k: Resources) => boolean) => kernels.filter(isOver).map((k) => `${k.architecture} ${k.kernel}`);
   /** Prefill kernels may use local memory: the stack of the tree, or values of a whole row of attention. */
