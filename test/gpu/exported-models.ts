@@ -2,9 +2,8 @@
  * Models as a machine without Node runs them: a file with shapes, a seed and the programs of every rank of some cuts, one JSON value a line, whose weights the reader
  * (exported_model.h) generates from the seed. A file has a few hundred KB at most.
  */
-import { kQuantShape, qwen2Shape, smallModel, type SmallShape } from '../kernels/small-model.ts';
+import { kQuantShape, qwen2Shape, smallModel, typesOf, type SmallShape } from '../kernels/small-model.ts';
 import type { KvType } from '../../kernels/programs/index.ts';
-import type { TensorType } from '../../kernels/programs/program.ts';
 
 /** How a model is cut: shares of the ranks of a stage, and stages. */
 export interface ExportedCut {
@@ -30,17 +29,6 @@ const allCuts: ExportedCut[] = [
   { name: '3 uneven ranks', tp: [3, 2, 1], pp: 1 },
   { name: '2 ranks by 2 stages', tp: 2, pp: 2 },
 ];
-
-export const typesOf = (type: TensorType): SmallShape['types'] => ({
-  q: type,
-  k: type,
-  v: type,
-  o: type,
-  gate: type,
-  up: type,
-  down: type,
-  embedding: type,
-});
 
 const llama = { architecture: 'llama', layers: 2, window: null, vocabulary: 2_100 } as const;
 

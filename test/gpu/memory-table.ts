@@ -7,7 +7,8 @@ import { fileURLToPath } from 'node:url';
 import { promisify } from 'node:util';
 import { quantType } from '../../kernels/model-file/quant-types.ts';
 import type { TensorType } from '../../kernels/programs/program.ts';
-import { benchModels, exportModel, typesOf, type ExportedModel } from './exported-models.ts';
+import { benchModels, exportModel, type ExportedModel } from './exported-models.ts';
+import { typesOf } from '../kernels/small-model.ts';
 
 const run = promisify(execFile);
 

@@ -6,6 +6,7 @@ import { existsSync, readFileSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { buildKernelTarget } from '../kernels/build-target.ts';
+import { bf16Shape } from '../kernels/small-model.ts';
 import { writeSmallModel } from '../kernels/small-model-file.ts';
 import { emulatedCli } from '../matrix/emulated-cli.ts';
 import { freePorts, runCommand, shardmesh, type Running } from './helpers/command.ts';
@@ -135,31 +136,12 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('a mesh 
   });
 
   describe('BF16 weights', () => {
-    const types = {
-      q: 'BF16',
-      k: 'BF16',
-      v: 'BF16',
-      o: 'BF16',
-      gate: 'BF16',
-      up: 'BF16',
-      down: 'BF16',
-      embedding: 'BF16',
-    } as const;
     // A token is a byte: the prompt is one step of 68 tokens.
     const body = { prompt: 'ab c'.repeat(17), max_tokens: 2, temperature: 0, logprobs: 1, echo: true };
     let model: string[];
 
     beforeAll(() => {
-      const shape = {
-        architecture: 'llama',
-        layers: 2,
-        hidden: 128,
-        heads: 4,
-        kvHeads: 2,
-        headSize: 32,
-        feedForward: 192,
-      } as const;
-      model = ['--model', writeSmallModel(marked.folder, { ...shape, vocabulary: 1_100, window: null, types })];
+      model = ['--model', writeSmallModel(marked.folder, { ...bf16Shape, architecture: 'llama' })];
     });
 
     const answer = async (args: string[], env: Record<string, string> = {}) => {

@@ -6,7 +6,7 @@ import { dirname, join } from 'node:path';
 import { beforeAll, describe, expect, it } from 'vitest';
 import { loadAddonFrom, type Addon } from '../../kernels/index.ts';
 import { buildKernelTarget } from './build-target.ts';
-import { smallModel, type SmallShape } from './small-model.ts';
+import { bf16Shape as shape, smallModel, type SmallShape } from './small-model.ts';
 import { linesOf } from './test-program.ts';
 import { randomTokens, TinyMesh, type MeshOptions } from './tiny-model.ts';
 
@@ -16,20 +16,6 @@ const cases = [
   'refuses operands that are not aligned and numbers of tokens that were not planned; the library refuses what it was not asked for',
   'says in one line that the library is missing, lacks a function, or answers with an error',
 ];
-
-const bf16 = { q: 'BF16', k: 'BF16', v: 'BF16', o: 'BF16', gate: 'BF16', up: 'BF16', down: 'BF16', embedding: 'BF16' } as const;
-const shape: SmallShape = {
-  architecture: 'qwen2', // q, k and v have biases
-  layers: 2,
-  hidden: 128,
-  heads: 4,
-  kvHeads: 2,
-  headSize: 32,
-  feedForward: 192,
-  vocabulary: 1_100,
-  window: null,
-  types: bf16,
-};
 
 describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('cuBLASLt on the emulated machine', () => {
   let lines: string[] = [];

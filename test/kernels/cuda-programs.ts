@@ -5,7 +5,7 @@
 import { beforeAll, describe, expect, it } from 'vitest';
 import { loadAddon, type Addon, type OutputResult, type SlotSampling } from '../../kernels/index.ts';
 import { cachedModelPath, loadScoringModel } from './score-model.ts';
-import { kQuantShape, qwen2Shape, smallModel, type SmallShape } from './small-model.ts';
+import { kQuantShape, qwen2Shape, smallModel, typesOf, type SmallShape } from './small-model.ts';
 import {
   randomTokens,
   threeRankTwoStageCut,
@@ -490,7 +490,7 @@ export function describeCudaPrograms(load: () => Promise<Addon>): void {
         feedForward: 32,
         vocabulary: 64,
         window: null,
-        types: { q: 'Q4_0', k: 'Q4_0', v: 'Q4_0', o: 'Q4_0', gate: 'Q4_0', up: 'Q4_0', down: 'Q4_0', embedding: 'Q4_0' },
+        types: typesOf('Q4_0'),
       });
       await expect(TinyMesh.ofPrograms(wide.programs(1), (slice) => wide.blocksOf(slice), cuda)).rejects.toThrow(
         "executor kind 'cuda': the head size is 160; supported: 32, 64, 96, 128, 256",
@@ -525,7 +525,7 @@ export function describeCudaPrograms(load: () => Promise<Addon>): void {
         vocabulary: 2_100,
         window: null,
         kvType: 'f16',
-        types: { q: 'BF16', k: 'BF16', v: 'BF16', o: 'BF16', gate: 'BF16', up: 'BF16', down: 'BF16', embedding: 'BF16' },
+        types: typesOf('BF16'),
       },
       'qwen2, int16 activations, heads of 96, K and V f16': {
         architecture: 'qwen2',

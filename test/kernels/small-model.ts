@@ -29,6 +29,17 @@ export interface SmallShape {
   types: Record<'q' | 'k' | 'v' | 'o' | 'gate' | 'up' | 'down' | 'embedding', TensorType> & { head?: TensorType };
 }
 
+export const typesOf = (type: TensorType): SmallShape['types'] => ({
+  q: type,
+  k: type,
+  v: type,
+  o: type,
+  gate: type,
+  up: type,
+  down: type,
+  embedding: type,
+});
+
 /** Scale and minimum of each type's blocks of random integers: values of about 0.08, around zero. */
 const scales: Partial<Record<TensorType, readonly number[]>> = {
   Q4_0: [0.017],
@@ -104,6 +115,20 @@ export const qwen2Shape: SmallShape = {
     embedding: 'Q4_1',
     head: 'Q8_0',
   },
+};
+
+/** BF16 throughout, with biases. */
+export const bf16Shape: SmallShape = {
+  architecture: 'qwen2', // q, k and v have biases
+  layers: 2,
+  hidden: 128,
+  heads: 4,
+  kvHeads: 2,
+  headSize: 32,
+  feedForward: 192,
+  vocabulary: 1_100,
+  window: null,
+  types: typesOf('BF16'),
 };
 
 export interface SmallModel {
