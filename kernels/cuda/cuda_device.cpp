@@ -35,16 +35,20 @@ CudaDevice::CudaDevice(const Shard& shard) : Device(shard) {
     refuse(std::string(error.what()) + kSmallerShard);
   }
   allocate_kv();
-  if (const Problem problem = open_stream(&stream_)) refuse(std::string("no stream: ") + problem);
-  to_ = stream_;
+  if (const Problem problem = open_stream(&own_stream_)) refuse(std::string("no stream: ") + problem);
+  to_ = stream_ = own_stream_;
 }
 
 // What a lost card holds ends with the process; asking it to let go of it could take for ever.
 CudaDevice::~CudaDevice() {
-  if (problem_.lost) return;
+  if (problem_.lost) {
+    if (group_) group_->leave(program().rank);
+    return;
+  }
+  leave_card();
   synchronise(stream_);
-  close_graphs();
-  close_stream(stream_);
+  graphs_.clear();
+  close_stream(own_stream_);
 }
 
 // ---------------------------------------------------------------- what it can run
@@ -100,7 +104,9 @@ std::vector<PeerMemory> CudaDevice::peer_memory() {
 }
 
 void CudaDevice::connect_peers(const std::vector<PeerMemory>& by_rank, uint32_t epoch) {
+  leave_card();
   synchronise(stream_);
+  problem_ = {};
   const bool were_peers = std::exchange(reduces_with_peers_, false);
   if (!by_rank.empty() && !peers_) refuse("it has no memory for sums that other ranks read");
   if (!by_rank.empty()) {
@@ -111,17 +117,98 @@ void CudaDevice::connect_peers(const std::vector<PeerMemory>& by_rank, uint32_t 
   }
   reduces_with_peers_ = !by_rank.empty();
   // Their nodes hold where sums lie.
-  if (!were_peers && !reduces_with_peers_) return;
-  close_graphs();
-  build_graphs();
+  if (!were_peers && !reduces_with_peers_ && !graphs_.empty()) return;
+  build_graphs({this});
   if (reduces_with_peers_) peers_->follow({});
+}
+
+// ---------------------------------------------------------------- together with other ranks of this card
+
+void CudaDevice::join_card(const std::string& name) {
+  leave_card();
+  synchronise(stream_);
+  problem_ = {};
+  if (!peers_) refuse("it has no memory for sums that other ranks read");
+  peers_->disconnect();
+  graphs_.clear();
+  reduces_with_peers_ = true;
+  group_ = CardGroup::named(name, program().ranks);
+  to_ = stream_ = group_->stream();
+  try {
+    group_->join(program().rank, this, [](const Ranks& ranks) -> std::string {
+      try {
+        check_alike(ranks);
+        build_graphs(ranks);
+      } catch (const std::runtime_error& error) {
+        return error.what();
+      }
+      return "";
+    });
+  } catch (const std::runtime_error&) {
+    graphs_.clear();
+    reduces_with_peers_ = false;
+    to_ = stream_ = own_stream_;
+    group_.reset();
+    throw;
+  }
+}
+
+// What others have queued may still read this one's sums.
+void CudaDevice::leave_card() {
+  if (!group_) return;
+  synchronise(stream_);
+  group_->leave(program().rank);
+  graphs_.clear();
+  reduces_with_peers_ = false;
+  to_ = stream_ = own_stream_;
+  group_.reset();
+}
+
+void CudaDevice::check_alike(const Ranks& ranks) {
+  const auto refuse_rank = [](const CudaDevice& rank, const std::string& what) { refuse("rank " + std::to_string(rank.program().rank) + " of this card has " + what + " than rank 0"); };
+  const CudaDevice& first = *ranks.front();
+  for (const CudaDevice* rank : ranks) {
+    if (rank->shard_.config().step_tokens_max != first.shard_.config().step_tokens_max) refuse_rank(*rank, "another stepTokensMax");
+    const std::vector<Action>&all = first.shard_.actions(), &own = rank->shard_.actions();
+    // Rank 0 samples, behind all that is done together.
+    if (!std::equal(own.begin(), own.begin() + static_cast<std::ptrdiff_t>(std::min(own.size(), all.size())), all.begin(), [](const Action& a, const Action& b) { return a.kind == b.kind; }))
+      refuse_rank(*rank, "other operations");
+  }
+}
+
+std::string CudaDevice::fault_of(const Ranks& ranks) {
+  const auto found = std::find_if(ranks.begin(), ranks.end(), [](const CudaDevice* rank) { return rank->broken(); });
+  return found == ranks.end() ? "" : (*found)->problem_.fault;
+}
+
+void CudaDevice::note(const CardGroup::Outcome& outcome) {
+  using Kind = CardGroup::Outcome::Kind;
+  queue(nullptr);
+  if (outcome.kind == Kind::Done || broken()) return;
+  problem_.fault = outcome.fault;
+  problem_.peer = outcome.rank;
+  problem_.aborted = outcome.kind == Kind::Aborted;
+  problem_.left = outcome.kind == Kind::Left;
+}
+
+// The step's actions from `action` on, which the rank that comes last does for all.
+void CudaDevice::meet_ranks(size_t action, const int32_t* tokens, const CardGroup::Together& together) {
+  uint64_t digest = 14695981039346656037ull;  // FNV-1a over words
+  for (int t = 0; t < rows_->tokens; t++)
+    for (const int32_t word : {tokens[t], rows_->positions[t]}) digest = (digest ^ static_cast<uint32_t>(word)) * 1099511628211ull;
+  note(group_->meet(program().rank, {step_, action, rows_->tokens, step_outputs_, digest}, meeting_deadline_ns_, together));
 }
 
 // ---------------------------------------------------------------- a step
 
-void CudaDevice::begin_step(const StepRows& rows, int output_rows, int64_t wait_timeout_ms) {
+void CudaDevice::begin_step(uint32_t step, const StepRows& rows, int output_rows, int64_t wait_timeout_ms) {
+  meeting_deadline_ns_ = monotonic_now_ns() + wait_timeout_ms * 1'000'000;
+  if (group_ && !broken()) note(group_->await_ranks(program().rank, meeting_deadline_ns_));
   rows_ = &rows;
-  // A wait inside a kernel begins later than the step, and ends by itself.
+  step_ = step;
+  step_outputs_ = output_rows;
+  reductions_ = 0;
+  // A wait for other ranks, in a kernel or in front of the launch, begins later than the step, and ends by itself.
   deadline_ns_ = monotonic_now_ns() + wait_timeout_ms * 1'000'000 * (reduces_with_peers_ ? 2 : 1);
   ahead_ = nullptr;
   sent_ = false;
@@ -191,7 +278,7 @@ void CudaDevice::plan_step(const StepRows& rows, const StepGraphs* graphs, int64
   header[kLeast] = static_cast<int32_t>(kNothingFound);
   header[kLiveRows] = rows.tokens;
   header[kLiveOutputs] = 0;
-  if (reduces_with_peers_) {
+  if (spins_with_peers()) {
     const PeerStep record = peers_->begin_step(wait_timeout_ms, stream_);
     std::memcpy(header + kPeerStep, &record, sizeof record);
     if (graphs) peers_->follow(graphs->reductions);
@@ -237,12 +324,28 @@ Problem CudaDevice::send_step(const StepBehind& step) {
 }
 
 size_t CudaDevice::run_ahead(size_t action, const int32_t* tokens) {
-  if (!step_graphs_ || broken()) return action;
+  if (broken()) return action;
+  if (!step_graphs_) {
+    const size_t end = group_ ? piece_end(action, false) : action;
+    if (end == action) return action;
+    if (program().stage == 0) send_tokens(tokens);
+    meet_ranks(action, tokens, [&](const Ranks& ranks) {
+      run_actions(ranks, action, end, nullptr, nullptr);
+      return fault_of(ranks);
+    });
+    return end;
+  }
   const auto found = std::find_if(step_graphs_->pieces.begin(), step_graphs_->pieces.end(), [&](const Piece& p) { return p.begin == action; });
   if (found == step_graphs_->pieces.end()) return action;
   if (!begun_.graphs) {
     if (!std::exchange(sent_, true)) queue(send_step({*rows_, tokens, tail_rows_, outputs_, candidate_rows_}));
-    if (!broken()) queue(launch_graph(found->graph, stream_));
+    const auto launch = [&] { return launch_graph(found->graph.get(), stream_); };
+    if (!broken() && !group_) queue(launch());
+    if (!broken() && group_)
+      meet_ranks(action, tokens, [&](const Ranks&) {
+        const Problem problem = launch();
+        return std::string(problem ? problem : "");
+      });
   }
   ahead_ = &*found;
   if (found->reports) {
@@ -259,7 +362,7 @@ bool CudaDevice::queue_behind(const StepBehind& step) {
   if (!graphs || !graphs->is_whole()) return false;
   plan_step(step.rows, graphs, 0);
   Problem problem = send_step(step);
-  if (!problem) problem = launch_graph(graphs->pieces[0].graph, stream_);
+  if (!problem) problem = launch_graph(graphs->pieces[0].graph.get(), stream_);
   behind_ = {graphs, ++reports_sent_, problem};
   return true;
 }
@@ -297,7 +400,7 @@ bool CudaDevice::wait(const std::function<void()>& meanwhile) {
     idle_us_ = begun_.graphs && times.began > card_ended_ns_ ? static_cast<double>(times.began - card_ended_ns_) / 1000.0 : 0;
     card_ended_ns_ = times.ended;
     const uint32_t found = least_host_.as<uint32_t>()[report_ % kReportPlaces];
-    if (reduces_with_peers_ && !problem_.lost) {
+    if (spins_with_peers() && !problem_.lost) {
       const PeerDriver::Fault fault = peers_->fault();
       if (fault.kind != PeerFault::None) {
         problem_ = {};

@@ -11,6 +11,10 @@
 // rows (tuning.h says how few, kFusedTokensMax at most) a layer is five launches: q, k, v with rope and store; attention with its join; o with the residual and the next norm; gate and up with the activation; down
 // like o (fuse).
 //
+// Ranks of a stage that are devices of this process on this card do each step together (card_group.h): a step is then one graph with the nodes of all, from the embedding to the
+// candidates, whose reductions come after the partial products of every rank and read their sums where those lie; a step that is no graph is queued by the rank that comes last, in
+// the same order on one stream. Sums have two blocks, so that nothing waits for the others to have read: a rank's next reduction but one comes after all have read this one's.
+//
 // cuda_device.cpp: what it can run, and a step; cuda_device_memory.cpp: memory and weights; cuda_device_graphs.cpp: steps as graphs; cuda_device_operations.cpp: launches.
 #pragma once
 #include <functional>
@@ -23,6 +27,7 @@
 #include "../runner/device.h"
 #include "attention_plan.h"
 #include "blas_products.h"
+#include "card_group.h"
 #include "operations.h"
 #include "peer_driver.h"
 #include "runtime.h"
@@ -52,12 +57,14 @@ class CudaDevice final : public Device {
   void clear_kv() override;
   std::vector<PeerMemory> peer_memory() override;
   void connect_peers(const std::vector<PeerMemory>& by_rank, uint32_t epoch) override;
+  void join_card(const std::string& name) override;
   void abort() override {
     if (peers_) peers_->abort();
+    if (group_) group_->abort(program().rank);
   }
   void fetch_rows(int buffer, int first, int count) override;
   void push_rows(int buffer, int first, int count) override;
-  void begin_step(const StepRows& rows, int output_rows, int64_t wait_timeout_ms) override;
+  void begin_step(uint32_t step, const StepRows& rows, int output_rows, int64_t wait_timeout_ms) override;
   size_t run_ahead(size_t action, const int32_t* tokens) override;
   bool wait(const std::function<void()>& meanwhile) override;
   bool queue_behind(const StepBehind& step) override;
@@ -113,10 +120,10 @@ class CudaDevice final : public Device {
     const int32_t* work_count = nullptr;
   };
 
-  // Actions [begin, end) as a graph; what the card does of action `end`, which is the host's, is in it too.
+  // Actions [begin, end) as a graph; what the card does of action `end`, which is the host's, is in it too. Ranks of this card share it.
   struct Piece {
     size_t begin, end;
-    Graph graph;
+    std::shared_ptr<void> graph;
     bool reports;
   };
   struct StepGraphs {
@@ -159,10 +166,18 @@ class CudaDevice final : public Device {
   V* on_host(const V* there) const { return reinterpret_cast<V*>(step_host() + (reinterpret_cast<const uint8_t*>(there) - step_card_.as<uint8_t>())); }
   Problem send_step(const StepBehind& step);
   bool is_device_only(ActionKind kind) const;
-  void build_graphs();
-  void close_graphs();
-  void build(StepGraphs* graphs);
+  size_t piece_end(size_t begin, bool whole_tail) const;
+  using Ranks = CardGroup::Ranks;  // of a stage on this card, by rank; or this device alone
+  static void build_graphs(const Ranks& ranks);
+  static void build(const Ranks& ranks, int rows);
+  static void run_actions(const Ranks& ranks, size_t begin, size_t end, Graph graph, std::vector<int>* last);
+  static void check_alike(const Ranks& ranks);
+  static std::string fault_of(const Ranks& ranks);
+  struct Building;
   void run_action(size_t action);
+  void leave_card();
+  void meet_ranks(size_t action, const int32_t* tokens, const CardGroup::Together& together);
+  void note(const CardGroup::Outcome& outcome);
   RopeStore rope_store(int action, const Operation& o);
   uint8_t* kv_layer(int layer) const;
   AttentionStep attention_step(const Operation& o) const;
@@ -176,21 +191,27 @@ class CudaDevice final : public Device {
     return rows <= fused_tokens_max_ && p.activations == ActivationType::Int8 && p.kv.key == KeyType::Int8 && p.kv.value == ValueType::Int8;
   }
   const Action* action_of(size_t index, ActionKind kind) const;
+  void send_tokens(const int32_t* tokens);
   void look_up(const Operation& o);
+  void look_up(const Operation& o, const CudaDevice& owner, uint64_t* began);
+  void gather_rows(const Operation& o);
   bool run_ahead_of_host(const Action& action);
   int report_rows() const { return shard_.output_rows(); }  // most candidates of a report
   void report();
   void give_up();
   void allocate_kv();
-  float* sums() const { return peers_ ? peers_->block() : sums_.as<float>(); }
+  float* sums() const { return group_ ? peers_->block_of(reductions_) : peers_ ? peers_->block() : sums_.as<float>(); }
+  // Whether kernels wait for those of other cards.
+  bool spins_with_peers() const { return reduces_with_peers_ && !group_; }
   void reduce_with_peers(int index, const NormAfter* norm = nullptr);
+  void reduce_with_ranks(int index, const NormAfter* norm);
 
   // Takes note of what a launch or copy answered. After the first fault nothing is queued.
   void queue(Problem problem) {
     waited_ = reported_ = false;
     if (problem && problem_.fault.empty()) problem_.fault = problem;
   }
-  bool broken() const { return !problem_.fault.empty(); }
+  bool broken() const { return !problem_.fault.empty() || problem_.peer >= 0; }
   // Whether the graph that was launched last did operation `index`, whose host part comes now.
   bool is_ahead(int index) const { return !building_ && ahead_ && shard_.actions()[ahead_->end].operation == index; }
   Product product(const Operation& o, int subtree_count, const Subtree* subtrees, float* out, int64_t out_stride, int64_t subtree_stride) const;
@@ -210,8 +231,9 @@ class CudaDevice final : public Device {
   Card card_facts_{};
   std::optional<Tuning> tuning_;  // while memory is planned
   Edges edges_ = Edges::Plain;    // of graphs
-  Stream stream_ = nullptr;
-  Stream to_ = nullptr;  // where operations queue: the stream, or a graph that is being built
+  Stream own_stream_ = nullptr;
+  Stream stream_ = nullptr;  // the own one, or that of all ranks of this card
+  Stream to_ = nullptr;      // where operations queue: the stream, or a graph that is being built
   std::unique_ptr<BlasProducts> blas_;              // null: bits are not free, or the library cannot be had
   std::vector<std::vector<BlasPart>> blas_parts_;   // by operation; none: own kernels do it whatever the step
   std::string note_;
@@ -222,6 +244,7 @@ class CudaDevice final : public Device {
   std::vector<Memory> mirrors_;       // by buffer: its rows on the host
   std::vector<AttentionShape> shapes_;
   std::unique_ptr<PeerDriver> peers_;  // null: one rank, or sums are rounded on their way
+  std::shared_ptr<CardGroup> group_;   // null: no other rank of the stage does its steps with this one
   Memory kv_, sums_, received_sums_, partials_, candidates_, maxima_, reports_, began_, arrivals_;
   // On the host, each with its counterpart on the card: what a step needs to know, in one piece; and, of steps that are no graph, tokens, rows to select, and rows to
   // look for candidates in, which lie in the first one else. The first has two places on the host, so that the next step can be laid down while the copy of one is queued;
@@ -241,7 +264,10 @@ class CudaDevice final : public Device {
   double idle_us_ = 0;
   int reported_candidates_ = 0;  // that the next report takes along
   bool waited_ = true, reported_ = false, building_ = false, sent_ = false;
-  int64_t deadline_ns_ = 0;
+  int64_t deadline_ns_ = 0, meeting_deadline_ns_ = 0;
+  uint32_t step_ = 0;
+  int step_outputs_ = 0;   // output rows of the step
+  uint64_t reductions_ = 0;  // of the step so far, where ranks do it together: their sums lie in two blocks by turns
   std::vector<size_t> action_of_reduce_;  // by operation
   Subtree fused_trees_[kFusedProductsMax]{};
   int64_t sum_rows_ = 0;     // own sums are [subtree][so many rows][width]

@@ -6,16 +6,9 @@
 
 namespace shardmesh::cuda {
 
-void CudaDevice::close_graphs() {
-  for (const StepGraphs& graphs : graphs_)
-    for (const Piece& piece : graphs.pieces) close_graph(piece.graph);
-  graphs_.clear();
-}
-
 bool CudaDevice::is_device_only(ActionKind kind) const {
   switch (kind) {
     case ActionKind::ResolveTokens:
-    case ActionKind::GatherRows:
     case ActionKind::ReceiveHidden:
     case ActionKind::SendHidden:
     case ActionKind::GatherLogits:
@@ -23,58 +16,123 @@ bool CudaDevice::is_device_only(ActionKind kind) const {
     case ActionKind::SendTokens: return false;
     case ActionKind::LinearPartial:
     case ActionKind::AllReduce: return program().ranks == 1 || reduces_with_peers_;
+    case ActionKind::GatherRows: return group_ != nullptr;
     default: return true;
   }
 }
 
-void CudaDevice::build_graphs() {
-  const int most = std::min(kGraphRowsMax, shard_.config().step_tokens_max);
-  action_of_reduce_.resize(program().operations.size());
-  for (size_t i = 0; i < shard_.actions().size(); i++)
-    if (const Action* reduce = action_of(i, ActionKind::AllReduce)) action_of_reduce_[static_cast<size_t>(reduce->operation)] = i;
-  building_ = true;
-  lay_out(kGraphRowsMax, kGraphRowsMax, true);
-  for (const int rows : kGraphRows) {
-    StepGraphs graphs{std::min(rows, most), {}};
-    build(&graphs);
-    graphs_.push_back(std::move(graphs));
-    if (rows >= most) break;
-  }
-  building_ = false;
-  to_ = stream_;
-  waited_ = true;
+// Where the piece ends that begins with an action; there, where none begins. Output rows that take several passes stay outside: such a step's layers are a piece, its tail is not.
+size_t CudaDevice::piece_end(size_t begin, bool whole_tail) const {
+  const std::vector<Action>& actions = shard_.actions();
+  size_t end = begin;
+  while (end < actions.size() && is_device_only(actions[end].kind) && (whole_tail || end < shard_.tail_begin() || end >= shard_.tail_end())) end++;
+  return end;
 }
 
-// Output rows that take several passes stay outside: such a step's layers are graphs, its tail is not.
-void CudaDevice::build(StepGraphs* graphs) {
-  StepRows rows{};
-  rows.tokens = device_rows_.tokens = graphs->rows;
-  rows_ = &rows;
-  sum_rows_ = tail_rows_ = graphs->rows;
-  if (reduces_with_peers_) peers_->follow({});
-  const std::vector<Action>& actions = shard_.actions();
-  const bool whole_tail = graphs->rows <= shard_.output_rows();
-  const auto ends = [&](size_t i, size_t begin) { return i == actions.size() || !is_device_only(actions[i].kind) || (!whole_tail && i == shard_.tail_begin() && i > begin); };
-  for (size_t begin = 0; begin < actions.size(); begin++) {
-    if (ends(begin, begin) || (!whole_tail && begin >= shard_.tail_begin() && begin < shard_.tail_end())) continue;
-    Piece piece{begin, begin, nullptr, false};
-    Problem problem = open_graph(&piece.graph, edges_);
-    to_ = stream_of(piece.graph);
-    if (begin > 0 && program().ranks > 1 && fuses(graphs->rows) && norms(begin - 1)) piece.end++;  // reduce() does it
-    while (!ends(piece.end, begin) && !problem) {
-      const size_t fused = fuse(piece.end);
-      if (fused == 0) run_action(piece.end);
-      piece.end += std::max<size_t>(fused, 1);
+// While one lives, launches of these ranks are nodes of graphs.
+struct CudaDevice::Building {
+  const Ranks& ranks;
+  explicit Building(const Ranks& all) : ranks(all) {
+    for (CudaDevice* rank : ranks) {
+      rank->graphs_.clear();
+      rank->building_ = true;
+      rank->lay_out(kGraphRowsMax, kGraphRowsMax, true);
     }
-    if (piece.end < actions.size()) piece.reports = run_ahead_of_host(actions[piece.end]);
-    if (!problem && broken()) problem = problem_.fault.c_str();
-    if (!problem) problem = finish_graph(piece.graph);
-    graphs->pieces.push_back(piece);
-    if (problem) refuse("the graph of a step of " + std::to_string(graphs->rows) + " rows cannot be made: " + problem);
-    begin = piece.end;
   }
-  if (reduces_with_peers_) graphs->reductions = peers_->reductions();
-  rows_ = nullptr;
+  ~Building() {
+    for (CudaDevice* rank : ranks) {
+      rank->building_ = false;
+      rank->rows_ = nullptr;
+      rank->to_ = rank->stream_;
+      rank->waited_ = true;
+    }
+  }
+  Building(const Building&) = delete;
+  Building& operator=(const Building&) = delete;
+};
+
+void CudaDevice::build_graphs(const Ranks& ranks) {
+  for (CudaDevice* rank : ranks) {
+    const std::vector<Action>& actions = rank->shard_.actions();
+    rank->action_of_reduce_.resize(rank->program().operations.size());
+    for (size_t i = 0; i < actions.size(); i++)
+      if (const Action* reduce = rank->action_of(i, ActionKind::AllReduce)) rank->action_of_reduce_[static_cast<size_t>(reduce->operation)] = i;
+  }
+  const int most = std::min(kGraphRowsMax, ranks.front()->shard_.config().step_tokens_max);
+  const Building building(ranks);
+  for (const int rows : kGraphRows) {
+    build(ranks, std::min(rows, most));
+    if (rows >= most) break;
+  }
+}
+
+// Ranks that do it together have the same actions, as far as they do.
+void CudaDevice::build(const Ranks& ranks, int row_count) {
+  StepRows rows{};
+  rows.tokens = row_count;
+  for (CudaDevice* rank : ranks) {
+    rank->rows_ = &rows;
+    rank->device_rows_.tokens = row_count;
+    rank->sum_rows_ = rank->tail_rows_ = row_count;
+    rank->reductions_ = 0;
+    if (rank->spins_with_peers()) rank->peers_->follow({});
+    rank->graphs_.push_back({row_count, {}});
+  }
+  const CudaDevice& first = *ranks.front();
+  const std::vector<Action>& actions = first.shard_.actions();
+  const bool whole_tail = row_count <= first.shard_.output_rows();
+  for (size_t begin = 0; begin < actions.size(); begin++) {
+    const size_t end = first.piece_end(begin, whole_tail);
+    if (end == begin) continue;
+    Graph opened = nullptr;
+    Problem problem = open_graph(&opened, first.edges_);
+    const std::shared_ptr<void> graph(opened, [](Graph g) {
+      if (!is_abandoned()) close_graph(g);
+    });
+    for (CudaDevice* rank : ranks) rank->to_ = stream_of(opened);
+    const bool is_normed = begin > 0 && first.program().ranks > 1 && first.fuses(row_count) && first.norms(begin - 1);  // reduce() does it
+    std::vector<int> last(ranks.size(), -1);
+    if (!problem) run_actions(ranks, begin + is_normed, end, opened, &last);
+    bool reports = false;
+    for (size_t r = 0; end < actions.size() && r < ranks.size(); r++) {
+      come_after(opened, last[r] < 0 ? std::vector<int>() : std::vector<int>{last[r]});
+      reports = ranks[r]->run_ahead_of_host(ranks[r]->shard_.actions()[end]);
+    }
+    const std::string fault = problem ? problem : fault_of(ranks);
+    if (fault.empty()) problem = finish_graph(opened);
+    if (!fault.empty() || problem) refuse("the graph of a step of " + std::to_string(row_count) + " rows cannot be made: " + (problem ? problem : fault));
+    for (CudaDevice* rank : ranks) rank->graphs_.back().pieces.push_back({begin, end, graph, reports});
+    begin = end;
+  }
+  for (CudaDevice* rank : ranks)
+    if (rank->spins_with_peers()) rank->graphs_.back().reductions = rank->peers_->reductions();
+}
+
+// Does actions [begin, end) of all ranks: an action of each, then the next. In a graph a node waits for the one before it of its rank, and where it reads the sums of all
+// ranks for those of all; `last`: the newest of each, -1 where there is none.
+void CudaDevice::run_actions(const Ranks& ranks, size_t begin, size_t end, Graph graph, std::vector<int>* last) {
+  for (size_t at = begin; at < end;) {
+    const bool reads_all = ranks.front()->shard_.actions()[at].kind == ActionKind::AllReduce;
+    const std::vector<int> before = graph ? *last : std::vector<int>();
+    size_t done = 0;
+    for (size_t r = 0; r < ranks.size(); r++) {
+      CudaDevice& rank = *ranks[r];
+      const int nodes = graph ? node_count(graph) : 0;
+      if (graph) {
+        std::vector<int> after;
+        for (size_t other = 0; other < before.size(); other++)
+          if (before[other] >= 0 && (reads_all || other == r)) after.push_back(before[other]);
+        come_after(graph, after);
+      }
+      const size_t fused = graph ? rank.fuse(at) : 0;
+      if (fused == 0) rank.run_action(at);
+      if (rank.broken()) return;
+      if (r > 0 && done != std::max<size_t>(fused, 1)) refuse("rank " + std::to_string(rank.program().rank) + " of this card launches other kernels than rank 0");
+      done = std::max<size_t>(fused, 1);
+      if (graph && node_count(graph) > nodes) (*last)[r] = node_count(graph) - 1;
+    }
+    at += done;
+  }
 }
 
 // An action as StepRun runs it.
@@ -84,6 +142,7 @@ void CudaDevice::run_action(size_t index) {
   const Operation& o = operation(action.operation);
   switch (action.kind) {
     case ActionKind::Embed: return look_up(o);
+    case ActionKind::GatherRows: return gather_rows(o);
     case ActionKind::RmsNorm: return action.buffer >= 0 ? static_cast<void>(norm_quantized(number, o)) : norm(o);
     case ActionKind::Quantize: return static_cast<void>(quantize(number, action.buffer));
     case ActionKind::Linear: return products(action.products);
@@ -221,8 +280,8 @@ std::vector<GraphFacts> CudaDevice::graphs() const {
   for (const StepGraphs& graphs : graphs_) {
     GraphFacts of_rows{graphs.rows, {}, {}, graphs.steps, graphs.steps_behind};
     for (const Piece& piece : graphs.pieces) {
-      of_rows.nodes.push_back(node_count(piece.graph));
-      of_rows.programmatic_edges.push_back(programmatic_edge_count(piece.graph));
+      of_rows.nodes.push_back(node_count(piece.graph.get()));
+      of_rows.programmatic_edges.push_back(programmatic_edge_count(piece.graph.get()));
     }
     facts.push_back(std::move(of_rows));
   }

@@ -246,7 +246,7 @@ void CudaDevice::finish_loading() {
     copy(tables_[number].sine, table.sine);
   }
   if (blas_) warm_blas();
-  build_graphs();
+  build_graphs({this});
 }
 
 }  // namespace shardmesh::cuda

@@ -25,18 +25,35 @@ void CudaDevice::push_rows(int buffer, int first, int count) {
 
 void CudaDevice::embed(const Operation& o, const int32_t* tokens) {
   if (broken()) return;
-  const size_t count = static_cast<size_t>(rows_->tokens);
-  std::memcpy(tokens_host_.as<void>(), tokens, count * 4);
-  queue(copy_to_card(tokens_card_.as<void>(), tokens_host_.as<void>(), count * 4, to_));
+  send_tokens(tokens);
   if (!broken()) look_up(o);
 }
 
+// Of a step that is no graph.
+void CudaDevice::send_tokens(const int32_t* tokens) {
+  const size_t bytes = static_cast<size_t>(rows_->tokens) * 4;
+  std::memcpy(tokens_host_.as<void>(), tokens, bytes);
+  queue(copy_to_card(tokens_card_.as<void>(), tokens_host_.as<void>(), bytes, to_));
+}
+
 // The rows of the tokens that are on the card already.
-void CudaDevice::look_up(const Operation& o) {
-  const WeightSlice& slice = program().weights[static_cast<size_t>(o.weight)];
-  const CardMatrix& matrix = matrices_[static_cast<size_t>(o.weight)];
-  queue(cuda::embed(slice.type, slice.rows.size(), slice.columns.size(), matrix.phase, matrix.data.as<uint8_t>(), tokens_, candidates_.as<cuda::Candidate>(), began_.as<uint64_t>(), rows_->tokens,
-                    static_cast<int32_t>(o.vocabulary[static_cast<size_t>(program().rank)].from), values(o.out), shard_.buffer(o.out).stride, to_));
+void CudaDevice::look_up(const Operation& o) { look_up(o, *this, began_.as<uint64_t>()); }
+
+// Of those whose weights `owner` has; `o`: its operation.
+void CudaDevice::look_up(const Operation& o, const CudaDevice& owner, uint64_t* began) {
+  const WeightSlice& slice = owner.program().weights[static_cast<size_t>(o.weight)];
+  const CardMatrix& matrix = owner.matrices_[static_cast<size_t>(o.weight)];
+  queue(cuda::embed(slice.type, slice.rows.size(), slice.columns.size(), matrix.phase, matrix.data.as<uint8_t>(), tokens_, candidates_.as<cuda::Candidate>(), began, rows_->tokens,
+                    static_cast<int32_t>(o.vocabulary[static_cast<size_t>(owner.program().rank)].from), values(o.out), shard_.buffer(o.out).stride, to_));
+}
+
+// The rows that other ranks of this card have weights of: looked up there.
+void CudaDevice::gather_rows(const Operation& o) {
+  for (const CudaDevice* other : group_->ranks()) {
+    const std::vector<Operation>& all = other->program().operations;
+    const auto embed = std::find_if(all.begin(), all.end(), [&](const Operation& e) { return e.kind == OperationKind::Embed && e.out == o.out; });
+    if (other != this && !broken()) look_up(*embed, *other, nullptr);
+  }
 }
 
 void CudaDevice::norm(const Operation& o) {
@@ -182,8 +199,34 @@ void CudaDevice::reduce(int index, int first_row, int rows, const float* const* 
   else queue(finish_tree(o.cut.units, count, lo, hi, nodes, strides, vector(o.bias), out, residual.stride, residual.width, rows, to_));
 }
 
+// The sums of all ranks lie on this card, where their products have written them. `norm`: null, or the one behind it in the same launch.
+void CudaDevice::reduce_with_ranks(int index, const NormAfter* norm) {
+  const Operation& o = operation(index);
+  const Buffer& residual = shard_.buffer(o.out);
+  int lo[kSegmentsMax], hi[kSegmentsMax], count = 0;
+  const float* nodes[kSegmentsMax];
+  int64_t strides[kSegmentsMax];
+  for (int r = 0; r < program().ranks; r++) {
+    const float* from = group_->ranks()[static_cast<size_t>(r)]->peers_->block_of(reductions_);
+    for (const Subtree& s : shard_.subtrees(index)[static_cast<size_t>(r)]) {
+      lo[count] = s.first;
+      hi[count] = s.first + s.count;
+      nodes[count] = from;
+      strides[count] = residual.width;
+      from += sum_rows_ * residual.width;
+      count++;
+    }
+  }
+  reductions_++;
+  float* const out = values(o.out);
+  if (norm)
+    queue(finish_tree_norm(o.cut.units, count, lo, hi, nodes, strides, vector(o.bias), out, residual.stride, residual.width, rows_->tokens, *norm, arrivals_.as<uint32_t>(), to_));
+  else queue(finish_tree(o.cut.units, count, lo, hi, nodes, strides, vector(o.bias), out, residual.stride, residual.width, rows_->tokens, to_));
+}
+
 // Own sums lie where the peers read them. `norm`: null, or the one behind it in the same launch.
 void CudaDevice::reduce_with_peers(int index, const NormAfter* norm) {
+  if (group_) return reduce_with_ranks(index, norm);
   const Operation& o = operation(index);
   const Buffer& residual = shard_.buffer(o.out);
   int lo[kSegmentsMax], hi[kSegmentsMax], owner[kSegmentsMax], count = 0, fewest = kSegmentsMax;

@@ -34,7 +34,9 @@ class PeerDriver {
   void follow(const std::vector<int>& reductions) { reductions_ = reductions; }
   const std::vector<int>& reductions() const { return reductions_; }
   // Where own sums go until the next reduce().
-  float* block() const;
+  float* block() const { return block_of(connected_ ? reductions_.size() + 1 : 0); }
+  // Where those of an exchange lie, while nobody is connected too.
+  float* block_of(uint64_t number) const;
   // `sums_most`: subtrees of all ranks less those of the rank that has the fewest, the same on all ranks. `norm`: null, or the norm behind it in the same launch, with the counter of
   // its arrivals.
   Problem reduce(const PeerReduction& reduction, int sums_most, int operation, Stream stream, const NormAfter* norm = nullptr, uint32_t* arrivals = nullptr);

@@ -232,7 +232,7 @@ Problem open_graph(Graph* graph, Edges edges) {
   return problem_of(cudaGraphCreate(&nodes->graph, 0));
 }
 
-void come_after(Graph graph, std::initializer_list<int> nodes) {
+void come_after(Graph graph, const std::vector<int>& nodes) {
   auto& g = *static_cast<GraphNodes*>(graph);
   g.after.clear();
   for (const int node : nodes) g.after.push_back(g.nodes[static_cast<size_t>(node)]);

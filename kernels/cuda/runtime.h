@@ -4,7 +4,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
-#include <initializer_list>
 #include <string>
 #include <utility>
 #include <vector>
@@ -74,7 +73,7 @@ constexpr int kProgrammaticEdgesSm = 90;
 Problem open_graph(Graph* graph, Edges edges = Edges::Plain);
 inline Stream stream_of(Graph graph) { return graph; }
 // The next node waits for these, numbered from 0 as they were added, and for no other.
-void come_after(Graph graph, std::initializer_list<int> nodes);
+void come_after(Graph graph, const std::vector<int>& nodes);
 int node_count(Graph graph);
 int programmatic_edge_count(Graph graph);
 Problem finish_graph(Graph graph);

@@ -147,7 +147,7 @@ class Executor {
   virtual Links::Segment open_segment() = 0;
   // Memory that peers may read by themselves, one of each place that this executor has; empty: none, its sums leave as frames.
   virtual std::vector<PeerMemory> peer_memory() = 0;
-  // Attaches to the peers, forgets slots, K/V and failures. Where links have a PeerMemory, those to all other ranks of the stage must. Throws while a step is running,
+  // Attaches to the peers, forgets slots, K/V and failures. Where links have a PeerMemory, or say that they share the card, those to all other ranks of the stage must. Throws while a step is running,
   // while weights are missing, or naming the peer that cannot be had.
   virtual void connect(const std::vector<PeerLink>& peers) = 0;
   // These three check everything they are given and throw std::runtime_error naming field, value and limit.

@@ -93,6 +93,8 @@ struct PeerLink {
   // Reductions with this peer go through its memory, everything else through its segment. `epoch`: of the stamps in it.
   std::shared_ptr<const PeerMemory> memory = nullptr;
   uint32_t epoch = 0;
+  // This peer is an executor of this process on the same card: steps are done together there, everything else goes through its segment.
+  bool same_card = false;
 };
 
 struct LinksOptions {

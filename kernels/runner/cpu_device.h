@@ -17,7 +17,7 @@ class CpuDevice final : public Device {
   void clear_kv() override { kv_memory_.clear(); }
   void fetch_rows(int, int, int) override {}
   void push_rows(int, int, int) override {}
-  void begin_step(const StepRows& rows, int, int64_t) override { rows_ = &rows; }
+  void begin_step(uint32_t, const StepRows& rows, int, int64_t) override { rows_ = &rows; }
   bool wait(const std::function<void()>&) override { return true; }
   void embed(const Operation& o, const int32_t* tokens) override;
   void norm(const Operation& o) override;

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -32,8 +33,9 @@ struct DeviceProblem {
   std::string fault;
   bool lost = false;  // the device answers this process no more
   int peer = -1;
-  int reduction = -1;
+  int reduction = -1;    // none: for that rank's step
   bool aborted = false;
+  bool left = false;     // the rank has gone
 };
 
 // How a row's best candidate is looked for. temperature 0: by its logit alone.
@@ -91,13 +93,16 @@ class Device {
   virtual void connect_peers(const std::vector<PeerMemory>& by_rank, uint32_t epoch) {
     (void)by_rank, (void)epoch;
   }
+  // The same where the ranks of the stage are devices of this process on one card: those that come with this name, one for each rank, do each step together from then on, and wait
+  // for each other in run_ahead(). The next connect_peers() or join_card() leaves them. Throws std::runtime_error.
+  virtual void join_card(const std::string& name) { throw std::runtime_error(std::string("executor kind '") + this->name() + "' is on no card that ranks could share ('" + name + "')"); }
   // Then partial_product() gets no block, and reduce() no sums but all rows.
   bool reduces_with_peers() const { return reduces_with_peers_; }
-  // Ends waits of the device, now and until the next connect_peers(). Any thread.
+  // Ends waits of the device, now and until the next connect_peers() or join_card(). Any thread.
   virtual void abort() {}
 
   // --- a step. `rows` stays where it is to the end of the step. output_rows: of all passes of the tail, 0 without one. A queueing device gives up at the timeout.
-  virtual void begin_step(const StepRows& rows, int output_rows, int64_t wait_timeout_ms) = 0;
+  virtual void begin_step(uint32_t step, const StepRows& rows, int output_rows, int64_t wait_timeout_ms) = 0;
   // Output rows of the pass of the tail that begins, and, where the device finds candidates, how; both stay to the end of the pass.
   void begin_tail(int rows, const OutputRow* outputs, const CandidateRow* candidates) {
     tail_rows_ = rows;

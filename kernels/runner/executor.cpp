@@ -1,5 +1,7 @@
 #include "../include/executor.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <condition_variable>
@@ -73,7 +75,9 @@ class ShardExecutor final : public Executor {
     expect_idle("openSegment");
     disconnect();
     links_ = new_links();
-    return links_->open_segment();
+    const Links::Segment segment = links_->open_segment();
+    own_fd_ = segment.fd;
+    return segment;
   }
 
   std::vector<PeerMemory> peer_memory() override { return device_->peer_memory(); }
@@ -209,8 +213,10 @@ class ShardExecutor final : public Executor {
     return make_links(options, events_.frame);
   }
 
+  // Whose reductions the device does: with the ranks of this process on its card, with those whose memory it reads, or alone.
   void connect_memory(const std::vector<PeerLink>& peers) {
     const Program& p = shard_.program();
+    if (const std::string group = card_group_of(peers); !group.empty()) return device_->join_card(group);
     std::vector<PeerMemory> by_rank(static_cast<size_t>(p.ranks));
     int given = 0;
     uint32_t epoch = 0;
@@ -226,8 +232,32 @@ class ShardExecutor final : public Executor {
     device_->connect_peers(given > 0 ? by_rank : std::vector<PeerMemory>(), epoch);
   }
 
+  // A name that the ranks of the stage have in common, and no others of this process: their segments in this epoch. "": they are not to share a card.
+  std::string card_group_of(const std::vector<PeerLink>& peers) const {
+    const Program& p = shard_.program();
+    std::vector<int> descriptors(static_cast<size_t>(p.ranks), -1);
+    descriptors[static_cast<size_t>(p.rank)] = own_fd_;
+    int given = 0;
+    uint32_t epoch = 0;
+    for (const PeerLink& link : peers) {
+      if (!link.same_card || link.peer.stage != p.stage) continue;
+      expect(link.pid == static_cast<int>(::getpid()), "connect: rank " + number(link.peer.rank) + " is in process " + number(link.pid) + ", this one in " + number(::getpid()) + "; ranks share a card in one process");
+      descriptors[static_cast<size_t>(link.peer.rank)] = link.fd;
+      epoch = link.epoch;
+      given++;
+    }
+    if (given == 0) return "";
+    expect(given == p.ranks - 1, "connect: " + number(given) + " peers share this card; all other " + number(p.ranks - 1) + " ranks of the stage must, or none");
+    expect(own_fd_ >= 0, "connect: ranks that share a card know each other by their segments; call openSegment first");
+    expect(shard_.config().wire == WireType::F32, "connect: sums that stay on a card are f32, but the wire is not");
+    std::string name = "epoch " + number(epoch) + ", stage " + number(p.stage) + ", segments";
+    for (const int fd : descriptors) name += " " + number(fd);
+    return name;
+  }
+
   void disconnect() {
     connected_ = false;
+    own_fd_ = -1;
     std::lock_guard lock(mutex_);  // abort() and the leader look at links_ under the lock
     links_.reset();
     state_ = State::Unconnected;
@@ -454,6 +484,7 @@ class ShardExecutor final : public Executor {
 
   // Control thread only.
   std::vector<bool> open_;
+  int own_fd_ = -1;  // of the segment
   uint32_t last_step_ = 0;
   bool connected_ = false;
 

@@ -59,7 +59,7 @@ StepRun::StepRun(const RunContext& context, const StepInput& input)
     : context_(context), shard_(context.shard), device_(context.device), program_(context.shard.program()), kernels_(context.shard.kernels()), wire_(context.shard.config().wire), input_(input), token_ids_(input.token_ids) {
   rows_ = rows_of(input, &first_row_);
   failure_.step = input.step;
-  device_.begin_step(rows_, shard_.tail_begin() < shard_.tail_end() ? static_cast<int>(input.outputs.size()) : 0, input.wait_timeout_ms);
+  device_.begin_step(input.step, rows_, shard_.tail_begin() < shard_.tail_end() ? static_cast<int>(input.outputs.size()) : 0, input.wait_timeout_ms);
   begin_pass();
 }
 
@@ -154,7 +154,13 @@ StepRun::Status StepRun::fail(FailureCode code, std::string message) {
 
 StepRun::Status StepRun::fail_by_device() {
   const DeviceProblem& problem = device_.problem();
-  if (problem.peer >= 0) return fail_by_peer({program_.stage, problem.peer}, "the block of", problem.reduction, problem.aborted ? WaitResult::Aborted : WaitResult::Deadline);
+  if (problem.peer >= 0 && problem.left) {
+    failure_.has_peer = true;
+    failure_.peer = {program_.stage, problem.peer};
+    return fail(FailureCode::LinkLost, where(-1) + ": stage " + std::to_string(program_.stage) + " rank " + std::to_string(problem.peer) + " has left the card that both compute on");
+  }
+  if (problem.peer >= 0)
+    return fail_by_peer({program_.stage, problem.peer}, problem.reduction < 0 ? "the step of" : "the block of", problem.reduction, problem.aborted ? WaitResult::Aborted : WaitResult::Deadline);
   if (problem.action < 0) return fail(problem.lost ? FailureCode::DeviceLost : FailureCode::Internal, where(-1) + ": " + problem.fault);
   const Action& action = shard_.actions()[static_cast<size_t>(problem.action)];
   const std::string row = problem.row < 0 ? "" : " of row " + std::to_string(problem.row);

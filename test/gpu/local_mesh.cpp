@@ -8,7 +8,7 @@
 
 namespace shardmesh {
 
-LocalMesh::LocalMesh(const ExportedModel& model, const ExportedCut& cut, const KindOf& kind_of, const MeshOptions& options) {
+LocalMesh::LocalMesh(const ExportedModel& model, const ExportedCut& cut, const KindOf& kind_of, const MeshOptions& options) : one_card_(options.one_card) {
   std::vector<Program> programs;
   ranks_.reserve(cut.programs.size());  // events point into it
   for (const Program& program : cut.programs) {
@@ -88,10 +88,12 @@ std::vector<RankSegment> LocalMesh::open_segments() {
 }
 
 void LocalMesh::connect(const std::vector<RankSegment>& elsewhere) {
+  epoch_++;
   for (Rank& self : ranks_) {
     std::vector<PeerLink> peers;
     for (const Rank& other : ranks_)
-      if (&other != &self) peers.push_back({other.address, true, other.segment.pid, other.segment.fd, other.segment.bytes});
+      if (&other != &self)
+        peers.push_back({other.address, true, other.segment.pid, other.segment.fd, other.segment.bytes, nullptr, nullptr, epoch_, one_card_ && other.address.stage == self.address.stage});
     for (const RankSegment& other : elsewhere) peers.push_back({other.address, true, other.segment.pid, other.segment.fd, other.segment.bytes});
     self.executor->connect(peers);
   }

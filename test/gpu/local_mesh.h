@@ -1,4 +1,4 @@
-// The ranks of a cut as executors of this process, or some of them, each on a thread of its own, joined over shared memory: what a mesh of workers is, without Node.
+// The ranks of a cut as executors of this process, or some of them, each on a thread of its own, joined over shared memory or on one card: what a mesh of workers is, without Node.
 #pragma once
 #include <condition_variable>
 #include <functional>
@@ -17,6 +17,7 @@ struct MeshOptions {
   int kv_blocks = 64, block_tokens = 16, step_tokens_max = 512, sequences_max = 16;
   bool quiet = false;  // steps end silently (StepTotals counts them)
   std::string cuda_tuning;
+  bool one_card = false;  // ranks of a stage do their steps together
 };
 
 // What a rank is told of the others.
@@ -65,6 +66,8 @@ class LocalMesh {
 
   void load(const ExportedModel& model, const std::vector<Program>& programs);
 
+  const bool one_card_;
+  uint32_t epoch_ = 0;
   std::vector<Rank> ranks_;
   std::mutex mutex_;
   std::condition_variable changed_;

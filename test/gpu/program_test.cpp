@@ -68,9 +68,10 @@ MeshOptions options_for(const Workload& workload) {
 }
 
 std::vector<uint8_t> results_of(const ExportedModel& model, const ExportedCut& cut, const LocalMesh::KindOf& kind_of, const Workload& workload, int chunk,
-                                const std::string& cuda_tuning = "") {
+                                const std::string& cuda_tuning = "", bool one_card = false) {
   MeshOptions options = options_for(workload);
   options.cuda_tuning = cuda_tuning;
+  options.one_card = one_card;
   LocalMesh mesh(model, cut, kind_of, options);
   mesh.open_segments();
   mesh.connect({});
@@ -244,6 +245,10 @@ void check_tuning(const std::string& model_file, const std::string& tuning_file,
 
 // ---------------------------------------------------------------- the matrix
 
+bool has_ranks(const ExportedCut& cut) {
+  return std::any_of(cut.programs.begin(), cut.programs.end(), [](const Program& program) { return program.ranks > 1; });
+}
+
 void check_model(const std::string& file, const Settings& settings) {
   const ExportedModel model = read_exported_model(file);
   const ExportedCut& whole = model.cuts.front();
@@ -253,13 +258,14 @@ void check_model(const std::string& file, const Settings& settings) {
     want = results_of(model, whole, all_of("reference"), workload, 1000);
     return std::set<uint8_t>(want.begin(), want.end()).size() > 100 ? "" : "its bytes are too much alike to tell anything";
   });
-  const auto same = [&](const ExportedCut& cut, const std::string& who, const LocalMesh::KindOf& kind_of, int chunk) {
+  const auto same = [&](const ExportedCut& cut, const std::string& who, const LocalMesh::KindOf& kind_of, int chunk, bool one_card = false) {
     test_case(model.name + " - " + cut.name + ", " + who + ", chunks of " + std::to_string(chunk) + ": the reference's bits",
-              [&] { return difference(want, results_of(model, cut, kind_of, workload, chunk)); });
+              [&] { return difference(want, results_of(model, cut, kind_of, workload, chunk, "", one_card)); });
   };
   const int chunks[] = {settings.prompt(model), 70, 33, 41};
   for (size_t i = 0; i < model.cuts.size() && (!settings.small || i < 2); i++) {
     same(model.cuts[i], "CUDA", all_of("cuda"), chunks[i % 4]);
+    if (has_ranks(model.cuts[i])) same(model.cuts[i], "CUDA in one graph", all_of("cuda"), chunks[i % 4], true);
     if (model.cuts[i].programs.size() > 1 && !settings.small)
       same(model.cuts[i], "CUDA and CPU by turns", [](PeerAddress a) { return (a.stage + a.rank) % 2 == 0 ? "cuda" : "cpu"; }, 64);
   }

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <deque>
 #include <fstream>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -54,14 +55,16 @@ struct Queue : simt::WorkQueue {
 using Sources = std::vector<std::pair<const uint8_t*, const uint8_t*>>;
 thread_local Sources* sources_of_stream;
 
+// Several threads may queue, and wait: one of them does the work of all meanwhile.
 struct EmulatedStream final : Queue {
+  std::mutex mutex;
   std::deque<Work> work;
-  uint32_t waited_for = 0;  // the last value of the word that reports count
-  int graphs_unread = 0;    // launched, less the reports waited for: right where each graph ends with one
-  std::string problem;  // what synchronise() returns stays valid to the next one
+  std::map<const uint32_t*, uint32_t> waited_for;  // the last value of each word that reports count
+  int graphs_unread = 0;  // launched, less the reports waited for: right where each graph ends with one
   Sources sources;
   using Queue::make;
   void make(const Make& make, bool) override {
+    const std::lock_guard lock(mutex);
     sources_of_stream = &sources;
     work.push_back(make());
   }
@@ -247,27 +250,33 @@ namespace {
 // Does what was queued, up to where `enough` holds.
 template <typename Enough>
 Problem work_on(EmulatedStream& s, const Enough& enough) {
-  s.problem.clear();
+  thread_local std::string problem;  // what is returned stays valid to the next call
+  problem.clear();
+  const std::lock_guard lock(s.mutex);
   // Steps meet every order of threads and blocks, and of the nodes of a graph.
   static std::atomic<uint64_t> turns{0};
   const uint64_t turn = turns++;
   simt::set_schedule({kOrders[turn % 3], turn + 1, 1, true});
-  if (lasting_fault().comes()) s.problem = LastingFault::kText;
-  while (s.problem.empty() && !s.work.empty() && !enough()) {
-    s.problem = s.work.front()();
+  if (lasting_fault().comes()) problem = LastingFault::kText;
+  while (problem.empty() && !s.work.empty() && !enough()) {
+    problem = s.work.front()();
     s.work.pop_front();
   }
-  if (!s.problem.empty()) s.work.clear();
+  if (!problem.empty()) s.work.clear();
   if (s.work.empty()) s.sources.clear();
-  return s.problem.empty() ? nullptr : s.problem.c_str();
+  return problem.empty() ? nullptr : problem.c_str();
 }
 
 // A card that is busy leaves the host some milliseconds to queue more; as soon as it has, the card goes on.
-void be_busy(const EmulatedStream& s, const std::function<void()>& meanwhile) {
+void be_busy(EmulatedStream& s, const std::function<void()>& meanwhile) {
+  const auto count = [&] {
+    const std::lock_guard lock(s.mutex);
+    return s.work.size();
+  };
   const char* milliseconds = asked("SHARDMESH_EMULATED_CARD_BUSY_MS");
   const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(milliseconds ? std::atoi(milliseconds) : 3);
-  const size_t queued = s.work.size();
-  for (meanwhile(); s.work.size() == queued && std::chrono::steady_clock::now() < end; meanwhile()) std::this_thread::yield();
+  const size_t queued = count();
+  for (meanwhile(); count() == queued && std::chrono::steady_clock::now() < end; meanwhile()) std::this_thread::yield();
 }
 
 }  // namespace
@@ -284,10 +293,16 @@ bool hangs() { return asked("SHARDMESH_EMULATED_CARD_HANGS") != nullptr; }
 Problem wait_for(const uint32_t* word, uint32_t value, Stream stream, int64_t, bool, const std::function<void()>& meanwhile) {
   EmulatedStream& s = raw(stream);
   const auto is_here = [&] { return has_counted_to(value, word); };
-  if (value <= std::exchange(s.waited_for, value)) return "the word is there before anything was done";
+  {
+    const std::lock_guard lock(s.mutex);
+    if (value <= std::exchange(s.waited_for[word], value)) return "the word is there before anything was done";
+  }
   if (meanwhile) be_busy(s, meanwhile);
-  if (const char* log = asked("SHARDMESH_EMULATED_CARD_LOG")) std::ofstream(log, std::ios::app) << s.graphs_unread << '\n';
-  if (s.graphs_unread > 0) s.graphs_unread--;
+  {
+    const std::lock_guard lock(s.mutex);
+    if (const char* log = asked("SHARDMESH_EMULATED_CARD_LOG")) std::ofstream(log, std::ios::app) << s.graphs_unread << '\n';
+    if (s.graphs_unread > 0) s.graphs_unread--;
+  }
   if (hangs()) return "the card has not finished in time";
   static std::atomic<uint64_t> waits{0};
   const bool is_late = waits++ / 3 % 2 == 0;
@@ -313,7 +328,7 @@ Problem open_graph(Graph* graph, Edges edges) {
   return nullptr;
 }
 
-void come_after(Graph graph, std::initializer_list<int> nodes) { nodes_of(graph).after = nodes; }
+void come_after(Graph graph, const std::vector<int>& nodes) { nodes_of(graph).after = nodes; }
 int node_count(Graph graph) { return static_cast<int>(nodes_of(graph).nodes.size()); }
 int programmatic_edge_count(Graph graph) {
   int count = 0;
@@ -323,14 +338,25 @@ int programmatic_edge_count(Graph graph) {
 
 Problem finish_graph(Graph graph) {
   // A test asks for graphs without one of their edges, to see that this is found.
-  if (const char* node = asked("SHARDMESH_EMULATED_GRAPH_WITHOUT_EDGE"))
-    if (EmulatedGraph& g = nodes_of(graph); std::strtoull(node, nullptr, 10) < g.nodes.size()) g.nodes[std::strtoull(node, nullptr, 10)].after.clear();
+  // "12": node 12 waits for none; "12:1": not for the second of those that it waits for.
+  if (const char* text = asked("SHARDMESH_EMULATED_GRAPH_WITHOUT_EDGE")) {
+    char* rest = nullptr;
+    const size_t node = std::strtoull(text, &rest, 10);
+    EmulatedGraph& g = nodes_of(graph);
+    if (node >= g.nodes.size()) return nullptr;
+    std::vector<int>& after = g.nodes[node].after;
+    if (*rest != ':') after.clear();
+    else if (const size_t edge = std::strtoull(rest + 1, nullptr, 10); edge < after.size()) after.erase(after.begin() + static_cast<std::ptrdiff_t>(edge));
+  }
   return nullptr;
 }
 
 Problem launch_graph(Graph graph, Stream stream) {
   const EmulatedGraph& g = nodes_of(graph);
-  raw(stream).graphs_unread++;
+  {
+    const std::lock_guard lock(raw(stream).mutex);
+    raw(stream).graphs_unread++;
+  }
   raw(stream).make([&g]() -> Work {
     std::vector<Work> work;
     for (const EmulatedGraph::Node& node : g.nodes) work.push_back(node.make());
