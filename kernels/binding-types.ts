@@ -214,12 +214,13 @@ export interface PeerAddress {
 
 /**
  * How this worker reaches one peer. `shm`: attach to the peer's segment. `peer`: that too, and reductions read the peer's memory on its card or in a memory file of the
- * host, without frames; then all ranks of the stage do so. `tcp`: the connection that the last `NativeTcp.meet` made. `host`: frames leave through
+ * host, without frames; then all ranks of the stage do so. `card`: the same for executors of this process on one card, which do each step together there. `tcp`: the connection that the last `NativeTcp.meet` made. `host`: frames leave through
  * `onFrame`, come in through `deliver`.
  */
 export type PeerLink =
   | ({ peer: PeerAddress; driver: 'shm' } & SegmentInfo)
   | ({ peer: PeerAddress; driver: 'peer'; memory: PeerMemoryLink; epoch: number } & SegmentInfo)
+  | ({ peer: PeerAddress; driver: 'card'; epoch: number } & SegmentInfo)
   | { peer: PeerAddress; driver: 'tcp' }
   | { peer: PeerAddress; driver: 'host' };
 

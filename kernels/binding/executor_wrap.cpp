@@ -386,19 +386,18 @@ class ExecutorWrap : public Napi::ObjectWrap<ExecutorWrap> {
         const Napi::Object item = object_of(list.Get(i), name);
         PeerLink link{address_of(item.Get("peer"), name + ".peer"), false, 0, -1, 0, nullptr};
         const std::string driver = text_of(item.Get("driver"), name + ".driver");
-        if (driver == "shm" || driver == "peer") {
+        if (driver == "shm" || driver == "peer" || driver == "card") {
           link.shm = true;
           link.pid = static_cast<int>(integer_of(item.Get("pid"), name + ".pid", 1, kIntMax));
           link.fd = static_cast<int>(integer_of(item.Get("fd"), name + ".fd", 0, kIntMax));
           link.bytes = static_cast<size_t>(integer_of(item.Get("bytes"), name + ".bytes", 1, int64_t{1} << 48));
-          if (driver == "peer") {
-            link.memory = memory_of(object_of(item.Get("memory"), name + ".memory"), name + ".memory");
-            link.epoch = static_cast<uint32_t>(integer_of(item.Get("epoch"), name + ".epoch", 0, 0xffffffff));
-          }
+          if (driver == "peer") link.memory = memory_of(object_of(item.Get("memory"), name + ".memory"), name + ".memory");
+          link.same_card = driver == "card";
+          if (driver != "shm") link.epoch = static_cast<uint32_t>(integer_of(item.Get("epoch"), name + ".epoch", 0, 0xffffffff));
         } else if (driver == "tcp") {
           link.tcp = take_tcp_connection(info[1], link.peer);
         } else if (driver != "host") {
-          throw std::runtime_error(name + ".driver must be 'shm', 'peer', 'tcp' or 'host', got '" + driver + "'");
+          throw std::runtime_error(name + ".driver must be 'shm', 'peer', 'card', 'tcp' or 'host', got '" + driver + "'");
         }
         peers.push_back(link);
       }

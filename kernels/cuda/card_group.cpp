@@ -28,7 +28,7 @@ std::string text_of(const CardGroup::Part& part) {
 
 }  // namespace
 
-CardGroup::CardGroup(int ranks) : ranks_(static_cast<size_t>(ranks), nullptr), parts_(static_cast<size_t>(ranks)) {
+CardGroup::CardGroup(int ranks) : ranks_(static_cast<size_t>(ranks), nullptr), parts_(static_cast<size_t>(ranks)), gave_up_(static_cast<size_t>(ranks), false) {
   if (const Problem problem = open_stream(&stream_)) throw std::runtime_error(std::string("no stream for the ranks of this card: ") + problem);
 }
 
@@ -98,10 +98,14 @@ CardGroup::Outcome CardGroup::await_ranks(int rank, int64_t deadline_ns) {
 CardGroup::Outcome CardGroup::meet(int rank, const Part& part, int64_t deadline_ns, const Together& together) {
   using Kind = Outcome::Kind;
   std::unique_lock lock(mutex_);
-  const auto missing = [&] { return static_cast<int>(std::find(parts_.begin(), parts_.end(), std::nullopt) - parts_.begin()); };
+  const auto missing = [&] {
+    size_t r = 0;
+    while (r < parts_.size() && (parts_[r] || gave_up_[r])) r++;
+    return static_cast<int>(r);
+  };
   std::optional<Part>& own = parts_[static_cast<size_t>(rank)];
   own = part;
-  if (complete_ && missing() == static_cast<int>(parts_.size())) {
+  if (complete_ && std::find(parts_.begin(), parts_.end(), std::nullopt) == parts_.end()) {
     outcome_ = {};
     const auto other = std::find_if(parts_.begin(), parts_.end(), [&](const std::optional<Part>& p) { return *p != part; });
     if (other != parts_.end())
@@ -116,6 +120,7 @@ CardGroup::Outcome CardGroup::meet(int rank, const Part& part, int64_t deadline_
   const Outcome waited = wait(lock, rank, deadline_ns, [&] { return meetings_ != before; }, missing);
   if (waited.kind == Kind::Done) return outcome_;
   own.reset();
+  gave_up_[static_cast<size_t>(rank)] = true;
   return waited;
 }
 

@@ -78,6 +78,7 @@ class CardGroup {
   bool complete_ = false;
   int left_ = -1;
   std::vector<std::optional<Part>> parts_;  // of those that wait for the others
+  std::vector<bool> gave_up_;               // those that wait no more: they were not what was missing
   uint64_t meetings_ = 0;
   Outcome outcome_;  // of the last one
   std::array<std::atomic<bool>, kRanksMax> aborted_{};

@@ -95,7 +95,10 @@ class Device {
   }
   // The same where the ranks of the stage are devices of this process on one card: those that come with this name, one for each rank, do each step together from then on, and wait
   // for each other in run_ahead(). The next connect_peers() or join_card() leaves them. Throws std::runtime_error.
-  virtual void join_card(const std::string& name) { throw std::runtime_error(std::string("executor kind '") + this->name() + "' is on no card that ranks could share ('" + name + "')"); }
+  virtual void join_card(const std::string& name) {
+    (void)name;
+    throw std::runtime_error("this executor is on no card that ranks could share");
+  }
   // Then partial_product() gets no block, and reduce() no sums but all rows.
   bool reduces_with_peers() const { return reduces_with_peers_; }
   // Ends waits of the device, now and until the next connect_peers() or join_card(). Any thread.

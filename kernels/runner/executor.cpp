@@ -86,9 +86,11 @@ class ShardExecutor final : public Executor {
     expect_weights("connect");
     expect_idle("connect");
     if (connected_) disconnect();  // connected before: that epoch is over
+    const std::string card_group = card_group_of(peers);
     if (!links_) links_ = new_links();
     links_->connect(peers);
-    connect_memory(peers);
+    if (card_group.empty()) connect_memory(peers);
+    else device_->join_card(card_group);
     connected_ = true;
     device_->clear_kv();
     std::fill(open_.begin(), open_.end(), false);
@@ -213,10 +215,8 @@ class ShardExecutor final : public Executor {
     return make_links(options, events_.frame);
   }
 
-  // Whose reductions the device does: with the ranks of this process on its card, with those whose memory it reads, or alone.
   void connect_memory(const std::vector<PeerLink>& peers) {
     const Program& p = shard_.program();
-    if (const std::string group = card_group_of(peers); !group.empty()) return device_->join_card(group);
     std::vector<PeerMemory> by_rank(static_cast<size_t>(p.ranks));
     int given = 0;
     uint32_t epoch = 0;

@@ -432,6 +432,8 @@ export interface RankExecutor {
   isa?: Isa | null;
 }
 
+export type Peers = 'card' | 'host' | 'together';
+
 export interface MeshOptions extends RankExecutor {
   /** Where ranks have different executors: that of one of them, in place of the fields above. */
   executorOf?: (stage: number, rank: number) => RankExecutor;
@@ -441,8 +443,8 @@ export interface MeshOptions extends RankExecutor {
   stepTokensMax?: number;
   /** Every pair of workers talks through the host driver instead of shared memory. */
   host?: boolean;
-  /** Ranks of a stage read each other's sums, in memory of that place. */
-  peers?: 'card' | 'host';
+  /** Ranks of a stage read each other's sums, in memory of that place; `together`: they do each step together, on one card. */
+  peers?: Peers;
   wire?: WireType;
   /** Of CUDA executors: what `shardmesh tune` would have written. */
   cudaTuning?: string;
@@ -576,7 +578,7 @@ export class TinyMesh {
   }
 
   /** A new epoch. */
-  connect(host: boolean, peers?: 'card' | 'host'): void {
+  connect(host: boolean, peers?: Peers): void {
     const segments = this.members.map((m) => m.executor.openSegment());
     const epoch = ++this.#epoch;
     for (const self of this.members)
@@ -584,7 +586,8 @@ export class TinyMesh {
         this.members.flatMap((m, i): PeerLink[] => {
           if (m === self) return [];
           const peer = { stage: m.stage, rank: m.rank };
-          if (peers && m.stage === self.stage)
+          if (peers === 'together' && m.stage === self.stage) return [{ peer, driver: 'card', ...segments[i]!, epoch }];
+          if (peers && peers !== 'together' && m.stage === self.stage)
             return [{ peer, driver: 'peer', ...segments[i]!, memory: memoryLink(m.executor, peers), epoch }];
           return [host ? { peer, driver: 'host' } : { peer, driver: 'shm', ...segments[i]! }];
         }),
