@@ -24,6 +24,8 @@ export interface CoordinatorConfig {
   hosts: { address: Address; meshFolder: string } | null;
   /** Seats that local workers take; null: all. */
   localWorkers: number | null;
+  /** Local workers are one process, and share its card. */
+  oneProcess: boolean;
   /** Logical cores that local workers may compute on; null: all this process may use. */
   cores: number[] | null;
   stepTokensMax: number;

@@ -22,6 +22,7 @@ import { MeshService } from './mesh/mesh-service.ts';
 import { defaultMeshTimers } from './mesh/mesh.ts';
 import { findNatsServer } from './mesh/nats-server.ts';
 import { WeightServer } from './mesh/weight-server.ts';
+import { coreShares } from './mesh/core-shares.ts';
 import { WorkerProcesses } from './mesh/worker-processes.ts';
 import { createLog, type Logger } from './observe/log.ts';
 import { Metrics } from './observe/metrics.ts';
@@ -331,13 +332,21 @@ async function startLocal(options: LocalOptions): Promise<{ broker: Broker; work
     onEvent: ({ type, ...fields }) => event(`broker_${type}`, fields),
   });
   cleanup.add(() => broker.stop());
-  const shares = coreShares(cores, workerCount);
+  const together = config.oneProcess ? [ids] : ids.map((worker) => [worker]);
+  const shares = coreShares(cores, together.length);
   const workers = new WorkerProcesses({
     module: config.workerModule,
-    workers: ids.map((worker, index) => ({
-      worker,
+    processes: together.map((own, index) => ({
+      workers: own,
       args: [
-        ...['worker', '--credentials', broker.credentialsFile(worker), '--log-level', config.logLevel],
+        ...[
+          'worker',
+          '--credentials',
+          ...own.slice(0, 1).map((worker) => broker.credentialsFile(worker)),
+          '--log-level',
+          config.logLevel,
+        ],
+        ...own.slice(1).flatMap((worker) => ['--also', broker.credentialsFile(worker)]),
         ...(config.hosts ? ['--advertise', config.hosts.address.host] : []),
         ...(config.executor === 'cuda' ? ['--executor', 'cuda'] : []),
         ...(shares ? ['--cores', (shares[index] ?? []).join(',')] : []),
@@ -353,14 +362,6 @@ async function startLocal(options: LocalOptions): Promise<{ broker: Broker; work
 
 /** Cores that this process may run on. */
 const availableCores = (): number[] => Array.from({ length: availableParallelism() }, (_, core) => core);
-
-/** Equal shares of the cores, contiguous; null when there are more workers than cores (then nobody is pinned). */
-function coreShares(cores: readonly number[], workers: number): number[][] | null {
-  if (workers > cores.length) return null;
-  return Array.from({ length: workers }, (_, index) =>
-    cores.slice(Math.floor((index * cores.length) / workers), Math.floor(((index + 1) * cores.length) / workers)),
-  );
-}
 
 /** A model's own name as the API can carry it. */
 function servedName(name: string): string {

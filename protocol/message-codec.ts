@@ -148,7 +148,7 @@ const slot = integer(0, stepLimits.sequencesMax - 1);
 const stage = integer(0, meshLimits.stagesMax - 1);
 const rank = integer(0, meshLimits.ranksMax - 1);
 const process = integer(1, 0x7fff_ffff);
-const linkDriver = oneOf('shm', 'peer', 'tcp', 'grpc', 'nats');
+const linkDriver = oneOf('shm', 'peer', 'card', 'tcp', 'grpc', 'nats');
 const linkKey = pattern(/^[0-9a-f]{64}$/, 'a key of 32 bytes in hexadecimal');
 const type = <T extends string>(value: T): Check<T> => oneOf(value);
 

@@ -5,8 +5,11 @@ export interface Range {
   to: number;
 }
 
-/** `peer`: reductions by the cards of a stage, which read each other's memory, the rest as with `shm`; chosen by `auto` only. */
-export type LinkDriver = 'shm' | 'peer' | 'tcp' | 'grpc' | 'nats';
+/**
+ * `peer`: reductions by the cards of a stage, which read each other's memory; `card`: the ranks of a stage are workers of one process and do each step together on its card;
+ * the rest as with `shm`. Both are chosen by `auto` only.
+ */
+export type LinkDriver = 'shm' | 'peer' | 'card' | 'tcp' | 'grpc' | 'nats';
 
 /** How reductions and hidden states travel: as they are, rounded to bf16, or 34 bytes for 32 values. With less than f32 bits depend on the split. */
 export type WireType = 'f32' | 'bf16' | 'q8';
@@ -32,7 +35,7 @@ export interface Placement {
   model: string;
   stages: StagePlacement[];
   /** Link driver forced by the operator, else picked for each pair when the mesh is connected. */
-  link: Exclude<LinkDriver, 'peer'> | 'auto';
+  link: Exclude<LinkDriver, 'peer' | 'card'> | 'auto';
   /** Of every link, whatever driver carries it. */
   wire: WireType;
 }

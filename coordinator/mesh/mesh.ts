@@ -653,15 +653,29 @@ export class Mesh {
     return stage !== undefined && stage === other ? this.#sumsPlace(stage, ready) : null;
   }
 
+  /** Whether both are ranks of a stage whose ranks are all workers of one process: they do each step together on its card. A try that fails is followed by one through shared memory. */
+  #shareCard(a: string, b: string, ready: Map<string, ShardReady>): boolean {
+    if (this.#options.link !== 'auto' || this.#options.wire !== 'f32' || this.#connectFailures > 0) return false;
+    const [stage, other] = [a, b].map((worker) => this.#options.seats[this.#seated.indexOf(worker)]?.stage);
+    if (stage === undefined || stage !== other) return false;
+    const pid = this.#members.get(a)?.facts.pid;
+    return this.#options.seats.every((seat, index) => {
+      const worker = this.#seated[index] ?? '';
+      const facts = this.#members.get(worker)?.facts;
+      return seat.stage !== stage || (facts?.device != null && facts.pid === pid && this.#shareMemory(a, worker, ready));
+    });
+  }
+
   /** Both listen for it; when connecting failed again and again, something between them lets it not through. */
   #speakTcp(a: string, b: string): boolean {
     if (this.#connectFailures >= 2 * connectFailuresMax) return false;
     return [a, b].every((worker) => Boolean(this.#members.get(worker)?.facts.tcpAddress));
   }
 
-  /** The forced driver, else memory of cards, else shared memory, else tcp, else the faster of those that answered. */
+  /** The forced driver, else one card, else memory of cards, else shared memory, else tcp, else the faster of those that answered. */
   #driver(a: string, b: string, ready: Map<string, ShardReady>): LinkDriver {
     if (this.#options.link !== 'auto') return this.#options.link;
+    if (this.#shareCard(a, b, ready)) return 'card';
     if (this.#sumsPlaceOf(a, b, ready)) return 'peer';
     if (this.#shareMemory(a, b, ready)) return 'shm';
     if (this.#speakTcp(a, b)) return 'tcp';

@@ -11,8 +11,9 @@ import { exitReason } from './worker-exit.ts';
 export interface WorkerProcessesOptions {
   /** Compiled main module of the worker. */
   module: string;
-  workers: { worker: string; args: string[] }[];
-  /** A process is gone: how, in one line. Called before it is started again. */
+  /** A process is one worker, or several that share a card. */
+  processes: { workers: string[]; args: string[] }[];
+  /** A worker's process is gone: how, in one line. Called before it is started again. */
   onExit(worker: string, cause: string): void;
   event(name: string, fields: Record<string, unknown>): void;
   backoffBaseMs?: number;
@@ -23,7 +24,7 @@ export interface WorkerProcessesOptions {
 export const stopMessage = 'stop';
 
 interface Slot {
-  worker: string;
+  workers: string[];
   args: string[];
   child: ChildProcess | null;
   failures: number;
@@ -38,8 +39,8 @@ export class WorkerProcesses {
 
   constructor(options: WorkerProcessesOptions) {
     this.#options = options;
-    this.#slots = options.workers.map(({ worker, args }) => ({
-      worker,
+    this.#slots = options.processes.map(({ workers, args }) => ({
+      workers,
       args,
       child: null,
       failures: 0,
@@ -54,7 +55,9 @@ export class WorkerProcesses {
 
   /** Process ids by worker, for `doctor`, tests and logs. */
   pids(): Map<string, number> {
-    return new Map(this.#slots.flatMap((slot) => (slot.child?.pid ? [[slot.worker, slot.child.pid] as const] : [])));
+    return new Map(
+      this.#slots.flatMap(({ workers, child }) => (child?.pid ? workers.map((worker) => [worker, child.pid!] as const) : [])),
+    );
   }
 
   /** Asks all workers to end, kills what is left after `graceMs`. */
@@ -86,17 +89,20 @@ export class WorkerProcesses {
       detached: true,
     });
     slot.child = child;
-    this.#options.event('worker_started', { worker: slot.worker, pid: child.pid });
-    child.once('error', (error) => this.#options.event('worker_start_failed', { worker: slot.worker, message: error.message }));
+    const forEach = (use: (worker: string) => void): void => slot.workers.forEach(use);
+    forEach((worker) => this.#options.event('worker_started', { worker, pid: child.pid }));
+    child.once('error', ({ message }) => forEach((worker) => this.#options.event('worker_start_failed', { worker, message })));
     child.once('exit', (code, signal) => {
       slot.child = null;
       if (this.#stopping) return;
       const livedMs = performance.now() - slot.startedAt;
       slot.failures = livedMs > 10_000 ? 0 : slot.failures + 1;
-      const cause = `process ${child.pid} of worker ${slot.worker} ended with ${signal ? `signal ${signal}` : `exit code ${code}${exitReason(code)}`} after ${(livedMs / 1000).toFixed(1)} s`;
+      const cause = `process ${child.pid} of worker ${slot.workers.join(', ')} ended with ${signal ? `signal ${signal}` : `exit code ${code}${exitReason(code)}`} after ${(livedMs / 1000).toFixed(1)} s`;
       const delay = Math.min(this.#options.backoffMaxMs ?? 10_000, (this.#options.backoffBaseMs ?? 100) * 2 ** slot.failures);
-      this.#options.onExit(slot.worker, cause);
-      this.#options.event('worker_restarting', { worker: slot.worker, cause, delayMs: delay });
+      forEach((worker) => {
+        this.#options.onExit(worker, cause);
+        this.#options.event('worker_restarting', { worker, cause, delayMs: delay });
+      });
       slot.timer = setTimeout(() => this.#spawn(slot), delay);
     });
   }

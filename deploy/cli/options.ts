@@ -119,6 +119,16 @@ const options = {
     new Option('--mesh <folder>', 'folder that remembers the mesh of serve --advertise (default: ~/.config/shardmesh/mesh)'),
   localWorkers: () =>
     new Option('--local-workers <n>', 'workers started here (default: one for each rank)').argParser(integer(0, 256)),
+  oneProcess: () =>
+    new Option(
+      '--one-process',
+      'with --executor cuda: workers started here are one process, where the ranks of a stage share the card and each of their steps is one graph',
+    ),
+  also: () =>
+    new Option(
+      '--also <file>',
+      'with --executor cuda: credentials of one more worker that this process is, a rank on the same card; may be given again',
+    ).argParser((file: string, before: string[] = []) => [...before, file]),
   enroll: () =>
     new Option('--enroll <token>', 'join the mesh of this one-time token, made by `shardmesh enroll`; - reads it from stdin'),
   nats: () => new Option('--nats <url>', 'a running NATS server (default: a private one)'),
@@ -208,6 +218,8 @@ export interface OptionValues {
   advertise?: Advertised;
   mesh?: string;
   localWorkers?: number;
+  oneProcess?: boolean;
+  also?: string[];
   enroll?: string;
   nats?: string;
   credentials?: string;

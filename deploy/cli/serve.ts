@@ -37,6 +37,7 @@ export const serveOptions: OptionName[] = [
   'advertise',
   'mesh',
   'localWorkers',
+  'oneProcess',
   'cores',
   'stepTokensMax',
   'prefillChunkMax',
@@ -67,6 +68,7 @@ Examples:
   shardmesh serve                                     the default model on one local worker
   shardmesh serve --tp 2 --pp 2                       four local workers
   shardmesh serve --tp 3:2:1 --model model.gguf       three unequal shards
+  shardmesh serve --tp 2 --executor cuda --one-process    two ranks on this host's one card
   shardmesh serve --advertise 192.0.2.1 --local-workers 1 --pp 2      one worker here, one on another host (see shardmesh enroll)
   shardmesh serve --nats nats://127.0.0.1:4222 --credentials coordinator.json --tp 2
 `,
@@ -117,6 +119,11 @@ export async function coordinatorConfig(values: OptionValues): Promise<Coordinat
       'config_invalid',
       `--local-workers ${values.localWorkers}: --tp and --pp need ${seats}; workers of other hosts join with --advertise ADDRESS only`,
     );
+  if (values.oneProcess && (values.executor !== 'cuda' || values.credentials !== undefined))
+    throw new ShardmeshError(
+      'config_invalid',
+      '--one-process is for workers that serve starts on a card: it needs --executor cuda, and no --credentials',
+    );
   const broker =
     values.credentials === undefined
       ? null
@@ -144,6 +151,7 @@ export async function coordinatorConfig(values: OptionValues): Promise<Coordinat
         }
       : null,
     localWorkers: values.localWorkers ?? null,
+    oneProcess: values.oneProcess ?? false,
     cores: values.cores ?? null,
     stepTokensMax: values.stepTokensMax,
     prefillChunkMax: Math.min(values.prefillChunkMax ?? values.stepTokensMax, values.stepTokensMax),

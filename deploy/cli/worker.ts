@@ -1,8 +1,9 @@
-/** `shardmesh worker`: one shard worker, until it is told to stop. */
+/** `shardmesh worker`: one shard worker, or several that share a card, until it is told to stop. */
 import { Command } from 'commander';
 import { existsSync, mkdirSync, readFileSync } from 'node:fs';
 import { availableParallelism, cpus, totalmem } from 'node:os';
 import { dirname } from 'node:path';
+import { coreShares } from '../../coordinator/mesh/core-shares.ts';
 import { workerExit } from '../../coordinator/mesh/worker-exit.ts';
 import { stopMessage } from '../../coordinator/mesh/worker-processes.ts';
 import { createLog } from '../../coordinator/observe/log.ts';
@@ -23,14 +24,14 @@ import { addOptions, type Advertised, type OptionValues } from './options.ts';
 
 type WorkerValues = Pick<
   OptionValues,
-  'enroll' | 'advertise' | 'nats' | 'credentials' | 'executor' | 'cores' | 'localModel' | 'logLevel'
+  'enroll' | 'also' | 'advertise' | 'nats' | 'credentials' | 'executor' | 'cores' | 'localModel' | 'logLevel'
 >;
 
 export function workerCommand(): Command {
   const command = new Command('worker').description(
     'Runs one shard worker. It joins the mesh of its credentials and does what the coordinator assigns.',
   );
-  addOptions(command, ['enroll', 'advertise', 'nats', 'credentials', 'executor', 'cores', 'noLocalModel', 'logLevel']);
+  addOptions(command, ['enroll', 'advertise', 'nats', 'credentials', 'also', 'executor', 'cores', 'noLocalModel', 'logLevel']);
   return command
     .addHelpText(
       'after',
@@ -40,6 +41,7 @@ Examples:
   shardmesh worker                                                    every later start there
   shardmesh worker --credentials mesh/worker-1.json --cores 0-3       on the coordinator's host, with credentials of shardmesh keys
   shardmesh worker --executor cuda                                    computes on this host's NVIDIA card (README: which models, and what was tried)
+  shardmesh worker --executor cuda --credentials 1.json --also 2.json   two ranks in one process, which share the card
 `,
     )
     .action(async (values: WorkerValues) => runWorker(values));
@@ -47,6 +49,7 @@ Examples:
 
 async function runWorker({
   enroll: token,
+  also = [],
   advertise,
   nats,
   credentials: named,
@@ -62,87 +65,111 @@ async function runWorker({
       'config_invalid',
       "shardmesh worker needs --enroll TOKEN (printed by `shardmesh enroll` on the coordinator's host) or --credentials FILE (made by `shardmesh keys`)",
     );
-  const credentials = { ...readCredentials(file), ...(nats ? { url: nats } : {}) };
-  if (credentials.role !== 'worker' || credentials.worker === null)
-    throw new ShardmeshError('config_invalid', `${file} holds the credentials of a ${credentials.role}, not of a worker`);
-  const { tls } = credentials;
-  if (tls && daysLeft(tls.certificate, Date.now()) < 0)
-    throw new ShardmeshError('config_invalid', `the certificate in ${file} has expired (or the clock here is wrong); ${renewal}`);
-  const log = createLog({ level: logLevel, name: `worker ${credentials.worker.slice(0, 6)}` });
-  const warnOfExpiry = (): void => {
-    const days = tls ? daysLeft(tls.certificate, Date.now()) : expiryWarningDays;
-    if (days < expiryWarningDays) log.warn({ file, days, remedy: renewal }, 'certificate_expires');
-  };
-  warnOfExpiry();
-  setInterval(warnOfExpiry, expiryEveryMs).unref();
-  const listener = { ...(await ownAddress(credentials.url, advertise)), tls };
+  if (also.length > 0 && executor !== 'cuda')
+    throw new ShardmeshError('config_invalid', '--also is for workers that share a card and needs --executor cuda');
+  const all = [file, ...also].map((one) => workerCredentials(one, nats));
+  if (new Set(all.map(({ worker }) => worker)).size < all.length)
+    throw new ShardmeshError('config_invalid', '--also names the credentials of a worker that this process is already');
   const addon = loadAddon();
   const features = addon.cpuFeatures();
   const cuda = executor === 'cuda' ? addon.cudaFacts() : null;
   if (cuda?.absent) throw new ShardmeshError('card_absent', `--executor cuda: ${cuda.absent}`);
 
-  const [transport, frameTransport] = await Promise.all([
-    connectNats({ credentials, name: `worker-${credentials.worker}`, patienceMs: 30_000 }),
-    connectNats({ credentials, name: `worker-${credentials.worker}-frames`, patienceMs: 30_000 }),
-  ]);
   let stopping = false;
+  const workers: ShardWorker[] = [];
   const stop = async (code: number): Promise<void> => {
     if (stopping) return;
     stopping = true;
     const forced = setTimeout(() => process.exit(code), 2_500);
     forced.unref();
-    await worker.close().catch(() => undefined);
+    await Promise.all(workers.map((worker) => worker.close().catch(() => undefined)));
     process.exit(code);
   };
-  const worker = await ShardWorker.start({
-    credentials,
-    addon,
-    transport,
-    frameTransport,
-    cores: cores ?? [],
-    threads: cores?.length ?? availableParallelism(),
-    cudaTuning: cuda ? readTuning(defaultCacheDirectory()) : null,
-    listener,
-    facts: {
-      hostId: hostId(),
-      pid: process.pid,
-      cpuModel: features.model || (cpus()[0]?.model ?? 'unknown'),
-      isa: features.isas[0] ?? 'portable',
-      cores: cores?.length ?? availableParallelism(),
-      memoryBytes: totalmem(),
-      executor,
-      device: cuda?.card ?? null,
-      arithmetic: addon.buildInfo().arithmetic,
-      weightBytesPerSecond: 0,
-    },
-    openSlice: (assign, facts, program, onProgress, signal) =>
-      openSlice({
-        facts,
-        program,
-        sliceSha256: assign.sliceSha256,
-        modelPath: localModel ? assign.modelPath : '',
-        cacheDirectory: defaultCacheDirectory(),
-        fetch: {
-          server: assign.weightsAddress,
-          secret: credentials.secret,
-          tls: tls && { identity: tls, serverName: coordinatorName(credentials.mesh) },
-          caller: credentials.worker ?? '',
-        },
-        onProgress,
-        signal,
-      }),
-    onFatal: (error) => {
-      log.error({ message: error.message }, 'fatal');
-      void stop(error instanceof ShardmeshError && error.code === 'card_lost' ? workerExit.cardLost : 1);
-    },
-    log: (level, name, fields) => log[level](fields, name),
-    logSteps: log.isLevelEnabled('debug'),
-  });
+  const available = cores ?? Array.from({ length: availableParallelism() }, (_, core) => core);
+  const shares = all.length > 1 ? coreShares(available, all.length) : null;
+  const start = async ({ credentials, worker: id, log }: (typeof all)[number], index: number): Promise<void> => {
+    const { tls } = credentials;
+    const own = shares?.[index] ?? (all.length > 1 ? [] : (cores ?? []));
+    const threads = own.length || Math.max(1, Math.floor(available.length / all.length));
+    const address = await ownAddress(credentials.url, advertise);
+    // Each listens for gRPC at its port and for tcp links at the next.
+    const listener = { ...address, port: address.port && address.port + 2 * index, tls };
+    const [transport, frameTransport] = await Promise.all([
+      connectNats({ credentials, name: `worker-${id}`, patienceMs: 30_000 }),
+      connectNats({ credentials, name: `worker-${id}-frames`, patienceMs: 30_000 }),
+    ]);
+    const worker = await ShardWorker.start({
+      credentials,
+      addon,
+      transport,
+      frameTransport,
+      cores: own,
+      threads,
+      cudaTuning: cuda ? readTuning(defaultCacheDirectory()) : null,
+      listener,
+      facts: {
+        hostId: hostId(),
+        pid: process.pid,
+        cpuModel: features.model || (cpus()[0]?.model ?? 'unknown'),
+        isa: features.isas[0] ?? 'portable',
+        cores: threads,
+        memoryBytes: totalmem(),
+        executor,
+        device: cuda?.card ?? null,
+        arithmetic: addon.buildInfo().arithmetic,
+        weightBytesPerSecond: 0,
+      },
+      openSlice: (assign, facts, program, onProgress, signal) =>
+        openSlice({
+          facts,
+          program,
+          sliceSha256: assign.sliceSha256,
+          modelPath: localModel ? assign.modelPath : '',
+          cacheDirectory: defaultCacheDirectory(),
+          fetch: {
+            server: assign.weightsAddress,
+            secret: credentials.secret,
+            tls: tls && { identity: tls, serverName: coordinatorName(credentials.mesh) },
+            caller: id,
+          },
+          onProgress,
+          signal,
+        }),
+      onFatal: (error) => {
+        log.error({ message: error.message }, 'fatal');
+        void stop(error instanceof ShardmeshError && error.code === 'card_lost' ? workerExit.cardLost : 1);
+      },
+      log: (level, name, fields) => log[level](fields, name),
+      logSteps: log.isLevelEnabled('debug'),
+    });
+    workers.push(worker);
+  };
   // Started by `serve`: it decides when this ends, and when that process is gone, however it went, so is this one.
   process.on('message', (message) => void (message === stopMessage && stop(0)));
   process.once('disconnect', () => process.exit(workerExit.lostParent));
   for (const signal of ['SIGTERM', 'SIGINT'] as const) process.on(signal, () => void (process.channel ? undefined : stop(0)));
+  await Promise.all(all.map(start));
   await new Promise(() => undefined);
+
+  function workerCredentials(path: string, url: string | undefined) {
+    const credentials = { ...readCredentials(path), ...(url ? { url } : {}) };
+    const { role, worker, tls } = credentials;
+    if (role !== 'worker' || worker === null)
+      throw new ShardmeshError('config_invalid', `${path} holds the credentials of a ${role}, not of a worker`);
+    if (tls && daysLeft(tls.certificate, Date.now()) < 0)
+      throw new ShardmeshError(
+        'config_invalid',
+        `the certificate in ${path} has expired (or the clock here is wrong); ${renewal}`,
+      );
+    const log = createLog({ level: logLevel, name: `worker ${worker.slice(0, 6)}` });
+    const warnOfExpiry = (): void => {
+      const days = tls ? daysLeft(tls.certificate, Date.now()) : expiryWarningDays;
+      if (days < expiryWarningDays) log.warn({ file: path, days, remedy: renewal }, 'certificate_expires');
+    };
+    warnOfExpiry();
+    setInterval(warnOfExpiry, expiryEveryMs).unref();
+    return { credentials, worker, log };
+  }
 }
 
 const renewal =

@@ -32,7 +32,7 @@ export interface FrameLinkCounters {
 export type FrameListener = (source: WorkerId, frame: Frame) => void;
 
 export interface FrameLink {
-  readonly driver: Exclude<LinkDriver, 'shm' | 'peer' | 'tcp'>;
+  readonly driver: Exclude<LinkDriver, 'shm' | 'peer' | 'card' | 'tcp'>;
   readonly counters: Readonly<FrameLinkCounters>;
   /** Frames go to and come from these workers only, from now on. Connections to the others are closed and what waits for them is forgotten. */
   setPeers(peers: readonly LinkPeer[]): void;

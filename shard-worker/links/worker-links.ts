@@ -128,7 +128,7 @@ export class WorkerLinks {
     for (const { stage, rank, worker, grpcAddress, tcpAddress, segment, driver, memory } of connect.peers) {
       const peer = { stage, rank };
       if (!framesTravel(self, peer, ranksPerStage)) continue;
-      if (driver === 'shm' || driver === 'peer') {
+      if (driver === 'shm' || driver === 'peer' || driver === 'card') {
         if (!segment)
           throw new ShardmeshError('invalid_message', `worker ${worker} is to be reached by shared memory but gave no segment`);
         if (driver === 'peer' && !memory)
@@ -137,6 +137,7 @@ export class WorkerLinks {
             `the sums of worker ${worker} are to be read where it wrote them, but it gave no memory`,
           );
         if (driver === 'peer' && memory) native.push({ peer, driver, ...segment, memory, epoch: connect.epoch });
+        else if (driver === 'card') native.push({ peer, driver, ...segment, epoch: connect.epoch });
         else native.push({ peer, driver: 'shm', ...segment });
         continue;
       }

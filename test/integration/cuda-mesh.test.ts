@@ -2,11 +2,12 @@
  * A mesh of one processor and one "card": the real processes, broker and model over HTTP; the second worker is an unchanged process whose addon runs the CUDA executor
  * on the emulated machine (test/kernels/simt). Its answers must be those of a mesh of processors, number for number.
  */
-import { existsSync, readFileSync } from 'node:fs';
+import { createHash } from 'node:crypto';
+import { existsSync, mkdirSync, readFileSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { buildKernelTarget } from '../kernels/build-target.ts';
-import { bf16Shape } from '../kernels/small-model.ts';
+import { bf16Shape, kQuantShape } from '../kernels/small-model.ts';
 import { writeSmallModel } from '../kernels/small-model-file.ts';
 import { emulatedCli } from '../matrix/emulated-cli.ts';
 import { freePorts, runCommand, shardmesh, type Running } from './helpers/command.ts';
@@ -133,6 +134,47 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('a mesh 
         await cuda.stop();
       }
     });
+  });
+
+  it('cuda mesh - two ranks of one process share its card, with the digest of one processor; when the process is killed, both come back', async () => {
+    const folder = join(marked.folder, 'small');
+    mkdirSync(folder);
+    const model = writeSmallModel(folder, kQuantShape);
+    const args = ['--model', model, '--kv-cache-bytes', '8m', '--log-level', 'info'];
+    const digest = async (mesh: Served): Promise<string> => {
+      const hash = createHash('sha256');
+      for (const body of [
+        { prompt: 'ab c'.repeat(9), max_tokens: 8, temperature: 0, logprobs: 3, echo: true },
+        { prompt: 'ab c', max_tokens: 12, temperature: 1, seed: 11 },
+      ])
+        hash.update(JSON.stringify((await complete(mesh, body)).choices));
+      return hash.digest('hex');
+    };
+    const one = await startServe(args, { env: marked.env });
+    const want = await digest(one).finally(() => one.stop());
+    const card = await startServe([...args, '--executor', 'cuda', '--tp', '2', '--one-process'], { env: marked.env, main });
+    try {
+      expect(await digest(card)).toBe(want);
+      const pids = card.events('worker_started').map(({ pid }) => Number(pid));
+      expect(pids).toHaveLength(2);
+      expect(new Set(pids).size).toBe(1);
+      signal(pids[0]!, 'SIGKILL');
+      const before = card.events('epoch_serving').length;
+      await waitFor(
+        'another epoch',
+        30_000,
+        () => card.events('epoch_serving').length > before,
+        () => card.log(),
+      );
+      expect(await digest(card)).toBe(want);
+      expect(card.events('worker_restarting')).toHaveLength(2);
+      expect(card.events('link_chosen').map(({ driver, memory }) => [driver, memory])).toEqual([
+        ['card', null],
+        ['card', null],
+      ]);
+    } finally {
+      await card.stop();
+    }
   });
 
   describe('BF16 weights', () => {

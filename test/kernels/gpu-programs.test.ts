@@ -37,6 +37,7 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('exporte
       `ok ${name} - the reference gives many different results`,
       `ok ${name} - 1 rank, CUDA, chunks of 40: the reference's bits`,
       `ok ${name} - 2 ranks, CUDA, chunks of 70: the reference's bits`,
+      `ok ${name} - 2 ranks, CUDA in one graph, chunks of 70: the reference's bits`,
       `ok ${name} - 2 ranks in 2 processes: one is killed in a step, the other names it, and the next epoch has the reference's bits`,
     ]);
   });
@@ -47,6 +48,7 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('exporte
       `ok ${name} - the reference gives many different results`,
       `ok ${name} - 1 rank, CUDA, chunks of 40: the reference's bits`,
       `ok ${name} - 3 uneven ranks, CUDA, chunks of 70: the reference's bits`,
+      `ok ${name} - 3 uneven ranks, CUDA in one graph, chunks of 70: the reference's bits`,
     ]);
   });
 

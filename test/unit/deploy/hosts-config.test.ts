@@ -11,6 +11,7 @@ describe('serve beyond loopback', () => {
   test.each([
     ['--host 0.0.0.0', /--host 0\.0\.0\.0 is beyond loopback, which needs API keys/],
     ['--tp 2 --local-workers 1', /--local-workers 1: --tp and --pp need 2/],
+    ['--tp 2 --one-process', /--one-process is for workers that serve starts on a card: it needs --executor cuda/],
     ['--mesh folder', /--mesh is for workers of other hosts and needs --advertise/],
     ['--advertise 192.0.2.1 --credentials c.json', /--credentials is for a NATS server that runs already/],
   ])('serve - refuses %s', async (line, message) => {

@@ -18,6 +18,15 @@ const facts = (changes: Partial<WorkerFacts> = {}): WorkerFacts => ({
   weightBytesPerSecond: 1e9,
   ...changes,
 });
+const deviceOf = (sm: number): NonNullable<WorkerFacts['device']> => ({
+  name: 'card',
+  sm,
+  memoryBytes: 1e9,
+  multiprocessors: 2,
+  bandwidthBytes: 0,
+  powerWatts: 0,
+  driver: '',
+});
 const join = (worker: string, changes: Partial<Join> = {}): Join => ({
   type: 'join',
   worker,
@@ -187,13 +196,17 @@ describe('mesh', () => {
     /** Two ranks in stage 0 and one in stage 1, of which `memories` are given; what each was told of each. */
     const chosen = (
       memories: (PeerMemory | null)[],
-      options: { failures?: number; wire?: 'f32' | 'q8'; hosts?: string[] } = {},
+      options: { failures?: number; wire?: 'f32' | 'q8'; hosts?: string[]; facts?: Partial<WorkerFacts>[] } = {},
     ) => {
       const seats = [0, 1].map((rank) => ({ stage: 0, rank }));
       const { mesh, sent } = makeMesh([...seats, { stage: 1, rank: 0 }], options.wire);
       const workers = ['a', 'b', 'c'];
       for (const [index, worker] of workers.entries())
-        mesh.receive(worker, join(worker, { facts: facts({ hostId: options.hosts?.[index] ?? 'host-1' }) }), 0);
+        mesh.receive(
+          worker,
+          join(worker, { facts: facts({ hostId: options.hosts?.[index] ?? 'host-1', ...options.facts?.[index] }) }),
+          0,
+        );
       const failures = options.failures ?? 0;
       for (let epoch = 1; epoch <= failures + 1; epoch++) {
         sent.length = 0;
@@ -235,6 +248,20 @@ describe('mesh', () => {
       expect(chosen([memory(1), memory(2), null], { hosts: ['x', 'y', 'x'] }).filter((line) => line.includes('peer'))).toEqual(
         [],
       );
+    });
+
+    it('mesh - ranks of a stage that are workers of one process share its card; where one is not, or connecting has failed, they do not', () => {
+      const on = (pid: number) => ({ pid, device: deviceOf(90) });
+      const one = [on(5), on(5), on(5)];
+      const memories = [memory(1), memory(1), memory(1)];
+      const together = ['a b card ', 'a c shm ', 'b a card ', 'b c shm ', 'c a shm ', 'c b shm '];
+      expect(chosen(memories, { facts: one })).toEqual(together);
+      expect(chosen([null, null, null], { facts: one })).toEqual(together);
+      expect(chosen(memories, { facts: one, failures: 1 })).toEqual(without);
+      expect(chosen(memories, { facts: one, wire: 'q8' })).toEqual(without);
+      expect(chosen(memories, { facts: [on(5), on(6), on(5)] })).toEqual(without);
+      expect(chosen(memories, { facts: [on(5), { pid: 5 }, on(5)] })).toEqual(without);
+      expect(chosen(memories, { facts: one, hosts: ['x', 'y', 'x'] }).filter((line) => line.includes('card'))).toEqual([]);
     });
   });
 
@@ -336,11 +363,7 @@ describe('mesh', () => {
   });
 
   it('mesh - with bits per kind a worker of another kind is refused by name, with exact and free bits none is', () => {
-    const card = (sm: number) =>
-      facts({
-        executor: 'cuda',
-        device: { name: 'card', sm, memoryBytes: 1e9, multiprocessors: 2, bandwidthBytes: 0, powerWatts: 0, driver: '' },
-      });
+    const card = (sm: number) => facts({ executor: 'cuda', device: deviceOf(sm) });
     const seats = [0, 1, 2, 3].map((rank) => ({ stage: 0, rank }));
     for (const bits of ['exact', 'per-kind', 'free'] as const) {
       const { mesh } = makeMesh(seats, 'f32', bits);

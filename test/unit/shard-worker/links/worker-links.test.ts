@@ -156,6 +156,8 @@ describe('worker links', () => {
     expect(await enter(a, { ...reading, peers: reading.peers.map((peer) => ({ ...peer, memory })) })).toEqual([
       { peer: b.address, driver: 'peer', pid: 1, fd: 9, bytes: 4096, memory, epoch: 6 },
     ]);
+    const together = connectMessage(ranks, 7, () => 'card');
+    expect(await enter(a, together)).toEqual([{ peer: b.address, driver: 'card', pid: 1, fd: 9, bytes: 4096, epoch: 7 }]);
     await expect(
       enter(
         a,
