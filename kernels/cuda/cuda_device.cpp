@@ -176,6 +176,9 @@ void CudaDevice::check_alike(const Ranks& ranks) {
   }
 }
 
+// Where own sums lie for a reduction of the step, by turns in two blocks: one is written again behind the next reduction, which comes after all ranks have read it.
+float* CudaDevice::sums_of(uint64_t reduction) const { return peers_->block_of(reduction % 2); }
+
 std::string CudaDevice::fault_of(const Ranks& ranks) {
   const auto found = std::find_if(ranks.begin(), ranks.end(), [](const CudaDevice* rank) { return rank->broken(); });
   return found == ranks.end() ? "" : (*found)->problem_.fault;

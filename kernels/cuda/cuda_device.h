@@ -200,7 +200,8 @@ class CudaDevice final : public Device {
   void report();
   void give_up();
   void allocate_kv();
-  float* sums() const { return group_ ? peers_->block_of(reductions_) : peers_ ? peers_->block() : sums_.as<float>(); }
+  float* sums() const { return group_ ? sums_of(reductions_) : peers_ ? peers_->block() : sums_.as<float>(); }
+  float* sums_of(uint64_t reduction) const;
   // Whether kernels wait for those of other cards.
   bool spins_with_peers() const { return reduces_with_peers_ && !group_; }
   void reduce_with_peers(int index, const NormAfter* norm = nullptr);

@@ -207,7 +207,7 @@ void CudaDevice::reduce_with_ranks(int index, const NormAfter* norm) {
   const float* nodes[kSegmentsMax];
   int64_t strides[kSegmentsMax];
   for (int r = 0; r < program().ranks; r++) {
-    const float* from = group_->ranks()[static_cast<size_t>(r)]->peers_->block_of(reductions_);
+    const float* from = group_->ranks()[static_cast<size_t>(r)]->sums_of(reductions_);
     for (const Subtree& s : shard_.subtrees(index)[static_cast<size_t>(r)]) {
       lo[count] = s.first;
       hi[count] = s.first + s.count;

@@ -66,6 +66,7 @@ describe.skipIf(absent !== null)(`meshes on a card${absent === null ? '' : ` (sk
   it.for([
     ['one worker', ['--tp', '1']],
     ['two ranks', ['--tp', '2']],
+    ['two ranks in one process', ['--tp', '2', '--one-process']],
     ['two stages', ['--pp', '2']],
   ] as const)('card mesh - %s on the card answers as a mesh of processors, digest for digest', async ([, cut]) => {
     expect(await digestOf([...cut, '--executor', 'cuda'], true)).toBe(want);

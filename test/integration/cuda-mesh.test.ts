@@ -234,6 +234,19 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('a mesh 
     expect(refused.output().trim()).toBe('shardmesh: --executor cuda: no NVIDIA driver here');
   });
 
+  it('cuda mesh - a worker that is to be two without a card, or one twice, ends with one line', async () => {
+    const file = join(workerEnv['XDG_CONFIG_HOME']!, 'shardmesh', 'worker.json');
+    const refusal = async (...args: string[]): Promise<string> => {
+      const refused = runCommand(process.execPath, [main, 'worker', '--also', file, ...args], workerEnv);
+      expect(await refused.ended).toBe(2);
+      return refused.output().trim();
+    };
+    expect(await refusal()).toBe('shardmesh: --also is for workers that share a card and needs --executor cuda');
+    expect(await refusal('--executor', 'cuda')).toBe(
+      'shardmesh: --also names the credentials of a worker that this process is already',
+    );
+  });
+
   it('cuda mesh - a card that answers no more ends its worker with a code of its own, and the coordinator says why in one line', async () => {
     const env = { ...marked.env, SHARDMESH_EMULATED_CARD_FAULT_AFTER: '4' };
     const cuda = await startServe(['--executor', 'cuda', ...small.slice(2)], { env, main });
