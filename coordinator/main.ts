@@ -332,21 +332,15 @@ async function startLocal(options: LocalOptions): Promise<{ broker: Broker; work
     onEvent: ({ type, ...fields }) => event(`broker_${type}`, fields),
   });
   cleanup.add(() => broker.stop());
-  const together = config.oneProcess ? [ids] : ids.map((worker) => [worker]);
-  const shares = coreShares(cores, together.length);
+  const processes = config.oneProcess && workerCount > 0 ? [ids] : ids.map((worker) => [worker]);
+  const shares = coreShares(cores, processes.length);
   const workers = new WorkerProcesses({
     module: config.workerModule,
-    processes: together.map((own, index) => ({
+    processes: processes.map((own, index) => ({
       workers: own,
       args: [
-        ...[
-          'worker',
-          '--credentials',
-          ...own.slice(0, 1).map((worker) => broker.credentialsFile(worker)),
-          '--log-level',
-          config.logLevel,
-        ],
-        ...own.slice(1).flatMap((worker) => ['--also', broker.credentialsFile(worker)]),
+        ...['worker', '--log-level', config.logLevel],
+        ...own.flatMap((worker, i) => [i === 0 ? '--credentials' : '--also', broker.credentialsFile(worker)]),
         ...(config.hosts ? ['--advertise', config.hosts.address.host] : []),
         ...(config.executor === 'cuda' ? ['--executor', 'cuda'] : []),
         ...(shares ? ['--cores', (shares[index] ?? []).join(',')] : []),

@@ -131,10 +131,10 @@ void CudaDevice::join_card(const std::string& name) {
   if (!peers_) refuse("it has no memory for sums that other ranks read");
   peers_->disconnect();
   graphs_.clear();
-  reduces_with_peers_ = true;
-  group_ = CardGroup::named(name, program().ranks);
-  to_ = stream_ = group_->stream();
   try {
+    group_ = CardGroup::named(name, program().ranks);
+    reduces_with_peers_ = true;
+    to_ = stream_ = group_->stream();
     group_->join(program().rank, this, [](const Ranks& ranks) -> std::string {
       try {
         check_alike(ranks);
@@ -169,7 +169,7 @@ void CudaDevice::check_alike(const Ranks& ranks) {
   const CudaDevice& first = *ranks.front();
   for (const CudaDevice* rank : ranks) {
     if (rank->shard_.config().step_tokens_max != first.shard_.config().step_tokens_max) refuse_rank(*rank, "another stepTokensMax");
-    const std::vector<Action>&all = first.shard_.actions(), &own = rank->shard_.actions();
+    const std::vector<Action> &all = first.shard_.actions(), &own = rank->shard_.actions();
     // Rank 0 samples, behind all that is done together.
     if (!std::equal(own.begin(), own.begin() + static_cast<std::ptrdiff_t>(std::min(own.size(), all.size())), all.begin(), [](const Action& a, const Action& b) { return a.kind == b.kind; }))
       refuse_rank(*rank, "other operations");
