@@ -6,10 +6,11 @@ import { describe, expect, it } from 'vitest';
 import { loadAddonFrom } from '../../kernels/index.ts';
 import { buildKernelTarget } from './build-target.ts';
 import { describeCudaCardPrograms } from './cuda-card-programs.ts';
-import { randomTokens, TinyMesh, twoRankCut, type TinyMeshOptions } from './tiny-model.ts';
+import { randomTokens, TinyMesh, tinyWeights, twoRankCut, type TinyMeshOptions } from './tiny-model.ts';
 
 describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('cuda ranks on one emulated card, whole programs', () => {
   const load = async (target: string) => loadAddonFrom(`${await buildKernelTarget(target)}.node`);
+  const weights = tinyWeights();
   describeCudaCardPrograms(() => load('shardmesh_cuda_emulated'));
 
   // Nodes by turns of the two ranks: 0 to 3 the embedding, 4 and 5 the first norm, 6 and 7 q k v, 8 and 9 attention, 10 and 11 o, 12 and 13 its reductions; 18 and 19 those behind down.
@@ -25,7 +26,7 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('cuda ra
     ],
   ] as const)('cuda card - finds %s', async ([, target, fault, value]) => {
     const generate = async (options: TinyMeshOptions): Promise<unknown> => {
-      const mesh = await TinyMesh.start(options);
+      const mesh = await TinyMesh.start({ weights, ...options });
       try {
         return await mesh.generate(randomTokens(30), { logprobs: null, temperature: 0.9, seed: 3n }, 5);
       } catch (error) {
