@@ -102,27 +102,43 @@ SHARDMESH_LANES void rope_parts(float* x, int64_t stride, int heads, int head_si
 
 // ---------------------------------------------------------------- gated activation
 
-// x * (1 / (1 + exp(-z)))
-SHARDMESH_LANES Lanes::F times_sigmoid(Lanes::F x, Lanes::F minus_z) {
-  const Lanes::F one = Lanes::set(1.0f);
-  return Lanes::mul(x, Lanes::div(one, Lanes::add(one, exp_lanes(minus_z))));
+// -z of g * sigmoid(z): silu has z = g, gelu in its tanh form z = 2 sqrt(2 / pi) (g + 0.044715 g^3).
+template <bool Gelu>
+SHARDMESH_LANES Lanes::F minus_z(Lanes::F g) {
+  if (!Gelu) return Lanes::negate(g);
+  const Lanes::F cubic = Lanes::mul(Lanes::set(0.044715f), Lanes::mul(g, g));
+  return Lanes::mul(Lanes::set(-2.0f), Lanes::mul(Lanes::set(0.7978845608f), Lanes::fma(cubic, g, g)));
 }
 
-template <bool Gelu>
-SHARDMESH_LANES Lanes::F activate(Lanes::F g) {
-  if (!Gelu) return times_sigmoid(g, Lanes::negate(g));
-  const Lanes::F cubic = Lanes::mul(Lanes::set(0.044715f), Lanes::mul(g, g));
-  const Lanes::F t = Lanes::mul(Lanes::set(0.7978845608f), Lanes::fma(cubic, g, g));
-  return times_sigmoid(g, Lanes::mul(Lanes::set(-2.0f), t));
+// N vectors of gate, in place: g * (1 / (1 + exp(-z))).
+template <bool Gelu, int N>
+SHARDMESH_LANES void activate_each(Lanes::F* g) {
+  const Lanes::F one = Lanes::set(1.0f);
+  Lanes::F e[N];
+  SHARDMESH_UNROLL
+  for (int i = 0; i < N; i++) e[i] = Lanes::min(minus_z<Gelu>(g[i]), Lanes::set(88.0f));
+  exp_each<N>(e);
+  SHARDMESH_UNROLL
+  for (int i = 0; i < N; i++) g[i] = Lanes::mul(g[i], Lanes::div(one, Lanes::add(one, e[i])));
 }
 
 template <bool Gelu>
 SHARDMESH_LANES void gated_row(const float* gate, const float* up, float* out, int64_t count) {
+  constexpr int N = 4;  // chains side by side
   int64_t i = 0;
-  for (; i + 16 <= count; i += 16) Lanes::store(out + i, Lanes::mul(activate<Gelu>(Lanes::load(gate + i)), Lanes::load(up + i)));
-  if (i < count) {
-    const int left = static_cast<int>(count - i);
-    Lanes::store_first(out + i, Lanes::mul(activate<Gelu>(Lanes::load_first(gate + i, left)), Lanes::load_first(up + i, left)), left);
+  for (; i + 16 * N <= count; i += 16 * N) {
+    Lanes::F g[N];
+    SHARDMESH_UNROLL
+    for (int n = 0; n < N; n++) g[n] = Lanes::load(gate + i + 16 * n);
+    activate_each<Gelu, N>(g);
+    SHARDMESH_UNROLL
+    for (int n = 0; n < N; n++) Lanes::store(out + i + 16 * n, Lanes::mul(g[n], Lanes::load(up + i + 16 * n)));
+  }
+  for (; i < count; i += 16) {
+    const int left = count - i < 16 ? static_cast<int>(count - i) : 16;
+    Lanes::F g = Lanes::load_first(gate + i, left);
+    activate_each<Gelu, 1>(&g);
+    Lanes::store_first(out + i, Lanes::mul(g, Lanes::load_first(up + i, left)), left);
   }
 }
 

@@ -41,8 +41,6 @@ SHARDMESH_LANES Lanes::F exp_of_negative(Lanes::F x) {
   return x;
 }
 
-SHARDMESH_LANES Lanes::F exp_lanes(Lanes::F x) { return exp_of_negative(Lanes::min(x, Lanes::set(88.0f))); }
-
 // Largest |x| of n values, n a multiple of 16.
 SHARDMESH_LANES float largest_magnitude(const float* x, int n) {
   Lanes::F m = Lanes::abs(Lanes::load(x));

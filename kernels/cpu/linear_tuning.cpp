@@ -15,7 +15,7 @@ struct Make {
 };
 constexpr Make kMakes[] = {
     {"AuthenticAMD", {1, 1, 2048, 24}},
-    {"GenuineIntel", {4, 2, 4096, 24}},
+    {"GenuineIntel", {4, 2, 4096, 16}},
 };
 constexpr LinearTuning kOther = {1, 1, 2048, 24};
 

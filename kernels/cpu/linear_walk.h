@@ -48,6 +48,14 @@ struct Strip {
   int phase;
 };
 
+// What a tile asks memory for while it multiplies: lines of its own stream `distance` bytes ahead (0: none), and `bytes` from `next` on, which whoever comes after
+// it will read.
+struct Prefetch {
+  int distance = 0;
+  const uint8_t* next = nullptr;
+  size_t bytes = 0;
+};
+
 // Activations beyond this leave the second-level cache of a small core; more tokens are walked in blocks.
 constexpr size_t kTokenBlockBytes = 192 * 1024;
 
@@ -83,7 +91,7 @@ __attribute__((noinline)) void finish_segments(typename Isa::F* segments, const 
   for (int tree = 0; tree < a.subtree_count; tree++) {
     typename Isa::F* root = segments + a.subtrees[tree].first * S * M;
     join_segments<Isa>(root, a.subtrees[tree].count, S * M);
-    float* out = a.out + tree * a.subtree_stride + token * a.out_stride + row;
+    float* out = a.out + tree * a.subtree_stride + token * a.out_stride + row - a.first_row;
     for (int s = 0; s < S; s++) {
       const int64_t rows = a.weight->rows - row - s * kStripRows;
       float bias[kStripRows] = {};
@@ -106,10 +114,12 @@ __attribute__((noinline)) void finish_segments(typename Isa::F* segments, const 
 
 // S strips times the M tokens of one tile. `in` [groups][M][groups per token].
 template <class Isa, class W, int P, int M, int S>
-__attribute__((noinline)) void multiply_tile(const Strip* strips, const InputOf<Isa, W>* in, const LinearArguments& a, int64_t row, int64_t token, int prefetch_bytes) {
+__attribute__((noinline)) void multiply_tile(const Strip* strips, const InputOf<Isa, W>* in, const LinearArguments& a, int64_t row, int64_t token, Prefetch prefetch) {
   typename Isa::F segments[kSegmentsMax * S * M];
   // The software prefetch goes on in the strips of the next run: S strips further on.
   const size_t strip_bytes = S == 1 ? 0 : static_cast<size_t>(strips[S - 1].records - strips[0].records), records_bytes = static_cast<size_t>(a.segment_ends[a.segment_count - 1]) * W::record_bytes;
+  [[maybe_unused]] const size_t next_bytes = prefetch.bytes / static_cast<size_t>(a.segment_ends[a.segment_count - 1]) + 1;  // a group
+  [[maybe_unused]] const uint8_t* next = prefetch.next;
   int group = 0;
   for (int segment = 0; segment < a.segment_count; segment++) {
     typename Isa::F acc[S][M];
@@ -126,11 +136,17 @@ __attribute__((noinline)) void multiply_tile(const Strip* strips, const InputOf<
         heads[s] = nullptr;
         if constexpr (W::k_format) heads[s] = strips[s].heads + static_cast<size_t>((strips[s].phase + group) >> 3) * W::head_bytes;
         if constexpr (!W::panel) {
-          if (prefetch_bytes) {
-            const uint8_t* ahead = records[s] + prefetch_bytes;
+          if (prefetch.distance) {
+            const uint8_t* ahead = records[s] + prefetch.distance;
             if (S > 1 && ahead >= strips[s].records + records_bytes) ahead += strip_bytes;
             for (size_t z = 0; z < W::record_bytes; z += 64) __builtin_prefetch(ahead + z, 0, 3);
           }
+        }
+      }
+      if constexpr (W::panel) {
+        if (next) {
+          for (size_t z = 0; z < next_bytes; z += 64) __builtin_prefetch(next + z, 0, 2);
+          next += next_bytes;
         }
       }
       Isa::template accumulate<W, M, P, S>(records, heads, in, acc);
@@ -144,42 +160,42 @@ __attribute__((noinline)) void multiply_tile(const Strip* strips, const InputOf<
 }
 
 template <class Isa, class W, int P, int S>
-void multiply_strips(const Strip* strips, const InputOf<Isa, W>* in, const LinearArguments& a, int64_t row, Tile tile, int prefetch_bytes) {
+void multiply_strips(const Strip* strips, const InputOf<Isa, W>* in, const LinearArguments& a, int64_t row, Tile tile, Prefetch prefetch) {
   switch (tile.count) {
-    case 1: return multiply_tile<Isa, W, P, 1, S>(strips, in, a, row, tile.first, prefetch_bytes);
-    case 2: return multiply_tile<Isa, W, P, 2, S>(strips, in, a, row, tile.first, prefetch_bytes);
-    case 3: return multiply_tile<Isa, W, P, 3, S>(strips, in, a, row, tile.first, prefetch_bytes);
+    case 1: return multiply_tile<Isa, W, P, 1, S>(strips, in, a, row, tile.first, prefetch);
+    case 2: return multiply_tile<Isa, W, P, 2, S>(strips, in, a, row, tile.first, prefetch);
+    case 3: return multiply_tile<Isa, W, P, 3, S>(strips, in, a, row, tile.first, prefetch);
   }
   if constexpr (P == 1) {
     switch (tile.count) {
-      case 4: return multiply_tile<Isa, W, P, 4, S>(strips, in, a, row, tile.first, prefetch_bytes);
-      case 5: return multiply_tile<Isa, W, P, 5, S>(strips, in, a, row, tile.first, prefetch_bytes);
-      case 6: return multiply_tile<Isa, W, P, 6, S>(strips, in, a, row, tile.first, prefetch_bytes);
+      case 4: return multiply_tile<Isa, W, P, 4, S>(strips, in, a, row, tile.first, prefetch);
+      case 5: return multiply_tile<Isa, W, P, 5, S>(strips, in, a, row, tile.first, prefetch);
+      case 6: return multiply_tile<Isa, W, P, 6, S>(strips, in, a, row, tile.first, prefetch);
     }
   }
   if constexpr (S == 1 && Isa::kWholeParts > kTilePartsMax) {
     if constexpr (P == 1) {
-      if (tile.count == 7) return multiply_tile<Isa, W, P, 7, S>(strips, in, a, row, tile.first, prefetch_bytes);
-      return multiply_tile<Isa, W, P, 8, S>(strips, in, a, row, tile.first, prefetch_bytes);
+      if (tile.count == 7) return multiply_tile<Isa, W, P, 7, S>(strips, in, a, row, tile.first, prefetch);
+      return multiply_tile<Isa, W, P, 8, S>(strips, in, a, row, tile.first, prefetch);
     } else {
-      return multiply_tile<Isa, W, P, 4, S>(strips, in, a, row, tile.first, prefetch_bytes);
+      return multiply_tile<Isa, W, P, 4, S>(strips, in, a, row, tile.first, prefetch);
     }
   }
 }
 
 // Panels hold tiles of 4 to 6 parts only (many tokens, tiles as equal as can be).
 template <class Isa, class W, int P, int S>
-void multiply_panel(const Strip* strips, const InputOf<Isa, W>* in, const LinearArguments& a, int64_t row, Tile tile) {
+void multiply_panel(const Strip* strips, const InputOf<Isa, W>* in, const LinearArguments& a, int64_t row, Tile tile, Prefetch prefetch) {
   if constexpr (P == 1) {
     switch (tile.count) {
-      case 4: return multiply_tile<Isa, W, P, 4, S>(strips, in, a, row, tile.first, 0);
-      case 5: return multiply_tile<Isa, W, P, 5, S>(strips, in, a, row, tile.first, 0);
-      case 6: return multiply_tile<Isa, W, P, 6, S>(strips, in, a, row, tile.first, 0);
+      case 4: return multiply_tile<Isa, W, P, 4, S>(strips, in, a, row, tile.first, prefetch);
+      case 5: return multiply_tile<Isa, W, P, 5, S>(strips, in, a, row, tile.first, prefetch);
+      case 6: return multiply_tile<Isa, W, P, 6, S>(strips, in, a, row, tile.first, prefetch);
     }
   } else {
     switch (tile.count) {
-      case 2: return multiply_tile<Isa, W, P, 2, S>(strips, in, a, row, tile.first, 0);
-      case 3: return multiply_tile<Isa, W, P, 3, S>(strips, in, a, row, tile.first, 0);
+      case 2: return multiply_tile<Isa, W, P, 2, S>(strips, in, a, row, tile.first, prefetch);
+      case 3: return multiply_tile<Isa, W, P, 3, S>(strips, in, a, row, tile.first, prefetch);
     }
   }
 }
@@ -216,12 +232,12 @@ int64_t multiply_streams(const LinearArguments& a, int64_t from, int64_t to, con
     for (; s + 4 <= to; s += 4) {
       Strip strips[4];
       for (int i = 0; i < 4; i++) strips[i] = strip_at<W::type>(matrix, s + i);
-      multiply_tile<Isa, W, P, 1, 4>(strips, in, a, s * kStripRows, 0, tuning.prefetch_bytes);
+      multiply_tile<Isa, W, P, 1, 4>(strips, in, a, s * kStripRows, 0, {tuning.prefetch_bytes});
     }
   } else if (tokens * P >= 2 && tokens * P <= Isa::kPairParts && tuning.strips_few == 2) {
     for (; s + 2 <= to; s += 2) {
       const Strip strips[2] = {strip_at<W::type>(matrix, s), strip_at<W::type>(matrix, s + 1)};
-      multiply_strips<Isa, W, P, 2>(strips, in, a, s * kStripRows, {0, tokens}, tuning.prefetch_bytes);
+      multiply_strips<Isa, W, P, 2>(strips, in, a, s * kStripRows, {0, tokens}, {tuning.prefetch_bytes});
     }
   }
   return s;
@@ -247,7 +263,7 @@ void multiply_quantized(const LinearArguments& a, int64_t from, int64_t to) {
     if constexpr (Isa::kStreams) s = multiply_streams<Isa, W, P>(a, from, to, in);
     for (; s < to; s++) {
       const Strip strip = strip_at<type>(matrix, s);
-      multiply_strips<Isa, W, P, 1>(&strip, in, a, s * kStripRows, tile, tuning.prefetch_bytes);
+      multiply_strips<Isa, W, P, 1>(&strip, in, a, s * kStripRows, tile, {tuning.prefetch_bytes});
     }
     return;
   }
@@ -267,9 +283,13 @@ void multiply_quantized(const LinearArguments& a, int64_t from, int64_t to) {
           expand_groups<Isa, type>(strip_at<type>(matrix, s + i), 0, groups, panel);
           strips[i] = {panel, nullptr, 0};
         }
+        // The strips after these are fetched meanwhile, some by each tile.
+        const uint8_t* next = s + 2 * kStrips <= to ? strip_at<type>(matrix, s + kStrips).heads : nullptr;
+        const size_t share = kStrips * quantized_shape<type>(matrix.columns, matrix.layout).strip_bytes / static_cast<size_t>(last - first);
         for (int i = first; i < last; i++) {
           const Tile tile = tile_at<Isa, P>(tokens, i);
-          multiply_panel<Isa, Panel<type>, P, kStrips>(strips, tile_input(tile), a, s * kStripRows, tile);
+          multiply_panel<Isa, Panel<type>, P, kStrips>(strips, tile_input(tile), a, s * kStripRows, tile, {0, next, share});
+          if (next) next += share;
         }
       }
     }
@@ -279,7 +299,7 @@ void multiply_quantized(const LinearArguments& a, int64_t from, int64_t to) {
         for (int i = 0; i < S; i++) strips[i] = strip_at<type>(matrix, s + i);
         for (int i = first; i < last; i++) {
           const Tile tile = tile_at<Isa, P>(tokens, i);
-          multiply_strips<Isa, W, P, S>(strips, tile_input(tile), a, s * kStripRows, tile, i == first ? tuning.prefetch_bytes : 0);
+          multiply_strips<Isa, W, P, S>(strips, tile_input(tile), a, s * kStripRows, tile, {i == first ? tuning.prefetch_bytes : 0});
         }
       }
     };
@@ -333,7 +353,8 @@ void multiply_float(const LinearArguments& a, int64_t from, int64_t to) {
 template <class Isa, int P>
 void multiply(const LinearArguments& a, Part part) {
   if (a.in.tokens < 1) return;
-  const int64_t strips = strip_count(a.weight->rows), from = strips * part.index / part.count, to = strips * (part.index + 1) / part.count;
+  const int64_t first = a.first_row / kStripRows, strips = strip_count(a.row_count ? a.row_count : a.weight->rows);
+  const int64_t from = first + strips * part.index / part.count, to = first + strips * (part.index + 1) / part.count;
   switch (a.weight->type) {
     case TensorType::Q4_0: return multiply_quantized<Isa, P, TensorType::Q4_0>(a, from, to);
     case TensorType::Q4_1: return multiply_quantized<Isa, P, TensorType::Q4_1>(a, from, to);
@@ -367,21 +388,13 @@ bool quantize_each(const Activations& in, Part part, QuantizeGroup quantize_grou
   const auto quantize = [&](int64_t token, int64_t first, int64_t last) {
     const Tile tile = tile_of_token<Isa, P>(in.tokens, static_cast<int>(token));
     TokenGroup* column = out + (tile_offset(tile, groups) + (token - tile.first)) * P;
-    for (int64_t g = first; g < last; g++) finite &= quantize_group(in.x + token * in.x_stride + g * 32, column + g * tile.count * P);
+    for (int64_t g = first; g < last; g++) finite &= quantize_group(in.x + token * in.x_stride + g * 32 - in.first_column, column + g * tile.count * P);
   };
-  if (in.by_columns) {
-    constexpr int64_t kBlockGroups = kColumnBlock / 32;
-    const int64_t count = (groups + kBlockGroups - 1) / kBlockGroups * in.tokens;
-    for (int64_t n = count * part.index / part.count, end = count * (part.index + 1) / part.count; n < end; n++) {
-      const int64_t first = n / in.tokens * kBlockGroups;
-      quantize(n % in.tokens, first, first + kBlockGroups < groups ? first + kBlockGroups : groups);
-    }
-    return finite;
-  }
-  const int64_t count = in.tokens * groups, from = count * part.index / part.count, to = count * (part.index + 1) / part.count;
+  const int64_t first_group = in.first_column / 32, own_groups = in.column_count ? in.column_count / 32 : groups;
+  const int64_t count = in.tokens * own_groups, from = count * part.index / part.count, to = count * (part.index + 1) / part.count;
   for (int64_t i = from; i < to;) {
-    const int64_t token = i / groups, row_end = (token + 1) * groups < to ? (token + 1) * groups : to;
-    quantize(token, i - token * groups, row_end - token * groups);
+    const int64_t token = i / own_groups, row_end = (token + 1) * own_groups < to ? (token + 1) * own_groups : to;
+    quantize(token, first_group + i - token * own_groups, first_group + row_end - token * own_groups);
     i = row_end;
   }
   return finite;

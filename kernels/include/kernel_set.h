@@ -62,8 +62,8 @@ struct Activations {
   int64_t columns;    // K
   uint8_t* data;
   ActivationType type;
-  // How parts share the quantising: values in row order, or the columns of all tokens as gated_activation shares them.
-  bool by_columns = false;
+  // The columns to quantise, multiples of 32; none: all. `x` begins at the first of them.
+  int64_t first_column = 0, column_count = 0;
 };
 
 struct LinearArguments {
@@ -77,6 +77,8 @@ struct LinearArguments {
   float* out;                // subtree s, token t, row r at out[s * subtree_stride + t * out_stride + r]
   int64_t out_stride;
   int64_t subtree_stride;
+  // The rows to compute, from a multiple of 16 on; none: all. `out` begins at the first of them.
+  int64_t first_row = 0, row_count = 0;
 };
 
 // KV cache of one layer: blocks of `block_tokens` tokens (multiple of 16), cut into subblocks of 16 tokens. For each KV head of a block, its subblocks

@@ -145,7 +145,7 @@ bool reference_quantize_activations(const Activations& in, Part part) {
   const float largest = in.type == ActivationType::Int8 ? 127.0f : static_cast<float>(kInt16Max);
   bool finite = true;
   const auto quantize = [&](int64_t t, int64_t g) {
-    const float* x = in.x + t * in.x_stride + g * 32;
+    const float* x = in.x + t * in.x_stride + g * 32 - in.first_column;
     for (int j = 0; j < 32; j++) finite = finite && isfinite(x[j]);
     int16_t* q = view.q + t * in.columns + g * 32;
     const int64_t i = t * groups + g;
@@ -154,15 +154,10 @@ bool reference_quantize_activations(const Activations& in, Part part) {
     for (int j = 0; j < 32; j++) sum += q[j];
     view.ms[i] = view.sa[i] * static_cast<float>(sum);
   };
-  if (in.by_columns) {
-    each_column_block(in.columns, in.tokens, part, [&](int64_t t, int64_t from, int64_t to) {
-      for (int64_t g = from / 32; g < to / 32; g++) quantize(t, g);
-    });
-    return finite;
-  }
+  const int64_t own_groups = in.column_count ? in.column_count / 32 : groups;
   int64_t from, to;
-  split(in.tokens * groups, part, &from, &to);
-  for (int64_t i = from; i < to; i++) quantize(i / groups, i % groups);
+  split(in.tokens * own_groups, part, &from, &to);
+  for (int64_t i = from; i < to; i++) quantize(i / own_groups, in.first_column / 32 + i % own_groups);
   return finite;
 }
 
@@ -217,8 +212,8 @@ void reference_linear(const LinearArguments& a, Part part) {
   ActivationView in;
   view_activations(a.in.tokens, a.in.columns, a.in.data, &in);
   int64_t from, to;
-  split(matrix.rows, part, &from, &to);
-  for (int64_t r = from; r < to; r++) {
+  split(a.row_count ? a.row_count : matrix.rows, part, &from, &to);
+  for (int64_t r = a.first_row + from; r < a.first_row + to; r++) {
     for (int64_t t = 0; t < a.in.tokens; t++) {
       float sums[kSegmentsMax];
       for (int s = 0; s < a.segment_count; s++)
@@ -226,7 +221,7 @@ void reference_linear(const LinearArguments& a, Part part) {
       for (int s = 0; s < a.subtree_count; s++) {
         float y = tree_sum(sums + a.subtrees[s].first, a.subtrees[s].count);
         if (a.bias) y = y + a.bias[r];
-        a.out[s * a.subtree_stride + t * a.out_stride + r] = y;
+        a.out[s * a.subtree_stride + t * a.out_stride + r - a.first_row] = y;
       }
     }
   }

@@ -70,8 +70,8 @@ double dot_f32(const float* w, const float* x, int64_t count) {
 void f32_linear(const LinearArguments& a, Part part) {
   const PackedMatrix& matrix = *a.weight;
   int64_t from, to;
-  split(matrix.rows, part, &from, &to);
-  for (int64_t r = from; r < to; r++) {
+  split(a.row_count ? a.row_count : matrix.rows, part, &from, &to);
+  for (int64_t r = a.first_row + from; r < a.first_row + to; r++) {
     const float* w = reinterpret_cast<const float*>(matrix.data) + r * matrix.columns;
     for (int64_t t = 0; t < a.in.tokens; t++) {
       const float* x = a.in.x + t * a.in.x_stride;
@@ -79,7 +79,7 @@ void f32_linear(const LinearArguments& a, Part part) {
         const Subtree& tree = a.subtrees[s];
         const int64_t begin = tree.first ? a.segment_ends[tree.first - 1] * int64_t{32} : 0, end = a.segment_ends[tree.first + tree.count - 1] * int64_t{32};
         const double y = dot_f32(w + begin, x + begin, end - begin) + (a.bias ? static_cast<double>(a.bias[r]) : 0.0);
-        a.out[s * a.subtree_stride + t * a.out_stride + r] = static_cast<float>(y);
+        a.out[s * a.subtree_stride + t * a.out_stride + r - a.first_row] = static_cast<float>(y);
       }
     }
   }

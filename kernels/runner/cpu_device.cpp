@@ -5,6 +5,13 @@
 #include <cstring>
 
 namespace shardmesh {
+namespace {
+
+// Values of gate and up of a block of columns, for all tokens of a step: they should stay in a second-level cache, beside the activations that they are made from.
+constexpr size_t kGatedBlockBytes = size_t{256} << 10;
+constexpr size_t gated_group_bytes(int tokens) { return static_cast<size_t>(tokens) * 2 * 32 * 4; }
+
+}  // namespace
 
 CpuDevice::CpuDevice(const Shard& shard, ThreadTeam& team) : Device(shard), kernels_(shard.kernels()), team_(team) {
   const Program& p = shard.program();
@@ -55,7 +62,9 @@ CpuDevice::CpuDevice(const Shard& shard, ThreadTeam& team) : Device(shard), kern
   staging_ = reinterpret_cast<float*>(buffer_memory_.data() + staging_at);
   if (shard.received_bytes() > 0) received_ = reinterpret_cast<float*>(buffer_memory_.data() + received_at);
 
-  // Scratch of the attention, for each thread.
+  // Scratch of attention and gated products, for each thread.
+  for (const Action& a : shard.actions())
+    if (a.kind == ActionKind::GatedProducts) scratch_stride_ = align_to_line(std::max(kGatedBlockBytes, gated_group_bytes(c.step_tokens_max)));
   for (const Operation& o : p.operations)
     if (o.kind == OperationKind::Attention) scratch_stride_ = std::max(scratch_stride_, align_to_line(kernels_.attention_scratch_bytes(o.heads, o.head_size, c.step_tokens_max)));
   scratch_bytes_ = scratch_stride_ * static_cast<size_t>(c.threads) + kLineBytes;
@@ -76,6 +85,11 @@ uint8_t* CpuDevice::kv_layer(int layer) const {
 Activations CpuDevice::activations(int buffer) const {
   const Buffer& b = shard_.buffer(buffer);
   return {row(buffer, 0), b.stride, rows_of(buffer), b.width, quantized_[static_cast<size_t>(buffer)], shard_.program().activations};
+}
+
+LinearArguments CpuDevice::whole_product(int index, const Subtree& all) const {
+  const Operation& o = shard_.program().operations[static_cast<size_t>(index)];
+  return {&matrices_[static_cast<size_t>(o.weight)], activations(o.in), all.count, o.segments.data(), 1, &all, shard_.vector(o.bias), row(o.out, 0), shard_.buffer(o.out).stride, 0};
 }
 
 void CpuDevice::embed(const Operation& o, const int32_t* tokens) {
@@ -126,17 +140,6 @@ bool CpuDevice::norm_quantized(int action, const Operation& o) {
   });
 }
 
-// Both share columns in the same way.
-bool CpuDevice::activation_quantized(int action, const Operation& o) {
-  const Buffer& gate = shard_.buffer(o.in);
-  Activations out = activations(o.out);
-  out.by_columns = true;
-  return share_finite(action, 20.0 * out.tokens * static_cast<double>(gate.width), [&](Part part) {
-    kernels_.gated_activation(row(o.in, 0), gate.stride, row(o.in2, 0), shard_.buffer(o.in2).stride, gate.width, out.tokens, o.activation, row(o.out, 0), out.x_stride, part);
-    return kernels_.quantize_activations(out, part);
-  });
-}
-
 void CpuDevice::products(const std::vector<int>& operations) {
   double cost = 0;
   for (const int index : operations) {
@@ -145,12 +148,43 @@ void CpuDevice::products(const std::vector<int>& operations) {
   }
   share(team_, cost, [&](Part part) {
     for (const int index : operations) {
-      const Operation& o = shard_.program().operations[static_cast<size_t>(index)];
-      const Subtree whole{0, static_cast<int>(o.segments.size())};
-      const LinearArguments arguments{&matrices_[static_cast<size_t>(o.weight)], activations(o.in), whole.count, o.segments.data(), 1, &whole, shard_.vector(o.bias),
-                                      row(o.out, 0), shard_.buffer(o.out).stride, 0};
-      kernels_.linear(arguments, part);
+      const Subtree all{0, static_cast<int>(shard_.program().operations[static_cast<size_t>(index)].segments.size())};
+      kernels_.linear(whole_product(index, all), part);
     }
+  });
+}
+
+// A thread takes its columns in blocks whose values stay in its cache between product, activation and quantising.
+bool CpuDevice::gated_products(int action, const std::vector<int>& gate_and_up, const Operation& o) {
+  const Activations whole = activations(o.out);
+  const Subtree all[2] = {{0, static_cast<int>(shard_.program().operations[static_cast<size_t>(gate_and_up[0])].segments.size())},
+                          {0, static_cast<int>(shard_.program().operations[static_cast<size_t>(gate_and_up[1])].segments.size())}};
+  const LinearArguments products[2] = {whole_product(gate_and_up[0], all[0]), whole_product(gate_and_up[1], all[1])};
+  const int64_t groups = whole.columns / 32, fitting = static_cast<int64_t>(kGatedBlockBytes) / (gated_group_bytes(whole.tokens)), block_groups = fitting > 1 ? fitting : 1;
+  const double cost = 2.0 * static_cast<double>(whole.columns) * static_cast<double>(products[0].in.columns) + 20.0 * whole.tokens * static_cast<double>(whole.columns);
+  return share_finite(action, cost, [&](Part part) {
+    bool finite = true;
+    float* const values = reinterpret_cast<float*>(scratch_ + static_cast<size_t>(part.index) * scratch_stride_);
+    const int64_t end = groups * (part.index + 1) / part.count;
+    for (int64_t group = groups * part.index / part.count; group < end; group += block_groups) {
+      const int64_t first = group * 32, width = (group + block_groups < end ? block_groups : end - group) * 32;
+      for (int i = 0; i < 2; i++) {
+        LinearArguments product = products[i];
+        product.first_row = first;
+        product.row_count = width;
+        product.out = values + i * width;
+        product.out_stride = 2 * width;
+        kernels_.linear(product, {0, 1});
+      }
+      kernels_.gated_activation(values, 2 * width, values + width, 2 * width, width, whole.tokens, o.activation, values, 2 * width, {0, 1});
+      Activations block = whole;
+      block.x = values;
+      block.x_stride = 2 * width;
+      block.first_column = first;
+      block.column_count = width;
+      finite &= kernels_.quantize_activations(block, {0, 1});
+    }
+    return finite;
   });
 }
 

@@ -25,8 +25,8 @@ class CpuDevice final : public Device {
   bool store_kv(int action, const Operation& o) override;
   bool check_rows(int action, int buffer) override;
   bool norm_quantized(int action, const Operation& o) override;
-  bool activation_quantized(int action, const Operation& o) override;
   void products(const std::vector<int>& operations) override;
+  bool gated_products(int action, const std::vector<int>& gate_and_up, const Operation& o) override;
   void partial_product(int index, uint8_t* block) override;
   void reduce(int index, int first_row, int rows, const float* const* sums) override;
   void rope(int index) override;
@@ -38,6 +38,8 @@ class CpuDevice final : public Device {
 
  private:
   Activations activations(int buffer) const;
+  // Operation `index`, a whole product; all rows.
+  LinearArguments whole_product(int index, const Subtree& all) const;
   uint8_t* kv_layer(int layer) const;
   // Shares work that says whether all it read is finite; notes the problem of `action` when not.
   template <typename Work>

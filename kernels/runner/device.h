@@ -149,6 +149,11 @@ class Device {
   }
   // Products of one action: indexes of its operations.
   virtual void products(const std::vector<int>& operations) = 0;
+  // The products `gate_and_up` and the activation `o` of their outputs, quantised, nothing of it kept as values. False as above.
+  virtual bool gated_products(int action, const std::vector<int>& gate_and_up, const Operation& o) {
+    products(gate_and_up);
+    return activation_quantized(action, o);
+  }
   // Own subtree sums of operation `index`, into `block` of an exchange, or when null to where partial() says.
   virtual void partial_product(int index, uint8_t* block) = 0;
   // Finishes the tree of all_reduce `index` for `rows` rows from first_row on. sums[r]: of rank r, [subtree][rows][width], in host memory; null for the own ones

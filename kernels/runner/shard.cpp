@@ -67,8 +67,12 @@ void Shard::plan_actions() {
     quantized[static_cast<size_t>(buffer)] = true;
     Action* before = actions_.empty() ? nullptr : &actions_.back();
     const bool made_it = before && (before->kind == ActionKind::RmsNorm || before->kind == ActionKind::GatedActivation) && p.operations[static_cast<size_t>(before->operation)].out == buffer;
-    if (made_it) before->buffer = buffer;
-    else actions_.push_back({ActionKind::Quantize, operation, {}, buffer});
+    if (made_it) {
+      before->buffer = buffer;
+      join_gated_products();
+    } else {
+      actions_.push_back({ActionKind::Quantize, operation, {}, buffer});
+    }
   };
   const bool last = p.stage + 1 == p.stages;
   bool tail = false;
@@ -122,6 +126,29 @@ MatrixSource Shard::source_of(int index, const uint8_t* data) const {
   const WeightSlice& slice = program().weights[static_cast<size_t>(index)];
   const SliceShape shape = slice_shape(slice);
   return {slice.type, shape.rows, shape.columns, shape.skip, shape.row_bytes, data};
+}
+
+// The last action, an activation whose output is quantised next, together with the products in front of it.
+void Shard::join_gated_products() {
+  if (config_.kind != "cpu" && config_.kind != "reference") return;
+  const std::vector<Operation>& operations = program().operations;
+  const Action activation = actions_.back();
+  if (activation.kind != ActionKind::GatedActivation || actions_.size() < 2) return;
+  const Action& products = actions_[actions_.size() - 2];
+  if (products.kind != ActionKind::Linear || products.products.size() != 2) return;
+  const Operation& o = operations[static_cast<size_t>(activation.operation)];
+  const Operation& gate = operations[static_cast<size_t>(products.products[0])];
+  const Operation& up = operations[static_cast<size_t>(products.products[1])];
+  if (gate.out != o.in || up.out != o.in2 || gate.out == up.out) return;
+  for (const Operation& reader : operations) {
+    const auto reads = [&](int buffer) { return reader.in == buffer || reader.in2 == buffer; };
+    const bool product = reader.kind == OperationKind::Linear || reader.kind == OperationKind::LinearPartial;
+    if ((reads(gate.out) || reads(up.out)) && reader.kind != OperationKind::GatedActivation) return;
+    if (reads(o.out) && !(product && is_quantized(reader.weight))) return;
+  }
+  const std::vector<int> joined = products.products;
+  actions_.pop_back();
+  actions_.back() = {ActionKind::GatedProducts, activation.operation, joined, activation.buffer};
 }
 
 void Shard::plan_exchanges() {

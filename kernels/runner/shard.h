@@ -34,17 +34,18 @@ struct Buffer {
 };
 
 // What the runner does, in order. Most actions are one operation; products that read the same buffer run as one piece of work, and a buffer is quantised once
-// until it is written again.
+// until it is written again. On processors the two products of a gated activation run together with it (GatedProducts, operation: the activation) where only
+// quantised products read its output: then none of the three outputs exists as a whole.
 enum class ActionKind {
   ResolveTokens, Embed, GatherRows, ReceiveHidden, SendHidden, RmsNorm, Quantize, Linear, LinearPartial, AllReduce, Rope, StoreKv, Attention, GatedActivation,
-  SelectRows, GatherLogits, Sample, SendTokens
+  GatedProducts, SelectRows, GatherLogits, Sample, SendTokens
 };
 
 struct Action {
   ActionKind kind;
   int operation = -1;           // index in the program
-  std::vector<int> products = {};  // Linear: indexes of the operations
-  int buffer = -1;              // Quantize; RmsNorm and GatedActivation whose output is quantised next: theirs
+  std::vector<int> products = {};  // Linear, GatedProducts: indexes of the operations
+  int buffer = -1;              // Quantize; RmsNorm, GatedActivation and GatedProducts whose output is quantised next: theirs
 };
 
 // Exchanges are cut into pieces of rows so that a piece stays about this large, whatever the step.
@@ -106,6 +107,7 @@ class Shard {
   void check_config() const;
   void choose_kernels();
   void plan_actions();
+  void join_gated_products();
   void plan_exchanges();
   void plan_buffers();
   void plan_rope();

@@ -28,6 +28,7 @@ const char* action_name(ActionKind kind) {
     case ActionKind::StoreKv: return "store k/v";
     case ActionKind::Attention: return "attention";
     case ActionKind::GatedActivation: return "activation";
+    case ActionKind::GatedProducts: return "gated products";
     case ActionKind::SelectRows: return "select rows";
     case ActionKind::GatherLogits: return "gather logits";
     case ActionKind::Sample: return "sample";
@@ -136,6 +137,7 @@ StepRun::Status StepRun::run_action(const Action& action) {
       if (action.buffer >= 0) return done_unless(!device_.activation_quantized(static_cast<int>(action_), o));
       device_.gated_activation(o);
       return Status::Done;
+    case ActionKind::GatedProducts: return done_unless(!device_.gated_products(static_cast<int>(action_), action.products, o));
     case ActionKind::SelectRows: return select_rows(o);
     case ActionKind::GatherLogits: return gather_logits(action.operation);
     case ActionKind::Sample: return sample(o);
@@ -168,7 +170,8 @@ StepRun::Status StepRun::fail_by_device() {
     case ActionKind::Quantize:
       return fail(FailureCode::NonFinite, where(action.operation) + ": its input '" + program_.buffers[static_cast<size_t>(action.buffer)].name + "' is not finite");
     case ActionKind::RmsNorm:
-    case ActionKind::GatedActivation: return fail(FailureCode::NonFinite, where(action.operation) + ": its output '" + program_.buffers[static_cast<size_t>(action.buffer)].name + "' is not finite");
+    case ActionKind::GatedActivation:
+    case ActionKind::GatedProducts: return fail(FailureCode::NonFinite, where(action.operation) + ": its output '" + program_.buffers[static_cast<size_t>(action.buffer)].name + "' is not finite");
     case ActionKind::StoreKv: return fail(FailureCode::NonFinite, where(action.operation) + ": k or v is not finite");
     case ActionKind::SelectRows: return fail(FailureCode::NonFinite, where(-1) + ": the hidden state" + row + " is not finite");
     default: return fail(FailureCode::NonFinite, where(action.operation) + ": the hidden state" + row + " is not finite");

@@ -42,7 +42,7 @@ With --step first, whole steps of the default model instead (build the project f
   --engines LIST      ranks x threads of a rank (default 1x1,1x2,2x1), with @avx512 and so on of another kernel set
   --sequences LIST    sequences decoded together (default 1,4,8,16,32); --context N tokens before them (128), --steps N (48)
   --prefill N         tokens of one prompt (512; 0: none);  --rounds N (5);  --model FILE;  --json
-  --profile                where the time of a step goes, by action
+  --profile                where the time of a step goes, by action: a prompt, then each number of sequences
   --rival FOLDER      with llama-bench and llama-batched-bench of llama.cpp or ik_llama.cpp; again for another; --threads LIST for them (2)
 
 Example: npm run bench:kernels -- --step --rival /opt/llama.cpp/bin --rival /opt/ik_llama.cpp/bin`);

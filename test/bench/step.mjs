@@ -272,8 +272,15 @@ export async function benchSteps(argv) {
   const profiles = [];
   if (profile)
     for (const { name, engine } of engines)
-      for (const count of sequences)
-        profiles.push({ name, count, actions: await engine.profile(() => decode(engine, count, context, steps)) });
+      for (const work of [`prefill ${prefillTokens}`, ...sequences.map((count) => `decode ${count}`)]) {
+        const count = Number(work.split(' ')[1]);
+        if (count === 0) continue;
+        const actions = await engine.profile(async () => {
+          if (work.startsWith('decode')) return decode(engine, count, context, steps);
+          for (let i = 0; i < 8; i++) await prefill(engine, count, stepTokens);
+        });
+        profiles.push({ name, work, actions });
+      }
   await Promise.all(engines.map(({ engine }) => engine.close()));
   const rows = [...figures].flatMap(([work, programs]) =>
     [...programs].map(([program, values]) => ({
@@ -297,10 +304,8 @@ export async function benchSteps(argv) {
   for (const { name } of engines) {
     const own = profiles.filter((one) => one.name === name);
     if (own.length === 0) continue;
-    console.log(
-      `\n${name}, µs a step by action (rank 0, medians)`.padEnd(34) + `; sequences: ${own.map(({ count }) => count).join(', ')}`,
-    );
-    for (const action of own[0].actions.keys())
-      console.log(`${action.padEnd(20)}${own.map(({ actions }) => (actions.get(action) ?? 0).toFixed(0).padStart(8)).join('')}`);
+    console.log(`\n${name}, µs a step by action (rank 0, medians)`.padEnd(34) + `: ${own.map(({ work }) => work).join(', ')}`);
+    for (const action of new Set(own.flatMap(({ actions }) => [...actions.keys()])))
+      console.log(`${action.padEnd(20)}${own.map(({ actions }) => (actions.get(action) ?? 0).toFixed(0).padStart(9)).join('')}`);
   }
 }

@@ -14,12 +14,14 @@ const checks = [
   "has the reference's bits where every product is extreme",
   "has the reference's bits for any shape, batch, segments and parts, int16 activations",
   "has the reference's bits where every product is extreme, int16 activations",
+  "has the reference's bits, a range of rows and of columns at a time",
   'does not depend on tuning',
   "has the reference's bits where a row is longer than a panel",
 ];
 const generalCases = [
   'kernel sets - are found by name and by what the machine runs',
   'kv layout - has the sizes that kernel_set.h draws',
+  'linear reference - gives a range of rows and of columns what it gives the whole',
 ];
 
 describe.skipIf(process.platform !== 'linux')('linear', () => {

@@ -43,6 +43,7 @@ struct Product {
   std::vector<Subtree> subtrees;
   bool bias;
   ActivationType activations = ActivationType::Int8;
+  int64_t range = 0;  // rows, and columns, of a call; 0: all at once
 };
 
 std::string describe(const Product& p, Values values, uint64_t seed) {
@@ -82,9 +83,26 @@ std::vector<float> run(const KernelSet& set, const PackedMatrix& weight, const P
   std::vector<float> out(static_cast<size_t>(subtree_stride) * p.subtrees.size() + 9, -12345.0f);
   const LinearArguments arguments{&weight, in, static_cast<int>(p.ends.size()), p.ends.data(), static_cast<int>(p.subtrees.size()), p.subtrees.data(),
                                   p.bias ? bias.data() : nullptr, out.data(), out_stride, subtree_stride};
+  const int64_t columns_each = p.range ? p.range : p.shape.columns, rows_each = p.range ? p.range : p.shape.rows;
   if (weight.type != TensorType::F32 && weight.type != TensorType::F16 && weight.type != TensorType::BF16)
-    for (int i = 0; i < p.parts; i++) set.quantize_activations(in, {i, p.parts});
-  for (int i = p.parts - 1; i >= 0; i--) set.linear(arguments, {i, p.parts});
+    for (int64_t first = 0; first < p.shape.columns; first += columns_each) {
+      Activations range = in;
+      if (p.range) {
+        range.x += first;
+        range.first_column = first;
+        range.column_count = first + columns_each < p.shape.columns ? columns_each : p.shape.columns - first;
+      }
+      for (int i = 0; i < p.parts; i++) set.quantize_activations(range, {i, p.parts});
+    }
+  for (int64_t first = 0; first < p.shape.rows; first += rows_each) {
+    LinearArguments range = arguments;
+    if (p.range) {
+      range.out += first;
+      range.first_row = first;
+      range.row_count = first + rows_each < p.shape.rows ? rows_each : p.shape.rows - first;
+    }
+    for (int i = p.parts - 1; i >= 0; i--) set.linear(range, {i, p.parts});
+  }
   for (int i = 0; i < 64; i++)
     if (activations.data()[activation_bytes + static_cast<size_t>(i)] != 0xcd) out[0] = 77777.0f;  // wrote past its activations
   return out;
@@ -110,6 +128,7 @@ std::string compare(const KernelSet& set, TensorType type, Values values, const 
   for (float& b : bias) b = random.uniform();
   Product one = p;
   one.parts = 1;
+  one.range = 0;
   const std::string difference = first_difference(run(*reference_kernel_set(), expected.matrix, one, x, x_stride, bias), run(set, found.matrix, p, x, x_stride, bias));
   return difference.empty() ? "" : difference + describe(p, values, seed);
 }
@@ -157,6 +176,16 @@ std::string compare_tuning(const KernelSet& set, TensorType type) {
         if (what.empty()) what = compare(set, type, Values::Random, p, ++seed);
       }
   tuning = before;
+  return what;
+}
+
+// Columns quantised and rows computed a range at a time; 149 rows: the last range ends inside a strip.
+std::string compare_ranges(const KernelSet& set, TensorType type) {
+  uint64_t seed = 8000;
+  std::string what;
+  for (const int64_t range : {32, 96})
+    for (const int tokens : {1, 5, 16, 40})
+      if (what.empty()) what = compare(set, type, Values::Random, {{352, 149, 0}, tokens, 2, {4, 8, 11}, {{0, 2}, {2, 1}}, true, ActivationType::Int8, range}, ++seed);
   return what;
 }
 
@@ -220,6 +249,11 @@ int main(int argc, char** argv) {
   flush_denormals();
   test_case("kernel sets - are found by name and by what the machine runs", check_selection);
   test_case("kv layout - has the sizes that kernel_set.h draws", check_kv_layout);
+  test_case("linear reference - gives a range of rows and of columns what it gives the whole", [] {
+    std::string what;
+    for (const TensorType type : kTypes) what += compare_ranges(*reference_kernel_set(), type);
+    return what;
+  });
   for (const char* name : {"portable", "avx2", "avx512", "amx"}) {
     const char* why = nullptr;
     const KernelSet* set = find_kernel_set(name, &why);
@@ -235,6 +269,7 @@ int main(int argc, char** argv) {
         test_case(head + "has the reference's bits for any shape, batch, segments and parts" + of, [&] { return compare_shapes(*set, type, activations); });
         test_case(head + "has the reference's bits where every product is extreme" + of, [&] { return compare_extremes(*set, type, activations); });
       }
+      test_case(head + "has the reference's bits, a range of rows and of columns at a time", [&] { return compare_ranges(*set, type); });
       test_case(head + "does not depend on tuning", [&] { return compare_tuning(*set, type); });
       test_case(head + "has the reference's bits where a row is longer than a panel", [&] { return compare_long(*set, type); });
     }

@@ -94,15 +94,13 @@ void measure_elementwise(const KernelSet& set, Report& report, const Model& mode
   const double cached = report.ceilings().cached_bytes;
   const int repeat = 1 + 200000 / (tokens * model.feed_forward);
   const auto name = [&](const char* what, int width) { return std::string(what) + ", " + model.name + ": " + std::to_string(tokens) + " x " + std::to_string(width); };
-  const auto quantize = [&](const float* from, int64_t width, bool by_columns, Part part) {
-    set.quantize_activations({from, width, tokens, width, quantized.data(), ActivationType::Int8, by_columns}, part);
-  };
+  const auto quantize = [&](const float* from, int64_t width, Part part) { set.quantize_activations({from, width, tokens, width, quantized.data(), ActivationType::Int8}, part); };
   report.line(name("norm", model.hidden), report.time(repeat, [&](int, Part part) { set.rms_norm(x.data(), model.hidden, w.data(), 1e-5f, model.hidden, tokens, out.data(), model.hidden, part); }),
               8.0 * static_cast<double>(T * H), cached, "GB/s");
-  report.line(name("quantise", model.hidden), report.time(repeat, [&](int, Part part) { quantize(x.data(), model.hidden, false, part); }), 5.5 * static_cast<double>(T * H), cached, "GB/s");
+  report.line(name("quantise", model.hidden), report.time(repeat, [&](int, Part part) { quantize(x.data(), model.hidden, part); }), 5.5 * static_cast<double>(T * H), cached, "GB/s");
   report.line(name("activation and quantise", model.feed_forward), report.time(repeat, [&](int, Part part) {
                 set.gated_activation(x.data(), model.feed_forward, y.data(), model.feed_forward, model.feed_forward, tokens, 0, out.data(), model.feed_forward, part);
-                quantize(out.data(), model.feed_forward, true, part);
+                quantize(out.data(), model.feed_forward, part);
               }),
               13.5 * static_cast<double>(T * F), cached, "GB/s");
   const int lo[] = {0, 5}, hi[] = {5, 9};

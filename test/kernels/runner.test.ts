@@ -92,6 +92,16 @@ describe('step runner, the same bits', () => {
     expect(await mesh.score(prompt, { chunk, blocks: [20, 21, 22, 23, 24, 25, 26] })).toEqual(whole);
   });
 
+  // So many values of gate and up that a thread takes its columns in several blocks.
+  test.each([300, 600])('step runner - a step of %i tokens equals steps of 50', async (tokens) => {
+    const mesh = await start({ kind: 'cpu', stepTokensMax: 600, kvBlocks: 80 });
+    mesh.open(0);
+    const long = randomTokens(tokens);
+    const blocks = Array.from({ length: 38 }, (_, i) => i);
+    const whole = await mesh.score(long, { blocks });
+    expect(await mesh.score(long, { chunk: 50, blocks: blocks.map((i) => i + 40) })).toEqual(whole);
+  });
+
   test('step runner - a permuted block table equals the identity', async () => {
     expect(await scoreOn({}, prompt, { blocks: [9, 3, 0, 14, 6, 2, 11] })).toEqual(await scoreOn({}, prompt));
   });
