@@ -47,7 +47,7 @@ export interface EngineOptions {
   stepOutputsMax?: number;
   /** Never more steps in flight than this; default 16, or twice the micro-batches of a pipeline. */
   stepsInFlightMax?: number;
-  /** Most time between two tokens of a stream while prompts are computed; default: 1.6 times what it is without, 20 ms at least. */
+  /** Most time between two tokens of a stream while prompts are computed; default: 1.6 times what it is without, 20 ms at least; 100 ms more for a short prompt. */
   itlTargetMs?: number | null;
   /** Steps may have drafts where that pays; default: they never have. */
   speculation?: boolean;
@@ -109,10 +109,10 @@ const tickMs = 100;
  * new request waits for, and what is computed in vain when a sequence ends unforeseen.
  */
 const aheadMsMax = 24;
-/** Less than this ahead: time to plan again. */
+/** Less than this ahead: time to plan again. Not sooner, so that a request that comes while a long step runs is in the next one. */
 const aheadMsMin = 12;
-/** One that runs, one that follows. */
-const stepsAheadMin = 2;
+/** One that runs, one that follows, where nobody knows yet how long they take. */
+const stepsAheadUnmeasured = 2;
 const stepsAheadMax = 16;
 /** With 20 candidates each this stays below a third of the broker's payload limit. */
 const scoredRowsMax = 512;
@@ -141,6 +141,8 @@ export class ShardmeshEngine implements Engine {
   #timer: NodeJS.Timeout | null = null;
   #lastTickAt = 0;
   #pumpQueued = false;
+  /** Until the steps in flight are nearly done. */
+  #planTimer: NodeJS.Timeout | null = null;
   #pumping = false;
   #canaries = 0;
   #past: SchedulerCounts | null = null;
@@ -322,10 +324,22 @@ export class ShardmeshEngine implements Engine {
     const scheduler = this.#scheduler;
     if (scheduler === null || !this.#options.transport.ready) return false;
     const { stepsInFlight, microBatches } = this.#pipeline;
-    if (stepsInFlight < (microBatches === 1 ? stepsAheadMin : 2 * microBatches)) return true;
+    if (microBatches > 1) return stepsInFlight < 2 * microBatches;
+    if (stepsInFlight === 0) return true;
+    const aheadMs = this.#pipeline.aheadMs(this.#now());
+    if (aheadMs === null) return stepsInFlight < stepsAheadUnmeasured;
     // A request that waits, or a prompt under way, gets the next step that is not planned yet.
-    if (microBatches > 1 || scheduler.waitingCount > 0 || scheduler.prefilling || scheduler.drafting) return false;
-    return this.#pipeline.aheadMs < (planned > 0 ? aheadMsMax : aheadMsMin) && this.#pipeline.aheadMs > 0;
+    const prompts = scheduler.waitingCount > 0 || scheduler.prefilling || scheduler.drafting;
+    if (prompts && stepsInFlight > 1) return false;
+    if (aheadMs < (planned > 0 && !prompts ? aheadMsMax : aheadMsMin)) return true;
+    if (stepsInFlight === 1) this.#planIn(aheadMs - aheadMsMin);
+    return false;
+  }
+
+  #planIn(ms: number): void {
+    if (this.#planTimer !== null) clearTimeout(this.#planTimer);
+    this.#planTimer = setTimeout(() => this.#pump(), ms);
+    this.#planTimer.unref();
   }
 
   #requestsOf(plan: StepPlan): string[] {
@@ -513,8 +527,7 @@ export class ShardmeshEngine implements Engine {
       prefillChunkMax: options.prefillChunkMax,
       stepOutputsMax: options.stepOutputsMax ?? Math.max(options.sequencesMax, Math.min(options.stepTokensMax, scoredRowsMax)),
       microBatches: () => Math.min(this.#pipeline.microBatches, stepsInFlightMax),
-      prefillTokensMax: (decodeRows, waiting) =>
-        this.#pipeline.prefillTokensMax(decodeRows, waiting, options.itlTargetMs ?? null),
+      prefillTokensMax: (demand) => this.#pipeline.prefillTokensMax(demand, options.itlTargetMs ?? null),
       stepsInFlightMax,
       // A sequence may be in the step that runs and in one that waits for its token: the way to the coordinator and back is never inside the token loop.
       // Chunks of one prompt fill a whole pipeline.

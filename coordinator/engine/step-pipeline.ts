@@ -4,6 +4,7 @@
  */
 import { meshTimers, stepLimits } from '../../protocol/limits.ts';
 import { draftCount, type StepPlan, type StepResult } from '../../protocol/step-plan.ts';
+import type { PromptDemand } from '../scheduler/scheduler.ts';
 import { RowTimes, StepTimes } from './step-times.ts';
 
 interface PublishedStep {
@@ -100,11 +101,14 @@ export class StepPipeline {
     return this.#inFlight.length;
   }
 
-  /** How long what is in flight will take one stage, by what steps took; 0 before anything was measured. */
-  get aheadMs(): number {
+  /** How long what is in flight will still take one stage, by what steps took; null: nothing like it was measured. */
+  aheadMs(now: number): number | null {
     let sum = 0;
-    for (const { decodeRows, prefillTokens, tokens } of this.#inFlight)
-      sum += prefillTokens > 0 ? this.#expectedMs(tokens) : (this.#times.decodeMs(decodeRows) ?? 0);
+    for (const [i, step] of this.#inFlight.entries()) {
+      const ms = this.#times.stepMs(step);
+      if (ms === null) return null;
+      sum += i > 0 ? ms : Math.max(0, ms - (now - Math.max(step.publishedAt, this.#lastResultAt)));
+    }
     return sum;
   }
 
@@ -130,9 +134,9 @@ export class StepPipeline {
     return this.#roundTimes.of(rows) ?? unmeasuredRound * (this.#aheadTimes.of(rows) ?? rows * unmeasuredTokenMs);
   }
 
-  /** Most prompt tokens beside so many decode rows (`StepTimes`); `targetMs`: most time between two tokens of a stream, null: by how many prompts wait for each. */
-  prefillTokensMax(decodeRows: number, waiting: number, targetMs: number | null): number {
-    return this.#times.prefillTokensMax(decodeRows, waiting, targetMs === null ? null : targetMs / this.microBatches);
+  /** Most prompt tokens of the next step (`StepTimes`); `targetMs`: most time between two tokens of a stream, null: by what waits. */
+  prefillTokensMax(demand: PromptDemand, targetMs: number | null): number {
+    return this.#times.prefillTokensMax(demand, targetMs === null ? null : targetMs / this.microBatches);
   }
 
   /**

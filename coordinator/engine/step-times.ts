@@ -1,14 +1,16 @@
 /**
- * What steps take, learned from those that came back, and what follows for the next one: how many prompt tokens it may have beside its decode rows so that
+ * What steps take, learned from those that came back, and what follows for the next one: how many prompt tokens it may have so that first tokens come soon and
  * the streams that decode keep their pace. Pure.
  *
  *   ms of a step  ~  decodeMs(rows)  +  prefill tokens * tokenMs       tokenMs is of the latest chunks: it grows with the position in the prompt
  */
+import type { PromptDemand } from '../scheduler/scheduler.ts';
 
 const rowsWeight = 0.1;
 const tokenWeight = 0.3;
 /** A chunk this small is no measure of what a token costs: it rides along. */
 const measuredTokensMin = 8;
+const tokenMsMin = 1e-6;
 /**
  * A chunk never is smaller: a step of a few rows more than a kernel's small batch takes as long as one of many more, so that chunks of 8 beside 16 decode rows
  * delayed the prompt by half and spared the streams nothing.
@@ -25,8 +27,13 @@ const unnoticedMs = 20;
  * the pace of those that came first ...
  */
 const stretchForWaiting = 4;
-/** ... up to 10 tokens a second for each stream, still faster than most read. */
+/**
+ * ... up to 10 tokens a second for each stream, still faster than most read. A short prompt is computed in steps of this length from the start, mostly in one: a stream that
+ * waits this long for a token now and then loses less than a request that waits for the pace of all streams, and whose successors queue behind it meanwhile.
+ */
 const bearableMs = 100;
+/** Prompts that take longer go at the pace of the streams. */
+const shortPromptMs = 400;
 
 /** Mean milliseconds by rows; told apart are powers of two: 1, 2, 3..4, 5..8 ... */
 export class RowTimes {
@@ -74,17 +81,35 @@ export class StepTimes {
     return this.#decode.of(rows);
   }
 
-  /**
-   * Most prompt tokens of a step with `decodeRows` rows of streams that decode.
-   * @param waiting  prompts without their first token, for each stream that decodes
-   * @param targetMs  how long such a step may take; null: 1.6 times a step without prefill, 20 ms at least, more where many prompts wait
-   */
-  prefillTokensMax(decodeRows: number, waiting: number, targetMs: number | null): number {
-    if (decodeRows === 0) return Number.POSITIVE_INFINITY;
-    const decodeMs = this.decodeMs(decodeRows);
-    if (decodeMs === null || this.#tokenMs === null) return chunkTokensFirst;
-    const limitMs =
-      targetMs ?? Math.max(stretch * decodeMs, unnoticedMs, Math.min((1 + stretchForWaiting * waiting) * decodeMs, bearableMs));
-    return Math.max(chunkTokensMin, Math.floor((limitMs - decodeMs) / Math.max(this.#tokenMs, 1e-6)));
+  /** Expected of a step; a step without rows that decode has prompt tokens. Null: nothing like it was seen. */
+  stepMs({ decodeRows, prefillTokens }: { decodeRows: number; prefillTokens: number }): number | null {
+    const decodeMs = decodeRows === 0 ? 0 : this.decodeMs(decodeRows);
+    if (decodeMs === null || prefillTokens === 0) return decodeMs;
+    return this.#tokenMs === null ? null : decodeMs + prefillTokens * this.#tokenMs;
   }
+
+  /**
+   * Most prompt tokens of the next step.
+   * @param targetMs  how long a step with rows that decode may take; null: a short prompt lengthens it by 100 ms or what it takes, other prompts to 1.6 times a step
+   *   without prefill, 20 ms at least, more where many wait
+   */
+  prefillTokensMax(demand: PromptDemand, targetMs: number | null): number {
+    const { decodeRows, decoding, waiting, tokens, tokensLeft } = demand;
+    const tokenMs = this.#tokenMs === null ? null : Math.max(this.#tokenMs, tokenMsMin);
+    // With others behind it, a short prompt has its first token before they are computed too.
+    const isShort = tokenMs !== null && targetMs === null && tokens * tokenMs <= shortPromptMs;
+    if (decodeRows === 0 && (waiting === 1 || !isShort)) return Number.POSITIVE_INFINITY;
+    if (isShort) return shortPromptTokens(tokensLeft, Math.floor(bearableMs / tokenMs));
+    const decodeMs = this.decodeMs(decodeRows);
+    if (decodeMs === null || tokenMs === null) return chunkTokensFirst;
+    const forWaitingMs = Math.min((1 + stretchForWaiting * (waiting / decoding)) * decodeMs, bearableMs);
+    const limitMs = targetMs ?? Math.max(stretch * decodeMs, unnoticedMs, forWaitingMs);
+    return Math.max(chunkTokensMin, Math.floor((limitMs - decodeMs) / tokenMs));
+  }
+}
+
+/** In as many equal steps as come nearest to `tokensMax` each: no step is held up for a few last tokens. Where one does, there may be room for other prompts. */
+function shortPromptTokens(tokensLeft: number, tokensMax: number): number {
+  const steps = Math.max(1, Math.round(tokensLeft / tokensMax));
+  return steps === 1 ? Math.max(tokensLeft, tokensMax) : Math.ceil(tokensLeft / steps);
 }

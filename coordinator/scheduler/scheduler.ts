@@ -2,9 +2,12 @@
  * Continuous batching, as a pure state machine: sequences in, plans out, results in. No I/O, no timers; the clock is a parameter.
  *
  *   schedule()   1. decode     one row of each running sequence whose prompt is computed (a share of them when there are several stages, each in its turn)
- *                2. prefill    chunks of running sequences whose prompt is not
- *                3. admission  waiting sequences in order of arrival: blocks of the whole known text or none, cached prefix first
+ *                2. prompts    chunks of sequences whose prompt is not, in their turn; those that wait are admitted: blocks of the whole known text or none,
+ *                              cached prefix first
  *   complete()   results come back in the order of the steps; tokens are committed, full blocks become findable, ended sequences let go
+ *
+ * **Whose turn it is.** Prompts are computed in order of arrival, but one of more than a chunk, which may take seconds at the pace of the streams, lets others pass that come after it, of together
+ * at most `patience` times the tokens that it has more than a chunk: so nobody waits for ever.
  *
  * **Why blocks are free at once, though steps in flight may still write into them.** A worker runs steps in order, and a rank reads and writes only its
  * own K/V. A block freed now can be handed out in a plan made after this moment at the earliest; that plan's step runs on each rank after every step
@@ -43,6 +46,19 @@ import {
 } from './sequence.ts';
 import { chooseDrafts, draftRowsMax, draftSequencesMax, type SpeculationTimes } from './speculation.ts';
 
+/** What wants prompt tokens in the next step, and beside what. */
+export interface PromptDemand {
+  /** Of streams that decode, in this step. */
+  decodeRows: number;
+  /** Streams that decode: more than `decodeRows` where they are split into micro-batches. */
+  decoding: number;
+  /** Prompts without their first token. */
+  waiting: number;
+  /** Of the prompt that comes first: tokens that had to be computed from its start, and those that are left. */
+  tokens: number;
+  tokensLeft: number;
+}
+
 export interface SchedulerOptions {
   placement: string;
   epoch: number;
@@ -60,8 +76,8 @@ export interface SchedulerOptions {
   stepOutputsMax: number;
   /** Parts into which decoding sequences are split, each in a step of its own: 1 for a single stage. */
   microBatches: () => number;
-  /** Most prompt tokens of a step beside so many decode rows, so that those keep their pace; `waiting`: prompts without their first token, for each stream that decodes. */
-  prefillTokensMax: (decodeRows: number, waiting: number) => number;
+  /** Most prompt tokens of a step, so that first tokens come soon and streams that decode keep their pace. Asked when there is a prompt to compute. */
+  prefillTokensMax: (demand: PromptDemand) => number;
   stepsInFlightMax: number;
   /** Most steps in flight that may hold one sequence. 1: steps in flight are disjoint. More: a row may take the token of a step that is not back. */
   sequenceStepsMax: number;
@@ -96,6 +112,9 @@ interface Draft {
   tokensLeft: number;
   outputsLeft: number;
   penaltyTokensLeft: number;
+  /** Sequences that decode, and those of them that are in this step. */
+  decoding: number;
+  decodeRows: number;
   opened: SequenceOpen[];
   rows: RowsInFlight[];
 }
@@ -129,6 +148,8 @@ export interface SchedulerCounts {
 
 /** Token ids for penalties that one plan may carry, so that a plan stays below the broker's payload limit. */
 const planPenaltyTokensMax = 100_000;
+/** Prompts that pass another have together at most so many times the tokens that it has more than a chunk. */
+const patience = 4;
 /** So many steps after one with drafts, the next one may be near. */
 const draftsNearSteps = 8;
 
@@ -136,11 +157,14 @@ export class Scheduler {
   readonly options: Readonly<SchedulerOptions>;
   readonly #pool: BlockPool;
   readonly #cache: PrefixCache | null;
-  /** Both in order of arrival. */
+  /** In the order of their turns. */
   readonly #waiting: Sequence[] = [];
+  /** In order of arrival. */
   readonly #running: Sequence[] = [];
   #held = 0;
   #lastId = 0;
+  /** Of all sequences that ever came. */
+  #promptTokensAdded = 0;
   #lastStep = 0;
   readonly #inFlight: StepInFlight[] = [];
   /** Every decoding sequence has one turn from step `from` on, in `batches` micro-batches so far. */
@@ -229,7 +253,7 @@ export class Scheduler {
   }
 
   /**
-   * Puts a sequence at the end of the waiting queue.
+   * Puts a sequence into the waiting queue.
    * @param leader  another choice of the same request: this one is held until the leader's prompt is computed, and then finds it in the prefix cache
    * @throws {InvariantError} nothing to compute (no output wanted and no prompt token to score), or more blocks than there are: check `blocksNeeded` first
    */
@@ -239,12 +263,14 @@ export class Scheduler {
       throw new InvariantError(`a sequence needs ${this.blocksNeeded(spec)} blocks and the pool has ${this.#pool.total}`);
     }
     const held = leader !== null && !leader.promptComputed && leader.state !== 'finished';
-    const sequence = createSequence(++this.#lastId, spec, held ? 'held' : 'waiting');
+    this.#promptTokensAdded += spec.promptTokens.length;
+    const turn = this.#promptTokensAdded + patience * Math.max(0, spec.promptTokens.length - this.options.prefillChunkMax);
+    const sequence = createSequence(++this.#lastId, turn, spec, held ? 'held' : 'waiting');
     if (held) {
       leader.followers.push(sequence);
       this.#held++;
     } else {
-      this.#waiting.push(sequence);
+      insertInOrder(this.#waiting, sequence, byTurn);
     }
     return sequence;
   }
@@ -287,13 +313,14 @@ export class Scheduler {
       tokensLeft: this.options.stepTokensMax,
       outputsLeft: this.options.stepOutputsMax,
       penaltyTokensLeft: planPenaltyTokensMax,
+      decoding: 0,
+      decodeRows: 0,
       opened: [],
     };
     if (drafts !== null) this.#planDrafts(draft, drafts);
     if (draft.rows.length === 0) {
       this.#planDecode(draft);
-      this.#planPrefill(draft);
-      this.#admit(draft, now);
+      this.#planPrompts(draft, now);
     }
     if (draft.rows.length === 0) return null;
 
@@ -417,10 +444,8 @@ export class Scheduler {
       if (sequence.state === 'running' && this.#planRows(draft, sequence, 1)) planned++;
     }
     if (planned > 0) this.#rotation.batches++;
-    // Streams that decode in other micro-batches wait for this step as well.
-    if (decoding === 0) return;
-    const waiting = prefilling + this.#waiting.reduce((sum, { paused }) => sum + (paused ? 0 : 1), 0);
-    draft.tokensLeft = Math.min(draft.tokensLeft, this.options.prefillTokensMax(Math.max(planned, 1), waiting / decoding));
+    draft.decoding = decoding;
+    draft.decodeRows = planned;
   }
 
   /**
@@ -437,36 +462,69 @@ export class Scheduler {
     return Math.ceil(remaining / (count - this.#rotation.batches));
   }
 
-  #planPrefill(draft: Draft): void {
+  /** Prompt rows, prompt by prompt in their turns. */
+  #planPrompts(draft: Draft, now: number): void {
+    const begun: Sequence[] = [];
+    let waiting = this.#waiting.reduce((sum, { paused }) => sum + (paused ? 0 : 1), 0);
     for (const sequence of this.#running) {
-      if (draft.tokensLeft === 0 || draft.outputsLeft === 0) return;
-      if (sequence.paused || isDecoding(sequence) || !this.#takesRows(sequence)) continue;
-      this.#planRows(draft, sequence, this.options.prefillChunkMax);
+      if (sequence.paused || isDecoding(sequence) || tokensLeft(sequence) === 0) continue;
+      waiting++;
+      if (this.#takesRows(sequence)) begun.push(sequence);
+    }
+    begun.sort(byTurn);
+    let room = true;
+    let completed = 0;
+    let paced: boolean | null = null;
+    while (draft.tokensLeft > 0 && draft.outputsLeft > 0) {
+      const newcomer = room ? this.#waiting.find(({ paused }) => !paused) : undefined;
+      const isNew = newcomer !== undefined && (begun[0] === undefined || byTurn(newcomer, begun[0]) < 0);
+      const sequence = isNew ? newcomer : begun.shift();
+      if (sequence === undefined) return;
+      paced ??= this.#pacePrompts(draft, sequence, waiting);
+      // Where time is what a step is short of, it is over sooner without the beginning of a prompt that it cannot complete.
+      if (paced && completed > 0 && tokensLeft(sequence) > draft.tokensLeft) return;
+      if (isNew && !this.#admit(draft, sequence, now)) {
+        room = false;
+        continue;
+      }
+      if (sequence.state === 'running') this.#planRows(draft, sequence, this.options.prefillChunkMax);
+      if (tokensLeft(sequence) === 0) completed++;
     }
   }
 
-  #admit(draft: Draft, now: number): void {
-    while (draft.tokensLeft > 0 && draft.outputsLeft > 0) {
-      const sequence = this.#waiting.find(({ paused }) => !paused);
-      if (sequence === undefined) return;
-      const penaltyTokens = draft.penaltyTokensLeft - (needsTokens(sequence.sampling) ? sequence.tokens.length : 0);
-      if (penaltyTokens < 0 && draft.opened.length > 0) return;
-      if (this.#giveSlotAndBlocks(sequence)) {
-        draft.penaltyTokensLeft = penaltyTokens;
-        sequence.admittedAt ??= now;
-        draft.opened.push(openRecord(sequence));
-        this.#planRows(draft, sequence, this.options.prefillChunkMax);
-        continue;
-      }
+  /** Bounds the step's prompt tokens by what `first`, whose turn it is, may have. True: to fewer than fit into a step. */
+  #pacePrompts(draft: Draft, first: Sequence, waiting: number): boolean {
+    const tokensMax = this.options.prefillTokensMax({
+      // Streams that decode in other micro-batches wait for this step as well.
+      decodeRows: draft.decoding === 0 ? 0 : Math.max(draft.decodeRows, 1),
+      decoding: draft.decoding,
+      waiting,
+      tokens: knownTarget(first) - (first.cachedTokens ?? 0),
+      tokensLeft: tokensLeft(first),
+    });
+    if (tokensMax >= draft.tokensLeft) return false;
+    draft.tokensLeft = tokensMax;
+    return true;
+  }
+
+  /** Gives a waiting sequence its place on the workers. False: no slot, not enough blocks, or no room in the message. */
+  #admit(draft: Draft, sequence: Sequence, now: number): boolean {
+    const penaltyTokens = draft.penaltyTokensLeft - (needsTokens(sequence.sampling) ? sequence.tokens.length : 0);
+    if (penaltyTokens < 0 && draft.opened.length > 0) return false;
+    while (!this.#giveSlotAndBlocks(sequence)) {
       // A sequence whose reader is too slow must not keep others out.
       const idle = newest(this.#running, ({ paused }) => paused);
-      if (idle === null) return;
+      if (idle === null) return false;
       this.#preempt(idle);
       this.#freeLeavingSlots();
     }
+    draft.penaltyTokensLeft = penaltyTokens;
+    sequence.admittedAt ??= now;
+    draft.opened.push(openRecord(sequence));
+    return true;
   }
 
-  /** Admits a waiting sequence: a slot, its cached prefix, and blocks for the rest of its known text. All or nothing. */
+  /** A slot for a waiting sequence, its cached prefix, and blocks for the rest of its known text. All or nothing. */
   #giveSlotAndBlocks(sequence: Sequence): boolean {
     if (this.#freeSlots.length === 0) return false;
     const { blockTokens } = this.options;
@@ -487,7 +545,7 @@ export class Scheduler {
     }
 
     this.#waiting.splice(this.#waiting.indexOf(sequence), 1);
-    insertByArrival(this.#running, sequence);
+    insertInOrder(this.#running, sequence, byArrival);
     sequence.state = 'running';
     sequence.life++;
     sequence.slot = this.#freeSlots.pop()!;
@@ -590,7 +648,7 @@ export class Scheduler {
     sequence.state = 'preempted';
     sequence.preemptions++;
     this.#preemptions++;
-    insertByArrival(this.#waiting, sequence);
+    insertInOrder(this.#waiting, sequence, byTurn);
   }
 
   /** Takes a running sequence off the workers: its blocks are free now, its slot once its last step has come back. */
@@ -680,7 +738,7 @@ export class Scheduler {
       if (follower.state !== 'held') continue;
       follower.state = 'waiting';
       this.#held--;
-      insertByArrival(this.#waiting, follower);
+      insertInOrder(this.#waiting, follower, byTurn);
     }
     leader.followers = [];
   }
@@ -689,6 +747,9 @@ export class Scheduler {
 /** The prompt's rows are planned, and of what followed at most the newest token is not. */
 const isDecoding = (sequence: Sequence): boolean =>
   sequence.planned >= sequence.promptLength && knownTarget(sequence) - sequence.planned <= 1;
+
+/** Known tokens that are in no plan yet. */
+const tokensLeft = (sequence: Sequence): number => knownTarget(sequence) - sequence.planned;
 
 function outputOfRow(sequence: Sequence, position: number, row: number): PlannedOutput | null {
   const next = position + row + 1;
@@ -751,8 +812,14 @@ function newest(sequences: readonly Sequence[], wanted: (sequence: Sequence) => 
   return null;
 }
 
-function insertByArrival(sequences: Sequence[], sequence: Sequence): void {
+type Order = (a: Sequence, b: Sequence) => number;
+
+const byArrival: Order = (a, b) => a.id - b.id;
+
+const byTurn: Order = (a, b) => a.turn - b.turn || a.id - b.id;
+
+function insertInOrder(sequences: Sequence[], sequence: Sequence, order: Order): void {
   let at = sequences.length;
-  while (at > 0 && sequences[at - 1]!.id > sequence.id) at--;
+  while (at > 0 && order(sequences[at - 1]!, sequence) > 0) at--;
   sequences.splice(at, 0, sequence);
 }

@@ -35,6 +35,8 @@ export interface Sequence extends Readonly<SequenceSpec> {
   /** Order of arrival, and the sequence's name in the coordinator. */
   readonly id: number;
   readonly promptLength: number;
+  /** Its turn for prompt rows: the lowest comes first. */
+  readonly turn: number;
   /** Prompt tokens, then the output tokens that came back. */
   readonly tokens: number[];
   state: SequenceState;
@@ -77,7 +79,7 @@ export interface Sequence extends Readonly<SequenceSpec> {
   admittedAt: number | null;
 }
 
-export function createSequence(id: number, spec: SequenceSpec, state: 'waiting' | 'held'): Sequence {
+export function createSequence(id: number, turn: number, spec: SequenceSpec, state: 'waiting' | 'held'): Sequence {
   // Written out: an object that begins with a spread has slow properties, and the scheduler reads them 1,024 times a step.
   return {
     tenant: spec.tenant,
@@ -89,6 +91,7 @@ export function createSequence(id: number, spec: SequenceSpec, state: 'waiting' 
     scorePrompt: spec.scorePrompt,
     id,
     promptLength: spec.promptTokens.length,
+    turn,
     tokens: spec.promptTokens.slice(),
     state,
     paused: false,

@@ -1,4 +1,5 @@
 import { describe, expect, it } from 'vitest';
+import type { PromptDemand } from '../../../../coordinator/scheduler/scheduler.ts';
 import type { StepPlan } from '../../../../protocol/step-plan.ts';
 import { greedy, makeScheduler, makeSequence, resultOf, type MakeScheduler } from './make-scheduler.ts';
 
@@ -64,7 +65,7 @@ describe('scheduler', () => {
     const { scheduler } = makeScheduler({ stepTokensMax: 24, prefillChunkMax: 16 });
     scheduler.add(makeSequence({ promptTokens: 8 }));
     scheduler.add(makeSequence({ promptTokens: 40 }));
-    scheduler.add(makeSequence({ promptTokens: 30 }));
+    scheduler.add(makeSequence({ promptTokens: 40 }));
     const first = scheduler.schedule(0)!;
     expect(rowsOf(first)).toEqual(['0: 0..7', '1: 0..15']);
     expect(first.sequences.map(({ outputs }) => outputs.length)).toEqual([1, 0]);
@@ -327,7 +328,7 @@ describe('scheduler', () => {
   });
 
   it('scheduler - prompt tokens beside decode rows are bounded by what the rows allow, alone they are not', () => {
-    const { scheduler } = makeScheduler({ prefillTokensMax: (rows) => (rows === 0 ? 1_000 : 10 * rows) });
+    const { scheduler } = makeScheduler({ prefillTokensMax: ({ decodeRows }) => (decodeRows === 0 ? 1_000 : 10 * decodeRows) });
     scheduler.add(makeSequence({ promptTokens: 40, outputTokensMax: 9 }));
     const first = scheduler.schedule(0)!;
     expect(rowsOf(first)).toEqual(['0: 0..39']);
@@ -344,20 +345,45 @@ describe('scheduler', () => {
     }
   });
 
-  it('scheduler - tells how many prompts wait for each stream that decodes, those without a slot included', () => {
-    const asked: [number, number][] = [];
-    const { scheduler } = makeScheduler({ sequencesMax: 3, prefillTokensMax: (...args) => (asked.push(args), 4) });
-    scheduler.add(makeSequence({ promptTokens: 8, outputTokensMax: 9 }));
+  it('scheduler - tells how many prompts wait beside the streams that decode, those without a slot included, and what is left of the first', () => {
+    const asked: PromptDemand[] = [];
+    const { scheduler } = makeScheduler({ sequencesMax: 3, prefillTokensMax: (demand) => (asked.push(demand), 4) });
+    scheduler.add(makeSequence({ promptTokens: 4, outputTokensMax: 9 }));
     scheduler.complete(resultOf(scheduler.schedule(0)!));
-    expect(asked).toEqual([]);
     for (let i = 0; i < 3; i++) scheduler.add(makeSequence({ promptTokens: 8, outputTokensMax: 9, firstToken: 100 * (i + 1) }));
     // Each time the prompt in front gets 4 of its 8 tokens; its second half brings its first token.
     for (let i = 0; i < 3; i++) scheduler.complete(resultOf(scheduler.schedule(0)!));
     expect(asked).toEqual([
-      [1, 3],
-      [1, 3],
-      [2, 1],
+      { decodeRows: 0, decoding: 0, waiting: 1, tokens: 4, tokensLeft: 4 },
+      { decodeRows: 1, decoding: 1, waiting: 3, tokens: 8, tokensLeft: 8 },
+      { decodeRows: 1, decoding: 1, waiting: 3, tokens: 8, tokensLeft: 4 },
+      { decodeRows: 2, decoding: 2, waiting: 2, tokens: 8, tokensLeft: 8 },
     ]);
+  });
+
+  it('scheduler - a step that was given less time than its budget takes no beginning of a prompt behind one that it completes', () => {
+    const { scheduler } = makeScheduler({ stepTokensMax: 64, prefillTokensMax: () => 32 });
+    for (const promptTokens of [20, 8, 30]) scheduler.add(makeSequence({ promptTokens, outputTokensMax: 1 }));
+    // 4 more tokens would not complete the third.
+    expect(rowsOf(scheduler.schedule(0))).toEqual(['0: 0..19', '1: 0..7']);
+    const { scheduler: whole } = makeScheduler({ stepTokensMax: 32 });
+    for (const promptTokens of [20, 8, 30]) whole.add(makeSequence({ promptTokens, outputTokensMax: 1 }));
+    expect(rowsOf(whole.schedule(0))).toEqual(['0: 0..19', '1: 0..7', '2: 0..3']);
+  });
+
+  it('scheduler - a prompt of three chunks that is under way lets seven chunks of others pass, then comes to its end', () => {
+    const { scheduler } = makeScheduler({ blocks: 200, prefillChunkMax: 10, prefillTokensMax: () => 10 });
+    scheduler.add(makeSequence({ promptTokens: 30, outputTokensMax: 1 }));
+    const planned: string[] = [];
+    for (let i = 1; i <= 14; i++) {
+      const plan = scheduler.schedule(0)!;
+      planned.push(`${plan.sequences[0]!.position / 10 + 1} of ${plan.sequences[0]!.tokens![0]}`);
+      scheduler.complete(resultOf(plan));
+      scheduler.add(makeSequence({ promptTokens: 10, outputTokensMax: 1, firstToken: 1_000 * i }));
+    }
+    // The eighth's place in the order is the one that the long prompt has by its patience: 30 + 4 * 20 = 110 tokens.
+    const seven = [1, 2, 3, 4, 5, 6, 7].map((i) => `1 of ${1_000 * i}`);
+    expect(planned).toEqual(['1 of 100', ...seven, '2 of 110', '3 of 120', '1 of 8000', '1 of 9000', '1 of 10000', '1 of 11000']);
   });
 
   it('scheduler - gives a paused sequence no rows, and takes its blocks before anybody waits for them', () => {
