@@ -109,7 +109,7 @@ const tickMs = 100;
  * new request waits for, and what is computed in vain when a sequence ends unforeseen.
  */
 const aheadMsMax = 24;
-/** Less than this ahead: time to plan again. Not sooner, so that a request that comes while a long step runs is in the next one. */
+/** Less than this ahead: time to plan again. Not sooner: a request that comes while a long step runs shall be in the next one. */
 const aheadMsMin = 12;
 /** One that runs, one that follows, where nobody knows yet how long they take. */
 const stepsAheadUnmeasured = 2;

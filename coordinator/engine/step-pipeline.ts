@@ -57,6 +57,8 @@ const roundShare = 0.999;
 /** Steps in flight of a pipeline on links that are very slow. */
 const microBatchesMax = 64;
 const rateSeconds = 10;
+/** A step may take this share of what it is expected to take. */
+const surelyShare = 0.75;
 
 export class StepPipeline {
   /** Stages a step passes through. */
@@ -101,13 +103,14 @@ export class StepPipeline {
     return this.#inFlight.length;
   }
 
-  /** How long what is in flight will still take one stage, by what steps took; null: nothing like it was measured. */
+  /** How long what is in flight will still keep one stage busy, by what steps took, the running one a quarter less: a plan too late costs a wait. Null: nothing like it was measured. */
   aheadMs(now: number): number | null {
     let sum = 0;
     for (const [i, step] of this.#inFlight.entries()) {
       const ms = this.#times.stepMs(step);
       if (ms === null) return null;
-      sum += i > 0 ? ms : Math.max(0, ms - (now - Math.max(step.publishedAt, this.#lastResultAt)));
+      const sinceMs = now - Math.max(step.publishedAt, this.#lastResultAt);
+      sum += i > 0 ? ms : Math.max(0, surelyShare * ms - sinceMs);
     }
     return sum;
   }

@@ -169,12 +169,12 @@ const options = {
   stepsInFlight: () =>
     new Option(
       '--steps-in-flight <n>',
-      'most steps planned ahead (default: 2, and as many as take 24 ms; with stages as many as keep all of them busy)',
+      'most steps in flight (default: the running one and the next, or as many as take 24 ms; with stages as many as keep all of them busy)',
     ).argParser(integer(1, 128)),
   itlTargetMs: () =>
     new Option(
       '--itl-target-ms <n>',
-      'most time between two tokens of a stream while prompts are computed (default: 1.6 times what it is without, 20 ms at least; up to 100 ms where many prompts wait)',
+      'most time between two tokens of a stream while prompts are computed (default: 1.6 times what it is without, 20 ms at least, up to 100 ms where many wait; 100 ms more for a short prompt)',
     ).argParser(integer(1, 60_000)),
   speculation: () =>
     new Option(

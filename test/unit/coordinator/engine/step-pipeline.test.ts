@@ -74,6 +74,24 @@ describe('step pipeline', () => {
     expect(pipeline.microBatches).toBe(2);
   });
 
+  it('step pipeline - tells how long what is in flight will surely keep the workers busy, once it is like what came back', () => {
+    const pipeline = new StepPipeline();
+    expect(pipeline.aheadMs(0)).toBe(0);
+    pipeline.published(makePlan(1, 40), 0);
+    expect(pipeline.aheadMs(0)).toBeNull();
+    pipeline.completed(makeResult(1, { totalUs: 80_000 }), 1, 80);
+    pipeline.published(makePlan(2, 20), 80);
+    // 40 ms are expected of the running step, of which it may take three quarters.
+    expect(pipeline.aheadMs(80)).toBe(30);
+    expect(pipeline.aheadMs(100)).toBe(10);
+    pipeline.published(makePlan(3, 10), 100);
+    expect(pipeline.aheadMs(100)).toBe(30);
+    expect(pipeline.aheadMs(150)).toBe(20);
+    // The next one runs since the result.
+    pipeline.completed(makeResult(2, { totalUs: 40_000 }), 1, 150);
+    expect(pipeline.aheadMs(155)).toBe(10);
+  });
+
   it('step pipeline - calls a step overdue half a second after the workers should have', () => {
     const pipeline = new StepPipeline();
     pipeline.published(makePlan(1, 3), 1000);

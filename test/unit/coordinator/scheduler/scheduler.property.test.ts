@@ -172,7 +172,9 @@ function simulate({ options, requests, turns }: Workload) {
     }
   }
   // Of those that only ever waited, one was admitted before another that came earlier only where that one has patience with it.
-  const order = admitted.filter((id) => neverHeld.includes(id)).map((id) => live.find(({ sequence }) => sequence.id === id)!.sequence);
+  const order = admitted
+    .filter((id) => neverHeld.includes(id))
+    .map((id) => live.find(({ sequence }) => sequence.id === id)!.sequence);
   for (const [i, sequence] of order.entries()) {
     const passed = order.slice(i + 1).filter(({ id }) => id < sequence.id);
     for (const other of passed) expect(sequence.promptLength).toBeLessThan(other.promptLength);
