@@ -71,6 +71,8 @@ export class StepPipeline {
   /** Time on a link between two stages, the least seen; null = not measured. */
   #hopMs: number | null = null;
   #resting = true;
+  /** No step of this epoch is back yet. It is no measure: workers touch their memory for the first time. */
+  #isFirst = true;
   #lastResultAt = Number.NEGATIVE_INFINITY;
   /** Slowest seen lately, forgotten slowly; null = not measured. */
   #smallStepMs: number | null = null;
@@ -94,6 +96,7 @@ export class StepPipeline {
     this.#ppSize = ppSize;
     this.#smallStepMs = this.#tokenMs = this.#hopMs = null;
     this.#times = new StepTimes();
+    this.#isFirst = true;
     this.#aheadTimes = new RowTimes();
     this.#roundTimes = new RowTimes();
     this.abandon();
@@ -189,7 +192,8 @@ export class StepPipeline {
     const { decodeRows, prefillTokens } = step;
     const stageMs = (result.totalUs - result.receiveUs) / 1e3;
     // With one stage the worker's own time is the surer one; with several it holds waits for the stage before.
-    this.#times.observe({ decodeRows, prefillTokens, ms: this.#ppSize === 1 ? result.totalUs / 1e3 : ms });
+    if (!this.#isFirst) this.#times.observe({ decodeRows, prefillTokens, ms: this.#ppSize === 1 ? result.totalUs / 1e3 : ms });
+    this.#isFirst = false;
     if (step.alone && this.#ppSize > 1 && step.tokens < smallStepTokens) {
       const hopMs = Math.max(0, ms - this.#ppSize * stageMs) / this.#ppSize;
       this.#hopMs = Math.min(this.#hopMs ?? hopMs, hopMs);

@@ -95,13 +95,14 @@ export class StepTimes {
    */
   prefillTokensMax(demand: PromptDemand, targetMs: number | null): number {
     const { decodeRows, decoding, waiting, tokens, tokensLeft } = demand;
-    const tokenMs = this.#tokenMs === null ? null : Math.max(this.#tokenMs, tokenMsMin);
-    // With others behind it, a short prompt has its first token before they are computed too.
-    const isShort = tokenMs !== null && targetMs === null && tokens * tokenMs <= shortPromptMs;
+    if (this.#tokenMs === null) return decodeRows === 0 ? Number.POSITIVE_INFINITY : chunkTokensFirst;
+    const tokenMs = Math.max(this.#tokenMs, tokenMsMin);
+    const isShort = targetMs === null && tokens * tokenMs <= shortPromptMs;
+    // Of prompts that come together in a step, none has its first token before the last.
     if (decodeRows === 0 && (waiting === 1 || !isShort)) return Number.POSITIVE_INFINITY;
     if (isShort) return shortPromptTokens(tokensLeft, Math.floor(bearableMs / tokenMs));
     const decodeMs = this.decodeMs(decodeRows);
-    if (decodeMs === null || tokenMs === null) return chunkTokensFirst;
+    if (decodeMs === null) return chunkTokensFirst;
     const forWaitingMs = Math.min((1 + stretchForWaiting * (waiting / decoding)) * decodeMs, bearableMs);
     const limitMs = targetMs ?? Math.max(stretch * decodeMs, unnoticedMs, forWaitingMs);
     return Math.max(chunkTokensMin, Math.floor((limitMs - decodeMs) / tokenMs));

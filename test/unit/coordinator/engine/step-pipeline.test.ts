@@ -79,16 +79,20 @@ describe('step pipeline', () => {
     expect(pipeline.aheadMs(0)).toBe(0);
     pipeline.published(makePlan(1, 40), 0);
     expect(pipeline.aheadMs(0)).toBeNull();
-    pipeline.completed(makeResult(1, { totalUs: 80_000 }), 1, 80);
-    pipeline.published(makePlan(2, 20), 80);
+    // The first step of an epoch is no measure.
+    pipeline.completed(makeResult(1, { totalUs: 800_000 }), 1, 0);
+    pipeline.published(makePlan(2, 40), 0);
+    expect(pipeline.aheadMs(0)).toBeNull();
+    pipeline.completed(makeResult(2, { totalUs: 80_000 }), 1, 80);
+    pipeline.published(makePlan(3, 20), 80);
     // 40 ms are expected of the running step, of which it may take three quarters.
     expect(pipeline.aheadMs(80)).toBe(30);
     expect(pipeline.aheadMs(100)).toBe(10);
-    pipeline.published(makePlan(3, 10), 100);
+    pipeline.published(makePlan(4, 10), 100);
     expect(pipeline.aheadMs(100)).toBe(30);
     expect(pipeline.aheadMs(150)).toBe(20);
     // The next one runs since the result.
-    pipeline.completed(makeResult(2, { totalUs: 40_000 }), 1, 150);
+    pipeline.completed(makeResult(3, { totalUs: 40_000 }), 1, 150);
     expect(pipeline.aheadMs(155)).toBe(10);
   });
 
