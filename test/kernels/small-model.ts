@@ -6,7 +6,7 @@ import type { ModelFacts, TensorFacts } from '../../kernels/model-file/model-fac
 import { quantType, rowBytes } from '../../kernels/model-file/quant-types.ts';
 import { buildProgram, cutModel, unitsOfModel, type CutShares, type KvType } from '../../kernels/programs/index.ts';
 import type { ActivationType, Program, TensorType, WeightSlice } from '../../kernels/programs/program.ts';
-import { gaussian, uniform } from './tiny-model.ts';
+import { floatBits, gaussian, uniform } from './tiny-model.ts';
 
 export interface SmallShape {
   architecture: 'llama' | 'qwen2';
@@ -54,7 +54,7 @@ const scales: Partial<Record<TensorType, readonly number[]>> = {
 
 /** Rounded down; 0 where a half is subnormal. */
 function halfBits(value: number): number {
-  const bits = new Uint32Array(new Float32Array([value]).buffer)[0]!;
+  const bits = floatBits(value);
   if (((bits >>> 23) & 255) < 113) return 0;
   return ((bits >>> 16) & 0x8000) | ((((bits >>> 23) & 255) - 112) << 10) | ((bits >>> 13) & 1023);
 }
@@ -63,15 +63,20 @@ function generate({ name, type, bytes }: TensorFacts, seed: number): Uint8Array 
   const next = uniform(seed);
   if (type === 'F32') {
     const [mean, spread] = name.endsWith('norm.weight') ? [1, 0.2] : [0, 0.1];
-    return new Uint8Array(Float32Array.from({ length: bytes / 4 }, () => mean + spread * gaussian(next)).buffer);
+    const floats = new Float32Array(bytes / 4);
+    for (let i = 0; i < floats.length; i++) floats[i] = mean + spread * gaussian(next);
+    return new Uint8Array(floats.buffer);
   }
   if (type === 'F16' || type === 'BF16') {
-    const bits = (value: number): number => new Uint32Array(new Float32Array([value]).buffer)[0]! >>> 16;
-    return new Uint8Array(
-      Uint16Array.from({ length: bytes / 2 }, () => (type === 'F16' ? halfBits : bits)(0.08 * gaussian(next))).buffer,
-    );
+    const words = new Uint16Array(bytes / 2);
+    for (let i = 0; i < words.length; i++) {
+      const value = 0.08 * gaussian(next);
+      words[i] = type === 'F16' ? halfBits(value) : floatBits(value) >>> 16;
+    }
+    return new Uint8Array(words.buffer);
   }
-  const data = Uint8Array.from({ length: bytes }, () => next() * 256);
+  const data = new Uint8Array(bytes);
+  for (let i = 0; i < bytes; i++) data[i] = next() * 256;
   const view = new DataView(data.buffer);
   const { blockBytes, scaleOffsets } = quantType(type);
   for (let block = 0; block < bytes; block += blockBytes)

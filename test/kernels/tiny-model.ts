@@ -58,8 +58,16 @@ export interface Tensor {
 
 const blockBytes: Partial<Record<TensorType, number>> = { Q4_0: 18, Q4_1: 20, Q8_0: 34 };
 
+const floatOfWord = new Float32Array(1);
+const wordOfFloat = new Uint32Array(floatOfWord.buffer);
+/** The 32 bits of `value` as fp32. */
+export function floatBits(value: number): number {
+  floatOfWord[0] = value;
+  return wordOfFloat[0]!;
+}
+
 function halfBits(value: number): number {
-  const bits = new Uint32Array(new Float32Array([value]).buffer)[0]!;
+  const bits = floatBits(value);
   const sign = (bits >>> 16) & 0x8000;
   const exponent = ((bits >>> 23) & 255) - 112;
   if (exponent <= 0) return sign; // small scales do not occur here
@@ -82,35 +90,30 @@ export function randomTensor(type: TensorType, rows: number, columns: number, sc
   const bytes = blockBytes[type]!;
   const blocks = new Uint8Array((rows * columns * bytes) / 32);
   const view = new DataView(blocks.buffer);
+  const x = new Float64Array(32);
+  // Integers of a block, least and most, and what is added to them where it keeps them unsigned.
+  const [low, high, offset] = type === 'Q8_0' ? [-127, 127, 0] : type === 'Q4_0' ? [-8, 7, 8] : [0, 15, 0];
   for (let b = 0; b < (rows * columns) / 32; b++) {
-    const x = Array.from({ length: 32 }, () => scale * gaussian(next));
+    for (let j = 0; j < 32; j++) x[j] = scale * gaussian(next);
     const at = b * bytes;
-    const largest = Math.max(...x.map(Math.abs));
-    const [d, m] =
-      type === 'Q8_0'
-        ? [halfBits(largest / 127), 0]
-        : type === 'Q4_0'
-          ? [halfBits(largest / 7), 0]
-          : [halfBits((Math.max(...x) - Math.min(...x)) / 15), halfBits(Math.min(...x))];
+    const least = Math.min(...x);
+    const most = Math.max(...x);
+    const largest = Math.max(most, -least);
+    const d = halfBits(type === 'Q8_0' ? largest / 127 : type === 'Q4_0' ? largest / 7 : (most - least) / 15);
+    const m = type === 'Q4_1' ? halfBits(least) : 0;
     view.setUint16(at, d, true);
     if (type === 'Q4_1') view.setUint16(at + 2, m, true);
-    x.forEach((value, j) => {
-      const clamp = (q: number, low: number, high: number) => Math.min(high, Math.max(low, Math.round(q)));
-      const q =
-        type === 'Q8_0'
-          ? clamp(value / halfValue(d), -127, 127)
-          : type === 'Q4_0'
-            ? clamp(value / halfValue(d), -8, 7)
-            : clamp((value - halfValue(m)) / halfValue(d), 0, 15);
-      values[b * 32 + j] = halfValue(d) * q + (type === 'Q4_1' ? halfValue(m) : 0);
+    const [step, minimum] = [halfValue(d), halfValue(m)];
+    for (let j = 0; j < 32; j++) {
+      const q = Math.min(high, Math.max(low, Math.round((x[j]! - minimum) / step)));
+      values[b * 32 + j] = step * q + minimum;
       if (type === 'Q8_0') {
         view.setInt8(at + 2 + j, q);
       } else {
-        const nibble = type === 'Q4_0' ? q + 8 : q;
         const byte = at + (type === 'Q4_0' ? 2 : 4) + (j % 16);
-        blocks[byte] = blocks[byte]! | (j < 16 ? nibble : nibble << 4);
+        blocks[byte] = blocks[byte]! | ((q + offset) << (j < 16 ? 0 : 4));
       }
-    });
+    }
   }
   return { type, rows, columns, blocks, values };
 }
@@ -141,6 +144,9 @@ export function tinyWeights(seed = 1): TinyWeights {
   norm('output_norm');
   return weights;
 }
+
+/** Of meshes that name none; nobody changes them. */
+let defaultWeights: TinyWeights | null = null;
 
 export interface TinyCut {
   /** Layers of each stage. */
@@ -507,7 +513,7 @@ export class TinyMesh {
 
   static async start(options: TinyMeshOptions = {}): Promise<TinyMesh> {
     const cut = options.cut ?? wholeCut;
-    const weights = options.weights ?? tinyWeights();
+    const weights = options.weights ?? (defaultWeights ??= tinyWeights());
     const programs = cut.stages.flatMap((_, stage) =>
       cut.heads.map((_h, rank) => tinyProgram(weights, cut, stage, rank, options)),
     );

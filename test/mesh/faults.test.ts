@@ -3,7 +3,7 @@
  * killed and frozen, the broker goes and comes back, the coordinator is cut off, messages are lost, doubled and late. Whatever happens: every request ends
  * exactly once; one that finishes has the tokens it would have had alone; after the last fault the mesh heals by itself and all blocks are free.
  */
-import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest';
+import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { ShardmeshEngine } from '../../coordinator/engine/engine.ts';
 import type { EngineEvent } from '../../coordinator/engine/engine-types.ts';
 import { MeshService } from '../../coordinator/mesh/mesh-service.ts';
@@ -14,6 +14,7 @@ import { meshSubjects } from '../../protocol/subjects.ts';
 import { collect, fakeDetokenizer, makeRequest, settle } from '../unit/coordinator/engine/make-engine.ts';
 import { greedy } from '../unit/coordinator/scheduler/make-scheduler.ts';
 import { expectedTokens, vocabularySize, type SimulatedWorkerOptions } from '../unit/coordinator/scheduler/simulated-worker.ts';
+import { FakeTime } from './fake-time.ts';
 import { MemoryBus } from './memory-transport.ts';
 import { Fabric, SimulatedProcess, sliceSha256 } from './simulated-process.ts';
 
@@ -22,11 +23,12 @@ const seedsPerTest = 50;
 const faultsMs = 6_000;
 const healMs = 8_000;
 const quantumMs = 10;
+let time: FakeTime;
 
 /** Time moves on in small steps, and what waits for a promise runs between them. */
 async function advance(ms: number): Promise<void> {
   for (let left = ms; left > 0; left -= quantumMs) {
-    vi.advanceTimersByTime(Math.min(left, quantumMs));
+    time.advance(Math.min(left, quantumMs));
     await settle();
   }
 }
@@ -273,15 +275,15 @@ async function runHistory(seed: number): Promise<Sums> {
   };
 }
 
-beforeEach(() => void vi.useFakeTimers());
-afterEach(() => void vi.useRealTimers());
+beforeEach(() => void (time = new FakeTime()));
+afterEach(() => time.dispose());
 
 describe('mesh under faults', () => {
   for (let first = 1; first <= seeds; first += seedsPerTest)
     it(`mesh seeds ${first} to ${first + seedsPerTest - 1} - every request ends once, with the right tokens, and the mesh heals`, async () => {
       const sums: Sums = { finished: 0, failed: 0, epochs: 0, stale: 0, drafts: 0 };
       for (let seed = first; seed < first + seedsPerTest; seed++) {
-        vi.clearAllTimers();
+        time.clearTimers();
         try {
           const history = await runHistory(seed);
           for (const name of Object.keys(sums) as (keyof Sums)[]) sums[name] += history[name];
