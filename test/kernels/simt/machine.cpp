@@ -43,8 +43,9 @@ simt_switch:
   pop %r12
   pop %rbx
   pop %rbp
-  ret
-)");
+  pop %rdx
+  jmp *%rdx
+)");  // not ret: its prediction would be the caller of this fiber, which is hardly ever the one to go on
 
 namespace simt {
 
@@ -78,7 +79,6 @@ struct Fiber {
   const char* operation;
   uint32_t mask;
   Site site;
-  void* slot;
   std::vector<Copy> copies;
   unsigned copy_group;
   bool waited;  // for the grid before this one
@@ -86,6 +86,7 @@ struct Fiber {
 
 struct Warp {
   uint32_t runnable, spinning, waiting, done, exists;  // waiting: in an operation of the warp
+  void* slots[32];                                     // of those that wait
 };
 
 struct Block {
@@ -111,7 +112,9 @@ struct Grid {
   uint64_t random_state;
   bool checks_early_start = false;
   bool starts_early = false;  // being run as far as the waits for the grid before
-  int idle_spins = 0;
+  uint64_t turns = 0;         // that its threads may still have before others get theirs
+  int spins = 0;              // turns in a row in which a thread did nothing but spin, since it has these turns
+  int idle_spins = 0;         // the same, since ever
   std::string problem = "";
   bool failed = false;
 };
@@ -152,10 +155,7 @@ std::string name_of(const Site& site) {
 bool same_text(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
 bool same_site(const Site& a, const Site& b) { return a.line() == b.line() && a.column() == b.column() && same_text(a.file_name(), b.file_name()); }
 
-void leave() {
-  in_fiber = 0;
-  simt_switch(&current->stack_pointer, main_stack_pointer);
-}
+void leave();
 
 void wake(Fiber& fiber) {
   fiber.state = State::Runnable;
@@ -191,7 +191,7 @@ void start_block(Block& block, Dim grid, Dim size, Dim index, size_t shared_byte
   const size_t room = (shared_bytes + 15) / 16 * 16;
   block.shared = block.shared_end - room;
   std::memset(block.shared, kPoison, room);
-  block.warps.assign((count + 31) / 32, Warp{0, 0, 0, 0, 0xffffffffu});
+  block.warps.assign((count + 31) / 32, Warp{0, 0, 0, 0, 0xffffffffu, {}});
   if (count % 32) block.warps.back().exists = (1u << count % 32) - 1;
   block.runnable_warps = block.spinning_warps = 0;
   block.live = count;
@@ -224,20 +224,26 @@ unsigned any_of(uint32_t bits) {  // the first from a random place on
   return lowest(above ? above : bits);
 }
 
+unsigned choose(uint32_t bits, Order order) { return order == Order::Forward ? lowest(bits) : order == Order::Reverse ? highest(bits) : any_of(bits); }
+// A runnable thread of a block that has one.
+Fiber* runnable_of(Block* block, Order order) {
+  const unsigned w = choose(block->runnable_warps, order);
+  return &block->fibers[w * 32 + choose(block->warps[w].runnable, order)];
+}
+
 // The thread to run next, or null: a runnable one, else a spinning one.
 Fiber* pick(const Grid& grid) {
   const std::vector<Block*>& live = grid.live;
   for (const bool spinning : {false, true}) {
     // Spinning threads take turns by chance in every order: a fixed choice could starve the one that is waited for.
     const Order order = spinning ? Order::Random : grid.schedule.order;
-    const auto choose = [&](uint32_t bits) { return order == Order::Forward ? lowest(bits) : order == Order::Reverse ? highest(bits) : any_of(bits); };
     const size_t n = live.size(), from = order == Order::Random && n > 1 ? next_random(running->random_state) % n : 0;
     for (size_t i = 0; i < n; i++) {
       Block* block = live[order == Order::Reverse ? n - 1 - i : (from + i) % n];
-      const uint32_t warps = spinning ? block->spinning_warps : block->runnable_warps;
-      if (!warps) continue;
-      const unsigned w = choose(warps);
-      return &block->fibers[w * 32 + choose(spinning ? block->warps[w].spinning : block->warps[w].runnable)];
+      if (!(spinning ? block->spinning_warps : block->runnable_warps)) continue;
+      if (!spinning) return runnable_of(block, order);
+      const unsigned w = choose(block->spinning_warps, order);
+      return &block->fibers[w * 32 + choose(block->warps[w].spinning, order)];
     }
   }
   return nullptr;
@@ -314,8 +320,7 @@ bool start_next(Grid& grid, Block* into) {
   return true;
 }
 
-// One turn of a thread, until it meets others, spins or ends.
-void run_fiber(Fiber* fiber) {
+void make_current(Fiber* fiber) {
   Warp& warp = fiber->block->warps[fiber->index / 32];
   const uint32_t bit = 1u << (fiber->index % 32);
   warp.runnable &= ~bit;
@@ -325,18 +330,46 @@ void run_fiber(Fiber* fiber) {
   fiber->state = State::Runnable;
   current = fiber;
   place = &fiber->place;
+}
+
+// One turn of a thread, until it meets others, spins or ends; and, one after the other, those that leave() has behind it. Returns the thread whose turn was the last.
+Fiber* run_fiber(Fiber* fiber) {
+  make_current(fiber);
   in_fiber = 1;
   simt_switch(&main_stack_pointer, fiber->stack_pointer);
-  if (fiber->state == State::Spinning) {
-    warp.spinning |= bit;
-    fiber->block->spinning_warps |= 1u << (fiber->index / 32);
+  Fiber* last = current;
+  if (last->state == State::Spinning) {
+    last->block->warps[last->index / 32].spinning |= 1u << (last->index % 32);
+    last->block->spinning_warps |= 1u << (last->index / 32);
   }
+  return last;
+}
+
+// The end of a thread's turn. The next one has its turn straight from here as long as there is nothing else to see to: that is most of the time, and half of the switches.
+void leave() {
+  Fiber* self = current;
+  Grid& grid = *running;
+  const std::vector<Block*>& live = grid.live;
+  const auto can_go_on = [](const Block* block) { return block->runnable_warps != 0; };
+  if (grid.turns > 0 && !grid.failed && self->state != State::Spinning && self->block->live > 0 && (live.size() == 1 ? can_go_on(live[0]) : std::any_of(live.begin(), live.end(), can_go_on))) {
+    grid.turns--;
+    grid.spins = grid.idle_spins = 0;
+    Fiber* next = live.size() == 1 ? runnable_of(live[0], grid.schedule.order) : pick(grid);
+    make_current(next);
+    if (next != self) simt_switch(&self->stack_pointer, next->stack_pointer);
+    return;
+  }
+  in_fiber = 0;
+  simt_switch(&self->stack_pointer, main_stack_pointer);
 }
 
 // At most `turns` turns of the grid's threads. False where it has not ended: the turns are over, or its threads have done nothing but spin for a while.
 bool run_threads(Grid& grid, uint64_t turns) {
-  for (int spins = 0; !grid.live.empty() && !grid.failed; turns--) {
-    if (turns == 0 || spins > kSpinsOfTurn) return false;
+  grid.turns = turns;
+  grid.spins = 0;
+  while (!grid.live.empty() && !grid.failed) {
+    if (grid.turns == 0 || grid.spins > kSpinsOfTurn) return false;
+    grid.turns--;
     Fiber* fiber = pick(grid);
     if (!fiber) {
       grid.problem = describe_deadlock(grid.live);
@@ -345,14 +378,14 @@ bool run_threads(Grid& grid, uint64_t turns) {
     }
     const bool idle = fiber->state == State::Spinning;
     grid.idle_spins = idle ? grid.idle_spins + 1 : 0;
-    spins = idle ? spins + 1 : 0;
+    grid.spins = idle ? grid.spins + 1 : 0;
     if (grid.idle_spins > kSpinsMax && !grid.schedule.wall_clock) {
       grid.problem = where(*fiber) + ": every thread spins and nothing changes";
       grid.failed = true;
       break;
     }
-    run_fiber(fiber);
-    if (fiber->block->live == 0 && !start_next(grid, fiber->block)) grid.live.erase(std::find(grid.live.begin(), grid.live.end(), fiber->block));
+    Block* block = run_fiber(fiber)->block;
+    if (block->live == 0 && !start_next(grid, block)) grid.live.erase(std::find(grid.live.begin(), grid.live.end(), block));
   }
   return true;
 }
@@ -360,6 +393,7 @@ bool run_threads(Grid& grid, uint64_t turns) {
 // Every block by itself, every thread as far as its wait for the grid before.
 void run_to_waits(Grid& grid, Block& block) {
   grid.live = {&block};
+  grid.turns = kToTheEnd;
   while (start_next(grid, &block)) {
     while (Fiber* fiber = pick(grid)) {
       if (fiber->state == State::Spinning) {
@@ -532,8 +566,8 @@ void meet_warp(const char* operation, uint32_t mask, const Site& site, void* slo
   self.operation = operation;
   self.mask = mask;
   self.site = site;
-  self.slot = slot;
   Warp& warp = self.block->warps[self.index / 32];
+  warp.slots[own] = slot;
   const auto lane_of = [&](unsigned l) -> const Fiber& { return self.block->fibers[first + l]; };
   if (const uint32_t missing = mask & ~warp.exists) fault(site, "%s with mask %08x, but the warp has no lane %u", operation, mask, lowest(missing));
   if (const uint32_t done = mask & warp.done) fault(site, "%s with mask %08x, but lane %u has ended", operation, mask, lowest(done));
@@ -556,12 +590,11 @@ void meet_warp(const char* operation, uint32_t mask, const Site& site, void* slo
   }
   warp.waiting &= ~mask;
   void* slots[32] = {};
-  for (unsigned l = 0; l < 32; l++)
-    if (mask >> l & 1) slots[l] = self.block->fibers[first + l].slot;
+  for (uint32_t lanes = mask; lanes; lanes &= lanes - 1) slots[lowest(lanes)] = warp.slots[lowest(lanes)];
   totals.collectives++;
   complete(slots, mask, site);
-  for (unsigned l = 0; l < 32; l++)
-    if (mask >> l & 1) wake(self.block->fibers[first + l]);
+  warp.runnable |= mask;
+  self.block->runnable_warps |= 1u << (self.index / 32);
   leave();  // the order decides who of the warp goes on first
 }
 
