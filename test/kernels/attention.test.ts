@@ -1,11 +1,12 @@
 /**
- * Runs each test of attention_test.cpp for every kernel set of this machine, and for avx512 on emulated_avx512.h. SHARDMESH_BENCH=1 prints the speed of
- * attention as well.
+ * Runs each test of attention_test.cpp for every kernel set of this machine, and for avx512 on emulated_avx512.h. One process runs a test for all sets, since what
+ * the reference computes for it takes most of the time. SHARDMESH_BENCH=1 prints the speed of attention as well.
  */
 import { execFile, execFileSync } from 'node:child_process';
 import { promisify } from 'node:util';
 import { beforeAll, describe, expect, it } from 'vitest';
 import { buildKernelTarget } from './build-target.ts';
+import { linesOf } from './test-program.ts';
 
 const run = promisify(execFile);
 
@@ -28,6 +29,17 @@ const names = (set: string) => [
 ];
 const sets = ['portable', 'avx2', 'avx512'];
 
+/** The line of one test of `binary` and one set: `ok NAME`, or what it says instead. */
+const outcomes = (binary: () => string, ...set: string[]) => {
+  const runs = new Map<string, Promise<string[]>>();
+  return async (name: string): Promise<string> => {
+    const test = name.replace(/^(\w+) \w+ - /, '$1 - ');
+    if (!runs.has(test)) runs.set(test, linesOf(binary(), [test, ...set], 110_000));
+    const lines = await runs.get(test)!;
+    return lines.find((line) => line === `ok ${name}` || line.startsWith(`FAIL ${name}:`)) ?? `no line for ${name}`;
+  };
+};
+
 describe('attention and elementwise kernels', () => {
   let binary: string;
   /** Tests of the kernel sets that this machine runs. */
@@ -43,12 +55,12 @@ describe('attention and elementwise kernels', () => {
     expect(here).toEqual(expect.arrayContaining(names('portable')));
   });
 
+  const outcome = outcomes(() => binary);
   it.for(sets.flatMap(names))('%s', async (name, { skip }) => {
     const set = name.split(' ')[1];
     // A set is there whole or, where the processor lacks its instructions, not at all.
     if (!here.some((other) => other.split(' ')[1] === set)) skip(`this processor lacks ${set}`);
-    // What a failing test prints is in the message of the error.
-    await run(binary, [name], { timeout: 110_000, killSignal: 'SIGKILL' });
+    expect(await outcome(name)).toBe(`ok ${name}`);
   });
 
   describe.runIf(process.arch === 'x64')('avx512 on emulated instructions', () => {
@@ -59,9 +71,10 @@ describe('attention and elementwise kernels', () => {
       known = execFileSync(emulated, ['--list'], { encoding: 'utf8' }).trim().split('\n');
     }, 600_000);
 
+    const outcome = outcomes(() => emulated, 'avx512');
     it.for(names('avx512'))('emulated %s', async (name, { skip }) => {
       if (!known.some((other) => other.split(' ')[1] === 'avx2')) skip('this processor lacks AVX2, which the emulation needs');
-      await run(emulated, [name], { timeout: 110_000, killSignal: 'SIGKILL' });
+      expect(await outcome(name)).toBe(`ok ${name}`);
     });
   });
 

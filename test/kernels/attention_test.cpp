@@ -1,7 +1,7 @@
 // Attention and the elementwise operations of every CPU kernel set against the reference, bit for bit.
 //
 //   attention_test --list           names of all tests this machine can run, one a line
-//   attention_test NAME             runs one; exit status 0: passed
+//   attention_test TEST [SET]       one test for every set of this machine, or one of them; prints `ok NAME` or `FAIL NAME: what` for each; exit status 0: passed
 //   attention_test                  runs all
 //   attention_test --bench [SET]    microseconds and GB/s of KV for the shapes of real models, one thread
 //
@@ -14,6 +14,7 @@
 #include <cstring>
 #include <ctime>
 #include <functional>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -23,16 +24,28 @@ using namespace shardmesh;
 
 namespace {
 
+using Sets = std::vector<const KernelSet*>;
+const KernelSet* under_test = nullptr;  // null: the reference itself is wrong, and so nothing is shown of any set
+std::map<const KernelSet*, std::string> first_failures;  // of the running test
 int failures = 0;
 
-#define FAIL(...)                                  \
-  do {                                             \
-    if (failures < 10) {                           \
-      std::fprintf(stderr, "  " __VA_ARGS__);      \
-      std::fprintf(stderr, "\n");                  \
-    }                                              \
-    failures++;                                    \
+#define FAIL(...)                                                              \
+  do {                                                                         \
+    char text[300];                                                            \
+    std::snprintf(text, sizeof text, __VA_ARGS__);                             \
+    if (failures++ < 10) std::fprintf(stderr, "  %s: %s\n", under_test ? under_test->name : "reference", text); \
+    first_failures.emplace(under_test, text);                                  \
   } while (0)
+
+// Does for one set after the other what `run` does for one.
+std::function<void(const Sets&)> each(void (*run)(const KernelSet&)) {
+  return [run](const Sets& sets) {
+    for (const KernelSet* set : sets) {
+      under_test = set;
+      run(*set);
+    }
+  };
+}
 
 struct Random {
   uint64_t state;
@@ -227,14 +240,19 @@ std::string describe(const Shape& s, int parts) {
   return text;
 }
 
-void compare_scene(const KernelSet& set, const Scene& scene, std::vector<int> parts_list = {1, 2, 3}) {
+// The reference's result is made once for all sets: it takes longer than theirs.
+void compare_scene(const Sets& sets, const Scene& scene, std::vector<int> parts_list = {1, 2, 3}) {
+  under_test = nullptr;
   const std::vector<float> expected = attend(*reference_kernel_set(), scene, 1);
   for (float x : expected)
     if (!std::isfinite(x)) {
       FAIL("%s: the reference's own result is not finite", describe(scene.shape, 1).c_str());
       return;
     }
-  for (int parts : parts_list) expect_same(expected, attend(set, scene, parts), describe(scene.shape, parts));
+  for (const KernelSet* set : sets) {
+    under_test = set;
+    for (int parts : parts_list) expect_same(expected, attend(*set, scene, parts), describe(scene.shape, parts));
+  }
 }
 
 std::vector<int> grouped(int kv_heads, int group) {
@@ -251,7 +269,7 @@ const int kBlockSizes[] = {16, 32, 64};
 const int kWindows[] = {0, 1, 40, 64, 300};
 
 // Every head size x group size x context; block size, window, rows, KV heads and parts go round with them.
-void attention_shapes(const KernelSet& set, const KvTypes& types) {
+void attention_shapes(const Sets& sets, const KvTypes& types) {
   int n = 0;
   for (int head_size : kHeadSizes)
     for (int group = 1; group <= 8; group++)
@@ -267,25 +285,24 @@ void attention_shapes(const KernelSet& set, const KvTypes& types) {
         shape.scale = 1.0f / std::sqrt(static_cast<float>(head_size));
         const int rows = context > 500 ? 1 + n % 3 : n % 3 == 0 ? 1 : 1 + n % 23;
         shape.sequences = {{context, std::min(rows, context)}};
-        compare_scene(set, make_scene(shape, static_cast<uint64_t>(n)), {1 + n % 3});
+        compare_scene(sets, make_scene(shape, static_cast<uint64_t>(n)), {1 + n % 3});
       }
 }
 
-void attention_block_sizes(const KernelSet& set) {
+void attention_block_sizes(const Sets& sets) {
   for (int block_tokens : {16, 32, 48, 64, 128})
-    for (int window : kWindows)
-      for (int parts : {1, 2, 3}) {
-        Shape shape;
-        shape.block_tokens = block_tokens;
-        shape.window = window;
-        shape.kv_heads = 2;
-        shape.kv_head = grouped(2, 3);
-        shape.sequences = {{333, 30}, {1, 1}, {70, 70}, {290, 1}};
-        compare_scene(set, make_scene(shape, static_cast<uint64_t>(block_tokens * 1000 + window)), {parts});
-      }
+    for (int window : kWindows) {
+      Shape shape;
+      shape.block_tokens = block_tokens;
+      shape.window = window;
+      shape.kv_heads = 2;
+      shape.kv_head = grouped(2, 3);
+      shape.sequences = {{333, 30}, {1, 1}, {70, 70}, {290, 1}};
+      compare_scene(sets, make_scene(shape, static_cast<uint64_t>(block_tokens * 1000 + window)), {1, 2, 3});
+    }
 }
 
-void attention_head_maps(const KernelSet& set) {
+void attention_head_maps(const Sets& sets) {
   const std::vector<std::vector<int>> maps = {{0, 0, 0, 1, 1, 2}, {1, 1, 2, 2, 2, 2, 2}, {2}, {0, 1, 2}, grouped(1, 40), {0, 2, 2}};
   for (const std::vector<int>& map : maps)
     for (const KvTypes& types : kKvTypes) {
@@ -294,11 +311,13 @@ void attention_head_maps(const KernelSet& set) {
       shape.kv_heads = 3;
       shape.kv_head = map;
       shape.sequences = {{130, 9}, {300, 2}};
-      compare_scene(set, make_scene(shape, map.size()), {1, 2, 3, 5, 64});
+      compare_scene(sets, make_scene(shape, map.size()), {1, 2, 3, 5, 64});
     }
 }
 
-void attention_extremes(const KernelSet& set) {
+// Parts go round, each of them with every fill, scale and size of head: that rows fall to their parts is shown above.
+void attention_extremes(const Sets& sets) {
+  int n = 0;
   for (const KvTypes& types : kKvTypes)
     for (Fill fill : {Fill::Extreme, Fill::Equal, Fill::Steep, Fill::Zero})
       for (float scale : {0.125f, 30.0f, 1e-6f})
@@ -309,13 +328,14 @@ void attention_extremes(const KernelSet& set) {
           shape.scale = scale;
           shape.kv_head = grouped(1, 5);
           shape.sequences = {{700, 4}, {64, 64}, {513, 1}};
-          compare_scene(set, make_scene(shape, 7, fill));
+          compare_scene(sets, make_scene(shape, 7, fill), {1 + (n + n / 3 + n / 9) % 3});
+          n++;
         }
 }
 
 // Scores so far apart that a later step's weights fall below what can be quantised (such a step leaves o as it is, a negative zero included), or that a
 // rescale flushes o to zero.
-void attention_vanishing_weights(const KernelSet& set) {
+void attention_vanishing_weights(const Sets& sets) {
   struct Case {
     float slope;      // of the scores, per position
     float odd_scale;  // value scales in every other step; 1e-29 in the rest
@@ -332,7 +352,7 @@ void attention_vanishing_weights(const KernelSet& set) {
       scales[column] = c.slope * static_cast<float>(position) / (127 * 64 * 0.125f);
       scales[16 + column] = position / 64 % 2 ? c.odd_scale : 1e-29f;
     }
-    compare_scene(set, scene);
+    compare_scene(sets, scene);
   }
 }
 
@@ -402,39 +422,43 @@ void attention_masked(const KernelSet& set) {
 
 // ---------------------------------------------------------------- store_kv
 
-void store_kv_matches(const KernelSet& set) {
+void store_kv_matches(const Sets& sets) {
   for (const KvTypes& types : kKvTypes)
     for (int head_size : kHeadSizes)
-      for (int block_tokens : kBlockSizes)
-        for (int parts : {1, 2, 3}) {
-          Shape shape;
-          shape.types = types;
-          shape.head_size = head_size;
-          shape.block_tokens = block_tokens;
-          shape.kv_heads = 3;
-          shape.sequences = {{50, 33}, {1, 1}, {130, 2}};
-          Scene scene = make_scene(shape, static_cast<uint64_t>(head_size + block_tokens));
-          Random random{5};
-          const int64_t stride = 3 * head_size + 4;
-          std::vector<float> k = normals(random, static_cast<size_t>(stride) * scene.positions.size()), v = normals(random, k.size(), 20.0f);
-          for (int d = 0; d < head_size; d++) {
-            k[static_cast<size_t>(d)] = 0.0f;                                          // a head of zeros
-            v[static_cast<size_t>(d)] = 0x1p-101f;                                     // counts as zero
-            k[static_cast<size_t>(stride + d)] = d % 2 ? 1e30f : -1e30f;               // overflows a half
-            v[static_cast<size_t>(stride + d)] = 0x1p-100f * static_cast<float>(d % 3 - 1);  // just quantisable
-            k[static_cast<size_t>(2 * stride + d)] = 6e-8f * static_cast<float>(d);    // subnormal halves
-            v[static_cast<size_t>(2 * stride + d)] = d == 5 ? -127.0f : static_cast<float>(d % 4) + 0.5f;  // ties
-          }
-          std::vector<uint8_t> expected = scene.pool, actual = scene.pool;
-          reference_kernel_set()->store_kv(k.data(), stride, v.data(), stride, scene.layout, expected.data(), scene.rows, Part{0, 1});
-          in_parts(parts, [&](Part part) { set.store_kv(k.data(), stride, v.data(), stride, scene.layout, actual.data(), scene.rows, part); });
-          if (expected == scene.pool) FAIL("store_kv wrote nothing");
-          if (actual != expected) {
+      for (int block_tokens : kBlockSizes) {
+        Shape shape;
+        shape.types = types;
+        shape.head_size = head_size;
+        shape.block_tokens = block_tokens;
+        shape.kv_heads = 3;
+        shape.sequences = {{50, 33}, {1, 1}, {130, 2}};
+        Scene scene = make_scene(shape, static_cast<uint64_t>(head_size + block_tokens));
+        Random random{5};
+        const int64_t stride = 3 * head_size + 4;
+        std::vector<float> k = normals(random, static_cast<size_t>(stride) * scene.positions.size()), v = normals(random, k.size(), 20.0f);
+        for (int d = 0; d < head_size; d++) {
+          k[static_cast<size_t>(d)] = 0.0f;                                          // a head of zeros
+          v[static_cast<size_t>(d)] = 0x1p-101f;                                     // counts as zero
+          k[static_cast<size_t>(stride + d)] = d % 2 ? 1e30f : -1e30f;               // overflows a half
+          v[static_cast<size_t>(stride + d)] = 0x1p-100f * static_cast<float>(d % 3 - 1);  // just quantisable
+          k[static_cast<size_t>(2 * stride + d)] = 6e-8f * static_cast<float>(d);    // subnormal halves
+          v[static_cast<size_t>(2 * stride + d)] = d == 5 ? -127.0f : static_cast<float>(d % 4) + 0.5f;  // ties
+        }
+        std::vector<uint8_t> expected = scene.pool;
+        under_test = nullptr;
+        reference_kernel_set()->store_kv(k.data(), stride, v.data(), stride, scene.layout, expected.data(), scene.rows, Part{0, 1});
+        if (expected == scene.pool) FAIL("store_kv wrote nothing");
+        for (const KernelSet* set : sets)
+          for (int parts : {1, 2, 3}) {
+            under_test = set;
+            std::vector<uint8_t> actual = scene.pool;
+            in_parts(parts, [&](Part part) { set->store_kv(k.data(), stride, v.data(), stride, scene.layout, actual.data(), scene.rows, part); });
+            if (actual == expected) continue;
             const auto at = std::mismatch(actual.begin(), actual.end(), expected.begin()).first - actual.begin();
             FAIL("store_kv %s, D %d, block %d, parts %d: byte %td (%td of its subblock) is %d, the reference has %d", types.name, head_size,
                  block_tokens, parts, at, at % static_cast<ptrdiff_t>(scene.layout.subblock_bytes), actual[static_cast<size_t>(at)], expected[static_cast<size_t>(at)]);
           }
-        }
+      }
 }
 
 // ---------------------------------------------------------------- elementwise
@@ -638,26 +662,26 @@ void bench(const KernelSet& set) {
 struct Test {
   const char* name;  // after "operation set - "
   const char* operation;
-  std::function<void(const KernelSet&)> run;
+  std::function<void(const Sets&)> run;
 };
 
 const std::vector<Test>& tests() {
   static const std::vector<Test> all = {
-      {"matches the reference for every head size, group size and context with int8 K", "attention", [](const KernelSet& s) { attention_shapes(s, kInt8); }},
-      {"matches the reference for every head size, group size and context with f16 K", "attention", [](const KernelSet& s) { attention_shapes(s, kHalfKey); }},
-      {"matches the reference for every head size, group size and context with f16 K and V", "attention", [](const KernelSet& s) { attention_shapes(s, kHalf); }},
+      {"matches the reference for every head size, group size and context with int8 K", "attention", [](const Sets& s) { attention_shapes(s, kInt8); }},
+      {"matches the reference for every head size, group size and context with f16 K", "attention", [](const Sets& s) { attention_shapes(s, kHalfKey); }},
+      {"matches the reference for every head size, group size and context with f16 K and V", "attention", [](const Sets& s) { attention_shapes(s, kHalf); }},
       {"matches the reference for several sequences, block sizes, windows and parts", "attention", attention_block_sizes},
       {"matches the reference when query heads lie unevenly over KV heads", "attention", attention_head_maps},
       {"matches the reference on extreme, equal, steep and zero K and V", "attention", attention_extremes},
       {"matches the reference when weights vanish", "attention", attention_vanishing_weights},
-      {"gives a row the same bits in any chunk", "attention", attention_chunks},
-      {"never lets a masked or unwritten slot matter", "attention", attention_masked},
+      {"gives a row the same bits in any chunk", "attention", each(attention_chunks)},
+      {"never lets a masked or unwritten slot matter", "attention", each(attention_masked)},
       {"writes the same bytes as the reference and no others", "store_kv", store_kv_matches},
-      {"matches the reference", "rms_norm", rms_norm_matches},
-      {"matches the reference in both styles", "rope", rope_matches},
-      {"matches the reference at the ends of exp too", "gated_activation", gated_activation_matches},
-      {"matches the reference for any cut of 1 to 16 units", "finish_tree", finish_tree_matches},
-      {"finds a bad value at any place", "all_finite", all_finite_matches},
+      {"matches the reference", "rms_norm", each(rms_norm_matches)},
+      {"matches the reference in both styles", "rope", each(rope_matches)},
+      {"matches the reference at the ends of exp too", "gated_activation", each(gated_activation_matches)},
+      {"matches the reference for any cut of 1 to 16 units", "finish_tree", each(finish_tree_matches)},
+      {"finds a bad value at any place", "all_finite", each(all_finite_matches)},
   };
   return all;
 }
@@ -677,22 +701,25 @@ int main(int count, char** arguments) {
       if (count < 3 || std::string(arguments[2]) == set->name) bench(*set);
     return 0;
   }
+  if (count > 2) sets.erase(std::remove_if(sets.begin(), sets.end(), [&](const KernelSet* set) { return std::string(set->name) != arguments[2]; }), sets.end());
+  if (wanted == "--list") {
+    for (const KernelSet* set : sets)
+      for (const Test& test : tests()) std::printf("%s\n", full_name(test, *set).c_str());
+    return 0;
+  }
   bool found = false;
-  for (const KernelSet* set : sets)
-    for (const Test& test : tests()) {
-      const std::string name = full_name(test, *set);
-      if (wanted == "--list") {
-        std::printf("%s\n", name.c_str());
-        continue;
-      }
-      if (!wanted.empty() && wanted != name) continue;
+  for (const Test& test : tests()) {
+    if (!wanted.empty() && wanted != std::string(test.operation) + " - " + test.name) continue;
+    first_failures.clear();
+    test.run(sets);
+    for (const KernelSet* set : sets) {
       found = true;
-      const int before = failures;
-      test.run(*set);
-      std::printf("%s %s\n", failures == before ? "ok  " : "FAIL", name.c_str());
+      const auto failure = first_failures.count(set) ? first_failures.find(set) : first_failures.find(nullptr);
+      if (failure == first_failures.end()) std::printf("ok %s\n", full_name(test, *set).c_str());
+      else std::printf("FAIL %s: %s\n", full_name(test, *set).c_str(), failure->second.c_str());
       std::fflush(stdout);
     }
-  if (wanted == "--list") return 0;
-  if (!found) std::fprintf(stderr, "attention_test: there is no test \"%s\"; --list prints the names\n", wanted.c_str());
+  }
+  if (!found) std::fprintf(stderr, "attention_test: there is no test \"%s\" that can run here; --list prints the names\n", wanted.c_str());
   return found && failures == 0 ? 0 : 1;
 }
