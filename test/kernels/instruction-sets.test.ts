@@ -3,6 +3,7 @@
  * picks for the whole addon, and then a machine without the instructions dies in code that was never meant for them.
  */
 import { execFileSync } from 'node:child_process';
+import { readFileSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { beforeAll, describe, expect, it } from 'vitest';
 import { buildKernelTarget } from './build-target.ts';
@@ -29,7 +30,8 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('files b
   const external = new Map<string, string[]>();
 
   beforeAll(async () => {
-    const archive = join(dirname(await buildKernelTarget('kernel_sets')), 'libkernel_sets.a');
+    const folder = dirname(await buildKernelTarget('kernel_set_archive'));
+    const archive = readFileSync(join(folder, 'kernel_sets.path'), 'utf8');
     const listing = execFileSync('nm', ['--demangle', '--defined-only', '--extern-only', archive], { encoding: 'utf8' });
     for (const paragraph of listing.trim().split(/\n\n+/)) {
       const [head = '', ...symbols] = paragraph.split('\n');

@@ -27,19 +27,20 @@ const generalCases = [
 describe.skipIf(process.platform !== 'linux')('linear', () => {
   let lines: string[] = [];
 
-  /** What the cases of `target` whose name contains `filter` print. */
-  const linesOfTarget = async (target: string, filter: string) => {
+  /** What the cases of `target` whose name contains one of `filters` print. */
+  const linesOfTarget = async (target: string, ...filters: string[]) => {
     const binary = await buildKernelTarget(target);
-    return await linesOf(binary, [filter], 100_000);
+    return await linesOf(binary, filters, 100_000);
   };
 
   beforeAll(async () => {
-    lines = await linesOfTarget('linear_test', '');
-    for (const set of ['avx512', 'amx']) {
-      const emulated =
-        process.arch === 'x64'
-          ? await linesOfTarget('linear_test_emulated', `linear ${set} `)
-          : [`skip linear ${set}: x86-64 only`];
+    lines = await linesOfTarget('linear_test');
+    const sets = ['avx512', 'amx'];
+    const emulated =
+      process.arch === 'x64'
+        ? await linesOfTarget('linear_test_emulated', ...sets.map((set) => `linear ${set} `))
+        : sets.map((set) => `skip linear ${set}: x86-64 only`);
+    for (const set of sets) {
       const ofSet = emulated.filter((line) => new RegExp(`^\\w+ linear ${set}[ :]`).test(line));
       lines.push(...ofSet.map((line) => line.replace(`linear ${set}`, `linear ${set}-emulated`)));
     }
