@@ -1,7 +1,7 @@
 /**
- * Timers and clocks of this process for tests that run hundreds of hours: as `vi.useFakeTimers`, which looks at every timer each time the clock moves, but with
- * the timers in a heap. Time stands still until `advance`. As there, delays are whole milliseconds, and what is asked for while time moves on is a millisecond away
- * at least, so that nothing can stop the clock.
+ * Timers and clocks of this process for tests that run for hours of them: as `vi.useFakeTimers`, which looks at every timer whenever the clock moves, but with the
+ * timers in a heap. Time stands still until `advance`. As there, delays are whole milliseconds, and what is asked for while time moves on is a millisecond away at
+ * least, so that nothing can stop the clock.
  */
 
 interface Timer {
