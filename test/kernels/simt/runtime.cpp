@@ -276,7 +276,7 @@ void be_busy(EmulatedStream& s, const std::function<void()>& meanwhile) {
   const char* milliseconds = asked("SHARDMESH_EMULATED_CARD_BUSY_MS");
   const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(milliseconds ? std::atoi(milliseconds) : 3);
   const size_t queued = count();
-  for (meanwhile(); count() == queued && std::chrono::steady_clock::now() < end; meanwhile()) std::this_thread::yield();
+  for (meanwhile(); count() == queued && std::chrono::steady_clock::now() < end; meanwhile()) std::this_thread::sleep_for(std::chrono::microseconds(50));  // others need the core
 }
 
 }  // namespace
