@@ -306,7 +306,7 @@ export class ShardmeshEngine implements Engine {
         const plan: StepPlan | null = this.#scheduler!.schedule(now);
         if (plan === null) break;
         if (this.#recorder.on) this.#recorder.add('plan', plan.step, startUs);
-        this.#pipeline.published(plan, now);
+        this.#pipeline.published(plan, this.#scheduler!.plannedPromptTokens, now);
         this.#options.onPlan?.(plan, this.#requestsOf(plan));
         plans.push(plan);
       }

@@ -3,7 +3,7 @@
  * parameter. Everything it knows is given out as plain numbers.
  */
 import { meshTimers, stepLimits } from '../../protocol/limits.ts';
-import { draftCount, type StepPlan, type StepResult } from '../../protocol/step-plan.ts';
+import type { StepPlan, StepResult } from '../../protocol/step-plan.ts';
 import type { PromptDemand } from '../scheduler/scheduler.ts';
 import { RowTimes, StepTimes } from './step-times.ts';
 
@@ -155,14 +155,10 @@ export class StepPipeline {
     return Math.round(Math.min(Math.max(limit, meshTimers.stepTimeoutMsMin), stepLimits.waitTimeoutMsMax));
   }
 
-  published(plan: StepPlan, now: number): void {
+  /** @param prefillTokens  those of its rows that are of prompts */
+  published(plan: StepPlan, prefillTokens: number, now: number): void {
     const tokens = tokensOf(plan);
     const limitMs = plan.waitTimeoutMs + headStartMs;
-    let prefillTokens = 0;
-    for (const sequence of plan.sequences) {
-      const { length } = sequence.tokens ?? [0];
-      if (length > 1 && draftCount(sequence) === 0) prefillTokens += length;
-    }
     this.#inFlight.push({
       step: plan.step,
       tokens,

@@ -166,6 +166,7 @@ export class Scheduler {
   /** Of all sequences that ever came. */
   #promptTokensAdded = 0;
   #lastStep = 0;
+  #plannedPromptTokens = 0;
   readonly #inFlight: StepInFlight[] = [];
   /** Every decoding sequence has one turn from step `from` on, in `batches` micro-batches so far. */
   #rotation = { from: 0, batches: 0 };
@@ -298,6 +299,11 @@ export class Scheduler {
     sequence.paused = false;
   }
 
+  /** Rows of prompts in the step that schedule() planned last. */
+  get plannedPromptTokens(): number {
+    return this.#plannedPromptTokens;
+  }
+
   /**
    * The next step, or null when enough steps are in flight or nothing can be planned before a result comes back.
    * @param now  clock, for `admittedAt`
@@ -307,6 +313,7 @@ export class Scheduler {
     const drafts = this.#chooseDrafts();
     if (drafts !== null && this.#inFlight.length > 0) return null;
     this.#freeLeavingSlots();
+    this.#plannedPromptTokens = 0;
     const draft: Draft = {
       step: this.#lastStep + 1,
       rows: [],
@@ -487,7 +494,11 @@ export class Scheduler {
         room = false;
         continue;
       }
-      if (sequence.state === 'running') this.#planRows(draft, sequence, this.options.prefillChunkMax);
+      if (sequence.state === 'running') {
+        const tokensLeftBefore = draft.tokensLeft;
+        this.#planRows(draft, sequence, this.options.prefillChunkMax);
+        this.#plannedPromptTokens += tokensLeftBefore - draft.tokensLeft;
+      }
       if (tokensLeft(sequence) === 0) completed++;
     }
   }

@@ -25,8 +25,8 @@ const makeResult = (step: number, times: Partial<StepResult> = {}): StepResult =
 describe('step pipeline', () => {
   it('step pipeline - measures a step from its publish, or from the result before it', () => {
     const pipeline = new StepPipeline();
-    pipeline.published(makePlan(1, 1), 0);
-    pipeline.published(makePlan(2, 1), 0);
+    pipeline.published(makePlan(1, 1), 0, 0);
+    pipeline.published(makePlan(2, 1), 0, 0);
     pipeline.completed(makeResult(1), 1, 100);
     expect(pipeline.numbers(100)).toMatchObject({ stepMs: 100, steps: 1, stepsInFlight: 1, outputTokens: 1 });
     pipeline.completed(makeResult(2), 1, 300);
@@ -39,16 +39,16 @@ describe('step pipeline', () => {
     // Nothing measured: 20 ms a row, ten times.
     expect(pipeline.waitTimeoutMs(5)).toBe(2000);
     expect(pipeline.waitTimeoutMs(100)).toBe(20_000);
-    pipeline.published(makePlan(1, 1), 0);
+    pipeline.published(makePlan(1, 1), 0, 0);
     pipeline.completed(makeResult(1), 1, 50);
     // Only small steps measured: 50 ms a row.
     expect(pipeline.waitTimeoutMs(100)).toBe(50_000);
     expect(pipeline.waitTimeoutMs(1)).toBe(2000);
-    pipeline.published(makePlan(2, 100), 50);
+    pipeline.published(makePlan(2, 100), 100, 50);
     pipeline.completed(makeResult(2), 1, 850);
     expect(pipeline.waitTimeoutMs(100)).toBe(8_000);
     // Waits for what is ahead too.
-    pipeline.published(makePlan(3, 100), 850);
+    pipeline.published(makePlan(3, 100), 100, 850);
     expect(pipeline.waitTimeoutMs(100)).toBe(16_000);
     expect(pipeline.waitTimeoutMs(100_000)).toBe(600_000);
     pipeline.begin(3);
@@ -62,7 +62,7 @@ describe('step pipeline', () => {
     expect(pipeline.microBatches).toBe(2);
     // Alone in the mesh: two stages of 3 ms in 6.4 ms leave 0.2 ms a hop, in 10.4 ms 2.2 ms a hop.
     const alone = (step: number, ms: number) => {
-      pipeline.published(makePlan(step, 1), step * 1_000);
+      pipeline.published(makePlan(step, 1), 0, step * 1_000);
       pipeline.completed(makeResult(step, { totalUs: 3_000 }), 1, step * 1_000 + ms);
     };
     alone(1, 10.4);
@@ -77,18 +77,18 @@ describe('step pipeline', () => {
   it('step pipeline - tells how long what is in flight will surely keep the workers busy, once it is like what came back', () => {
     const pipeline = new StepPipeline();
     expect(pipeline.aheadMs(0)).toBe(0);
-    pipeline.published(makePlan(1, 40), 0);
+    pipeline.published(makePlan(1, 40), 40, 0);
     expect(pipeline.aheadMs(0)).toBeNull();
     // The first step of an epoch is no measure.
     pipeline.completed(makeResult(1, { totalUs: 800_000 }), 1, 0);
-    pipeline.published(makePlan(2, 40), 0);
+    pipeline.published(makePlan(2, 40), 40, 0);
     expect(pipeline.aheadMs(0)).toBeNull();
     pipeline.completed(makeResult(2, { totalUs: 80_000 }), 1, 80);
-    pipeline.published(makePlan(3, 20), 80);
+    pipeline.published(makePlan(3, 20), 20, 80);
     // 40 ms are expected of the running step, of which it may take three quarters.
     expect(pipeline.aheadMs(80)).toBe(30);
     expect(pipeline.aheadMs(100)).toBe(10);
-    pipeline.published(makePlan(4, 10), 100);
+    pipeline.published(makePlan(4, 10), 10, 100);
     expect(pipeline.aheadMs(100)).toBe(30);
     expect(pipeline.aheadMs(150)).toBe(20);
     // The next one runs since the result.
@@ -98,8 +98,8 @@ describe('step pipeline', () => {
 
   it('step pipeline - calls a step overdue half a second after the workers should have', () => {
     const pipeline = new StepPipeline();
-    pipeline.published(makePlan(1, 3), 1000);
-    pipeline.published(makePlan(2, 1), 1000);
+    pipeline.published(makePlan(1, 3), 3, 1000);
+    pipeline.published(makePlan(2, 1), 0, 1000);
     expect(pipeline.overdue(3500)).toBeNull();
     expect(pipeline.overdue(3501)).toEqual({ step: 1, tokens: 3, waitedMs: 2501, limitMs: 2500 });
     pipeline.completed(makeResult(1), 0, 3600);
@@ -111,17 +111,17 @@ describe('step pipeline', () => {
 
   it('step pipeline - counts idle time as a bubble only while there was work', () => {
     const pipeline = new StepPipeline();
-    pipeline.published(makePlan(1, 1), 0);
+    pipeline.published(makePlan(1, 1), 0, 0);
     pipeline.completed(makeResult(1, { idleUs: 9_000_000, receiveUs: 400 }), 1, 10);
     expect(pipeline.numbers(10)).toMatchObject({ bubbleRatio: 0, bubbleSeconds: 0, receiveSeconds: 0.0004 });
-    pipeline.published(makePlan(2, 1), 10);
+    pipeline.published(makePlan(2, 1), 0, 10);
     pipeline.completed(makeResult(2, { idleUs: 3000, receiveUs: 400 }), 1, 20);
     const { bubbleSeconds, bubbleRatio } = pipeline.numbers(20);
     expect(bubbleSeconds).toBeCloseTo(0.0034, 9);
     // Means with weight 0.02: bubble 0.02 * 3400 = 68 of 68 + 600.
     expect(bubbleRatio).toBeCloseTo(68 / 668, 9);
     pipeline.rest();
-    pipeline.published(makePlan(3, 1), 5000);
+    pipeline.published(makePlan(3, 1), 0, 5000);
     pipeline.completed(makeResult(3, { idleUs: 5_000_000 }), 1, 5010);
     expect(pipeline.numbers(5010).bubbleSeconds).toBeCloseTo(0.0034, 9);
   });
@@ -134,14 +134,14 @@ describe('step pipeline', () => {
       return { ...plan, sequences: [{ ...plan.sequences[0]!, outputs }] };
     };
     expect(pipeline.tokensPerMs(1)).toBeNull();
-    pipeline.published(makePlan(1, 40), 0);
-    pipeline.published(makePlan(2, 1), 0);
+    pipeline.published(makePlan(1, 40), 40, 0);
+    pipeline.published(makePlan(2, 1), 0, 0);
     pipeline.completed(makeResult(1), 1, 100);
     pipeline.completed(makeResult(2), 1, 104);
     expect(pipeline.tokensPerMs(1)).toBe(0.25);
     // A round may take twice as long as long as none was measured.
     expect(pipeline.roundMs(8)).toBe(8);
-    pipeline.published(draft(3, 8), 105);
+    pipeline.published(draft(3, 8), 0, 105);
     pipeline.completed(makeResult(3), 5, 110);
     expect(pipeline.numbers(110)).toMatchObject({ prefillTokens: 40, outputTokens: 7 });
     expect(pipeline.roundMs(8)).toBe(6);
@@ -149,9 +149,9 @@ describe('step pipeline', () => {
     expect(pipeline.roundMs(4)).toBe(6);
     expect(pipeline.tokensPerMs(1)).toBe(0.25);
     // Steps that are planned ahead let what is known of rounds fade: after a while they are tried again.
-    pipeline.published(makePlan(4, 1), 110);
+    pipeline.published(makePlan(4, 1), 0, 110);
     for (let step = 5; step < 105; step++) {
-      pipeline.published(makePlan(step, 1), step);
+      pipeline.published(makePlan(step, 1), 0, step);
       pipeline.completed(makeResult(step - 1), 1, 110 + step);
     }
     expect(pipeline.roundMs(8)).toBeCloseTo(6 * 0.999 ** 99, 9);
@@ -161,7 +161,7 @@ describe('step pipeline', () => {
 
   it('step pipeline - gives rates that fade when nothing happens', () => {
     const pipeline = new StepPipeline();
-    pipeline.published(makePlan(1, 40), 0);
+    pipeline.published(makePlan(1, 40), 40, 0);
     pipeline.completed(makeResult(1), 1, 0);
     expect(pipeline.numbers(0)).toMatchObject({ outputTokensPerSecond: 0.1, prefillTokensPerSecond: 4, prefillTokens: 40 });
     expect(pipeline.numbers(10_000).prefillTokensPerSecond).toBeCloseTo(4 / Math.E, 9);
@@ -169,9 +169,9 @@ describe('step pipeline', () => {
 
   it('step pipeline - keeps sums over epochs and forgets speeds', () => {
     const pipeline = new StepPipeline();
-    pipeline.published(makePlan(1, 1), 0);
+    pipeline.published(makePlan(1, 1), 0, 0);
     pipeline.completed(makeResult(1), 1, 900);
-    pipeline.published(makePlan(2, 1), 900);
+    pipeline.published(makePlan(2, 1), 0, 900);
     pipeline.begin(1);
     expect(pipeline.numbers(900)).toMatchObject({ steps: 1, stepsInFlight: 0 });
     expect(pipeline.waitTimeoutMs(1)).toBe(2000);

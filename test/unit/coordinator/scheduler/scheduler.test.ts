@@ -50,6 +50,18 @@ describe('scheduler', () => {
     expect(scheduler.schedule(9)).toBeNull();
   });
 
+  it('scheduler - counts the last token of a prompt as one of the prompt, and the row behind it not', () => {
+    const { scheduler } = makeScheduler({ prefillChunkMax: 19 });
+    scheduler.add(makeSequence({ promptTokens: 20, outputTokensMax: 2 }));
+    const counts: number[] = [];
+    for (let step = 0; step < 3; step++) {
+      const plan = scheduler.schedule(step)!;
+      counts.push(scheduler.plannedPromptTokens);
+      scheduler.complete(resultOf(plan));
+    }
+    expect(counts).toEqual([19, 1, 0]);
+  });
+
   it('scheduler - plans the next row before the result is back, and never more rows than output tokens', () => {
     const { scheduler } = makeScheduler({ stepsInFlightMax: 3, sequenceStepsMax: 3 });
     scheduler.add(makeSequence({ promptTokens: 16, outputTokensMax: 3 }));
