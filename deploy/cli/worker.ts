@@ -67,7 +67,7 @@ async function runWorker({
     );
   if (also.length > 0 && executor !== 'cuda')
     throw new ShardmeshError('config_invalid', '--also is for workers that share a card and needs --executor cuda');
-  const all = [file, ...also].map((one) => workerCredentials(one, nats));
+  const all = [file, ...also].map((one) => workerCredentials(one, nats, logLevel));
   if (new Set(all.map(({ worker }) => worker)).size < all.length)
     throw new ShardmeshError('config_invalid', '--also names the credentials of a worker that this process is already');
   const addon = loadAddon();
@@ -150,26 +150,24 @@ async function runWorker({
   for (const signal of ['SIGTERM', 'SIGINT'] as const) process.on(signal, () => void (process.channel ? undefined : stop(0)));
   await Promise.all(all.map(start));
   await new Promise(() => undefined);
+}
 
-  function workerCredentials(path: string, url: string | undefined) {
-    const credentials = { ...readCredentials(path), ...(url ? { url } : {}) };
-    const { role, worker, tls } = credentials;
-    if (role !== 'worker' || worker === null)
-      throw new ShardmeshError('config_invalid', `${path} holds the credentials of a ${role}, not of a worker`);
-    if (tls && daysLeft(tls.certificate, Date.now()) < 0)
-      throw new ShardmeshError(
-        'config_invalid',
-        `the certificate in ${path} has expired (or the clock here is wrong); ${renewal}`,
-      );
-    const log = createLog({ level: logLevel, name: `worker ${worker.slice(0, 6)}` });
-    const warnOfExpiry = (): void => {
-      const days = tls ? daysLeft(tls.certificate, Date.now()) : expiryWarningDays;
-      if (days < expiryWarningDays) log.warn({ file: path, days, remedy: renewal }, 'certificate_expires');
-    };
-    warnOfExpiry();
-    setInterval(warnOfExpiry, expiryEveryMs).unref();
-    return { credentials, worker, log };
-  }
+/** Those of one worker, with its log, which warns while its certificate ends soon. */
+function workerCredentials(path: string, url: string | undefined, logLevel: WorkerValues['logLevel']) {
+  const credentials = { ...readCredentials(path), ...(url ? { url } : {}) };
+  const { role, worker, tls } = credentials;
+  if (role !== 'worker' || worker === null)
+    throw new ShardmeshError('config_invalid', `${path} holds the credentials of a ${role}, not of a worker`);
+  if (tls && daysLeft(tls.certificate, Date.now()) < 0)
+    throw new ShardmeshError('config_invalid', `the certificate in ${path} has expired (or the clock here is wrong); ${renewal}`);
+  const log = createLog({ level: logLevel, name: `worker ${worker.slice(0, 6)}` });
+  const warnOfExpiry = (): void => {
+    const days = tls ? daysLeft(tls.certificate, Date.now()) : expiryWarningDays;
+    if (days < expiryWarningDays) log.warn({ file: path, days, remedy: renewal }, 'certificate_expires');
+  };
+  warnOfExpiry();
+  setInterval(warnOfExpiry, expiryEveryMs).unref();
+  return { credentials, worker, log };
 }
 
 const renewal =

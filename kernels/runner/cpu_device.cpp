@@ -160,7 +160,7 @@ bool CpuDevice::gated_products(int action, const std::vector<int>& gate_and_up, 
   const Subtree all[2] = {{0, static_cast<int>(shard_.program().operations[static_cast<size_t>(gate_and_up[0])].segments.size())},
                           {0, static_cast<int>(shard_.program().operations[static_cast<size_t>(gate_and_up[1])].segments.size())}};
   const LinearArguments products[2] = {whole_product(gate_and_up[0], all[0]), whole_product(gate_and_up[1], all[1])};
-  const int64_t groups = whole.columns / 32, fitting = static_cast<int64_t>(kGatedBlockBytes) / (gated_group_bytes(whole.tokens)), block_groups = fitting > 1 ? fitting : 1;
+  const int64_t groups = whole.columns / 32, block_groups = std::max<int64_t>(1, static_cast<int64_t>(kGatedBlockBytes / gated_group_bytes(whole.tokens)));
   const double cost = 2.0 * static_cast<double>(whole.columns) * static_cast<double>(products[0].in.columns) + 20.0 * whole.tokens * static_cast<double>(whole.columns);
   return share_finite(action, cost, [&](Part part) {
     bool finite = true;

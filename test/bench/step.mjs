@@ -271,16 +271,14 @@ export async function benchSteps(argv) {
   }
   const profiles = [];
   if (profile)
-    for (const { name, engine } of engines)
-      for (const work of [`prefill ${prefillTokens}`, ...sequences.map((count) => `decode ${count}`)]) {
-        const count = Number(work.split(' ')[1]);
-        if (count === 0) continue;
-        const actions = await engine.profile(async () => {
-          if (work.startsWith('decode')) return decode(engine, count, context, steps);
-          for (let i = 0; i < 8; i++) await prefill(engine, count, stepTokens);
-        });
-        profiles.push({ name, work, actions });
-      }
+    for (const { name, engine } of engines) {
+      const add = async (work, run) => profiles.push({ name, work, actions: await engine.profile(run) });
+      const prompts = async () => {
+        for (let i = 0; i < 8; i++) await prefill(engine, prefillTokens, stepTokens);
+      };
+      if (prefillTokens) await add(`prefill ${prefillTokens}`, prompts);
+      for (const count of sequences) await add(`decode ${count}`, () => decode(engine, count, context, steps));
+    }
   await Promise.all(engines.map(({ engine }) => engine.close()));
   const rows = [...figures].flatMap(([work, programs]) =>
     [...programs].map(([program, values]) => ({

@@ -6,12 +6,11 @@ import { beforeAll, describe, expect, it } from 'vitest';
 import type { Addon, SlotSampling } from '../../kernels/index.ts';
 import { programmaticEdges } from './cuda-programs.ts';
 import {
+  failuresOf,
   randomTokens,
   threeRankTwoStageCut,
   TinyMesh,
-  tinyWeights,
   twoRankCut,
-  type Peers,
   type RankExecutor,
   type StepFailedError,
   type TinyMeshOptions,
@@ -20,7 +19,6 @@ import {
 
 /** @param load  the addon that has the CUDA executor, and a card to go with it */
 export function describeCudaCardPrograms(load: () => Promise<Addon>): void {
-  const weights = tinyWeights();
   const prompt = randomTokens(100);
   const blocks = [9, 3, 0, 14, 6, 2, 11];
   let cuda: RankExecutor & { peers: 'together' };
@@ -29,33 +27,20 @@ export function describeCudaCardPrograms(load: () => Promise<Addon>): void {
     cuda = { addon: await load(), kind: 'cuda', peers: 'together' };
   }, 600_000);
 
-  const onMesh = async <T>(options: TinyMeshOptions, use: (mesh: TinyMesh) => Promise<T>): Promise<T> => {
-    const mesh = await TinyMesh.start({ weights, ...options });
-    try {
-      return await use(mesh);
-    } finally {
-      await mesh.stop();
-    }
-  };
   const score = (mesh: TinyMesh, chunk = 100): Promise<number[]> => {
     mesh.open(0);
     return mesh.score(prompt, { chunk, blocks });
   };
   const generate = (options: TinyMeshOptions, sampling: Partial<SlotSampling> = {}, count = 8) =>
-    onMesh(options, (mesh) => mesh.generate(prompt.slice(0, 30), sampling, count));
-  const nextEpoch = async (mesh: TinyMesh, peers?: Peers): Promise<void> => {
-    // The last result is here a moment before the step has ended.
-    await Promise.all(mesh.members.map(({ executor }) => executor.abort('a new epoch begins')));
-    mesh.connect(false, peers);
-  };
+    TinyMesh.with(options, (mesh) => mesh.generate(prompt.slice(0, 30), sampling, count));
 
   it.for([
     ['two ranks', 70, twoRankCut, {}],
     ['three uneven ranks by two stages', 41, threeRankTwoStageCut, {}],
     ['int16 activations, K and V in f16', 41, twoRankCut, { activations: 'int16', key: 'f16', value: 'f16' }],
   ] as const)('cuda card - ranks score a prompt as the reference does: %s', async ([, chunk, cut, formats]) => {
-    const want = await onMesh(formats, score);
-    expect(await onMesh({ ...cuda, ...formats, cut }, (mesh) => score(mesh, chunk))).toEqual(want);
+    const want = await TinyMesh.with(formats, score);
+    expect(await TinyMesh.with({ ...cuda, ...formats, cut }, (mesh) => score(mesh, chunk))).toEqual(want);
   });
 
   it('cuda card - queued steps give the text of the reference, greedy and sampled, with programmatic edges too', async () => {
@@ -67,7 +52,7 @@ export function describeCudaCardPrograms(load: () => Promise<Addon>): void {
   });
 
   it('cuda card - a decode step of all ranks is one graph, from the embedding to the candidates', async () => {
-    await onMesh({ ...cuda, cut: twoRankCut }, async (mesh) => {
+    await TinyMesh.with({ ...cuda, cut: twoRankCut }, async (mesh) => {
       await mesh.generate(prompt.slice(0, 30), { logprobs: null }, 6);
       for (const { executor } of mesh.members) {
         expect(executor.graphs()[0]).toMatchObject({ rows: 1, steps: 5 });
@@ -80,11 +65,11 @@ export function describeCudaCardPrograms(load: () => Promise<Addon>): void {
   });
 
   it('cuda card - epochs follow each other, together, over frames and over card memory', async () => {
-    const want = await onMesh({}, score);
-    await onMesh({ ...cuda, cut: twoRankCut }, async (mesh) => {
+    const want = await TinyMesh.with({}, score);
+    await TinyMesh.with({ ...cuda, cut: twoRankCut }, async (mesh) => {
       expect(await score(mesh)).toEqual(want);
       for (const peers of [undefined, 'card', 'together'] as const) {
-        await nextEpoch(mesh, peers);
+        await mesh.nextEpoch(peers);
         expect(await score(mesh)).toEqual(want);
       }
     });
@@ -96,19 +81,13 @@ export function describeCudaCardPrograms(load: () => Promise<Addon>): void {
     /** Rank 2 gets no step. @returns how it ends on the others */
     const failures = async (mesh: TinyMesh, timeoutMs: number, meanwhile: () => Promise<void>): Promise<StepFailedError[]> => {
       mesh.submit(rows, timeoutMs, mesh.members.slice(0, -1));
-      const found = mesh.members.slice(0, 2).map(({ pending }) => {
-        const [step] = pending.values();
-        return new Promise<StepFailedError>((resolve, reject) => {
-          step!.reject = (error) => resolve(error as StepFailedError);
-          step!.resolve = () => reject(new Error('the step was done'));
-        });
-      });
+      const found = failuresOf(mesh.members.slice(0, 2));
       await meanwhile();
-      return Promise.all(found);
+      return found;
     };
     const pause = () => new Promise<void>((resolve) => setTimeout(resolve, 100));
     const onUnevenMesh = (use: (mesh: TinyMesh) => Promise<void>) =>
-      onMesh({ ...cuda, cut: threeRankCut }, async (mesh) => {
+      TinyMesh.with({ ...cuda, cut: threeRankCut }, async (mesh) => {
         mesh.open(0);
         await use(mesh);
       });
@@ -121,7 +100,7 @@ export function describeCudaCardPrograms(load: () => Promise<Addon>): void {
           expect(failure.message).toBe('step 1: waited 300 ms for the step of stage 0 rank 2');
         }
         expect(performance.now() - began).toBeLessThan(2_000);
-        await nextEpoch(mesh, 'together');
+        await mesh.nextEpoch('together');
         mesh.open(0);
         expect(await mesh.run(rows)).toHaveLength(1);
       });
@@ -152,7 +131,7 @@ export function describeCudaCardPrograms(load: () => Promise<Addon>): void {
     });
 
     it('cuda card - ranks that come with different steps are found', async () => {
-      await onMesh({ ...cuda, cut: twoRankCut }, async (mesh) => {
+      await TinyMesh.with({ ...cuda, cut: twoRankCut }, async (mesh) => {
         mesh.open(0);
         const [first, second] = mesh.members;
         const one = mesh.submit(rows, 10_000, [first!]);
@@ -167,7 +146,7 @@ export function describeCudaCardPrograms(load: () => Promise<Addon>): void {
 
   it('cuda card - refuse ranks that cannot be together, by name', async () => {
     const connect = (options: TinyMeshOptions, link: object = {}) =>
-      onMesh(options, async (mesh) => {
+      TinyMesh.with(options, async (mesh) => {
         const [a, b] = mesh.members.map(({ executor }) => executor);
         a!.openSegment();
         const segment = b!.openSegment();

@@ -8,10 +8,10 @@ import { programmaticEdges } from './cuda-programs.ts';
 import type { StepFailedError } from './tiny-model.ts';
 import {
   memoryLink,
+  failuresOf,
   randomTokens,
   threeRankTwoStageCut,
   TinyMesh,
-  tinyWeights,
   twoRankCut,
   type RankExecutor,
   type TinyMeshOptions,
@@ -20,7 +20,6 @@ import {
 
 /** @param load  the addon that has the CUDA executor, and a card to go with it */
 export function describeCudaPeerPrograms(load: () => Promise<Addon>): void {
-  const weights = tinyWeights();
   const prompt = randomTokens(100);
   const blocks = [9, 3, 0, 14, 6, 2, 11];
   let cuda: RankExecutor;
@@ -29,24 +28,11 @@ export function describeCudaPeerPrograms(load: () => Promise<Addon>): void {
     cuda = { addon: await load(), kind: 'cuda' };
   }, 600_000);
 
-  const onMesh = async <T>(options: TinyMeshOptions, use: (mesh: TinyMesh) => Promise<T>): Promise<T> => {
-    const mesh = await TinyMesh.start({ weights, ...options });
-    try {
-      return await use(mesh);
-    } finally {
-      await mesh.stop();
-    }
-  };
   const score = (mesh: TinyMesh, chunk = 100): Promise<number[]> => {
     mesh.open(0);
     return mesh.score(prompt, { chunk, blocks });
   };
-  const reference = (): Promise<number[]> => onMesh({}, score);
-  const nextEpoch = async (mesh: TinyMesh, peers?: 'card' | 'host'): Promise<void> => {
-    // The last result is here a moment before the step has ended.
-    await Promise.all(mesh.members.map(({ executor }) => executor.abort('a new epoch begins')));
-    mesh.connect(false, peers);
-  };
+  const reference = (): Promise<number[]> => TinyMesh.with({}, score);
 
   it.for([
     ['two ranks, card memory', 70, twoRankCut, 'card'],
@@ -54,20 +40,20 @@ export function describeCudaPeerPrograms(load: () => Promise<Addon>): void {
     ['three uneven ranks by two stages, card memory', 41, threeRankTwoStageCut, 'card'],
     ['three uneven ranks by two stages, host memory', 64, threeRankTwoStageCut, 'host'],
   ] as const)('cuda peers - score a prompt as the reference does: %s', async ([, chunk, cut, peers]) => {
-    expect(await onMesh({ ...cuda, cut, peers }, (mesh) => score(mesh, chunk))).toEqual(await reference());
+    expect(await TinyMesh.with({ ...cuda, cut, peers }, (mesh) => score(mesh, chunk))).toEqual(await reference());
   });
 
   it('cuda peers - score a prompt as the reference does with int16 activations, K and V in f16', async () => {
     const formats = { activations: 'int16', key: 'f16', value: 'f16' } as const;
-    expect(await onMesh({ ...cuda, ...formats, cut: twoRankCut, peers: 'card' }, (mesh) => score(mesh, 41))).toEqual(
-      await onMesh(formats, score),
+    expect(await TinyMesh.with({ ...cuda, ...formats, cut: twoRankCut, peers: 'card' }, (mesh) => score(mesh, 41))).toEqual(
+      await TinyMesh.with(formats, score),
     );
   });
 
   it('cuda peers - a step of many rows is finished in shares', async () => {
     const tokens = randomTokens(640, 11);
     const last = (options: TinyMeshOptions) =>
-      onMesh({ cut: threeRankTwoStageCut, stepTokensMax: 640, ...options }, (mesh) => {
+      TinyMesh.with({ cut: threeRankTwoStageCut, stepTokensMax: 640, ...options }, (mesh) => {
         mesh.open(0);
         const all = Array.from({ length: 40 }, (_, block) => block);
         return mesh.run([{ slot: 0, position: 0, tokens, blocks: all, outputs: [{ row: 639, score: null }] }], 60_000);
@@ -78,13 +64,14 @@ export function describeCudaPeerPrograms(load: () => Promise<Addon>): void {
   it('cuda peers - queued steps give the text of the reference, greedy and sampled', async () => {
     const penalties = { temperature: 0.9, topP: 0.95, seed: 1234567890123456789n, repetitionPenalty: 1.3, frequencyPenalty: 0.3 };
     for (const sampling of [{}, penalties] as Partial<SlotSampling>[]) {
-      const generate = (options: TinyMeshOptions) => onMesh(options, (mesh) => mesh.generate(prompt.slice(0, 30), sampling, 16));
+      const generate = (options: TinyMeshOptions) =>
+        TinyMesh.with(options, (mesh) => mesh.generate(prompt.slice(0, 30), sampling, 16));
       expect(await generate({ ...cuda, cut: twoRankCut, peers: 'card' })).toEqual(await generate({}));
     }
   });
 
   it('cuda peers - a decode step is one graph from the rows of the embedding to the logits', async () => {
-    await onMesh({ ...cuda, cut: twoRankCut, peers: 'card' }, async (mesh) => {
+    await TinyMesh.with({ ...cuda, cut: twoRankCut, peers: 'card' }, async (mesh) => {
       await mesh.generate(prompt.slice(0, 30), { logprobs: null }, 6);
       for (const { executor } of mesh.members) {
         const [one] = executor.graphs();
@@ -98,17 +85,17 @@ export function describeCudaPeerPrograms(load: () => Promise<Addon>): void {
   });
 
   it('cuda peers - where graphs have programmatic edges, queued steps give the text of the reference', async () => {
-    const generate = (options: TinyMeshOptions) => onMesh(options, (mesh) => mesh.generate(prompt.slice(0, 30), {}, 6));
+    const generate = (options: TinyMeshOptions) => TinyMesh.with(options, (mesh) => mesh.generate(prompt.slice(0, 30), {}, 6));
     const want = await generate({});
     expect(await generate({ ...cuda, cut: threeRankTwoStageCut, peers: 'card', cudaTuning: programmaticEdges })).toEqual(want);
   });
 
   it('cuda peers - epochs follow each other, over card memory, host memory and frames', async () => {
     const want = await reference();
-    await onMesh({ ...cuda, cut: twoRankCut, peers: 'card' }, async (mesh) => {
+    await TinyMesh.with({ ...cuda, cut: twoRankCut, peers: 'card' }, async (mesh) => {
       expect(await score(mesh, 50)).toEqual(want);
       for (const peers of ['card', 'host', undefined, 'card'] as const) {
-        await nextEpoch(mesh, peers);
+        await mesh.nextEpoch(peers);
         expect(await score(mesh, 50)).toEqual(want);
       }
     });
@@ -122,19 +109,13 @@ export function describeCudaPeerPrograms(load: () => Promise<Addon>): void {
     const failures = async (mesh: TinyMesh, timeoutMs: number, meanwhile: () => Promise<void>): Promise<StepFailedError[]> => {
       const [first, second] = [mesh.members[3]!, mesh.members[4]!];
       mesh.submit(rows, timeoutMs, withoutLast(mesh));
-      const found = [first, second].map(({ pending }) => {
-        const [step] = pending.values();
-        return new Promise<StepFailedError>((resolve, reject) => {
-          step!.reject = (error) => resolve(error as StepFailedError);
-          step!.resolve = () => reject(new Error('the step was done'));
-        });
-      });
+      const found = failuresOf([first, second]);
       await meanwhile();
-      return Promise.all(found);
+      return found;
     };
 
     it('cuda peers - is named by all others when the deadline is over, and the next epoch works', async () => {
-      await onMesh({ ...cuda, cut: threeRankTwoStageCut, peers: 'card' }, async (mesh) => {
+      await TinyMesh.with({ ...cuda, cut: threeRankTwoStageCut, peers: 'card' }, async (mesh) => {
         mesh.open(0);
         const began = performance.now();
         for (const failure of await failures(mesh, 300, () => Promise.resolve())) {
@@ -145,14 +126,14 @@ export function describeCudaPeerPrograms(load: () => Promise<Addon>): void {
         }
         // Two layers have four reductions; those behind the first end at once.
         expect(performance.now() - began).toBeLessThan(900);
-        await nextEpoch(mesh, 'card');
+        await mesh.nextEpoch('card');
         mesh.open(0);
         expect(await mesh.run(rows)).toHaveLength(1);
       });
     });
 
     it('cuda peers - is given up when the epoch ends', async () => {
-      await onMesh({ ...cuda, cut: threeRankTwoStageCut, peers: 'host' }, async (mesh) => {
+      await TinyMesh.with({ ...cuda, cut: threeRankTwoStageCut, peers: 'host' }, async (mesh) => {
         mesh.open(0);
         const began = performance.now();
         const found = await failures(mesh, 60_000, async () => {
@@ -171,7 +152,7 @@ export function describeCudaPeerPrograms(load: () => Promise<Addon>): void {
   });
 
   it('cuda peers - refuse memory that is not what it should be, by name', async () => {
-    await onMesh({ ...cuda, cut: twoRankCut }, async (mesh) => {
+    await TinyMesh.with({ ...cuda, cut: twoRankCut }, async (mesh) => {
       const [a, b] = mesh.members.map(({ executor }) => executor);
       const refused = (change: object): string => {
         const segment = b!.openSegment();
@@ -198,7 +179,7 @@ export function describeCudaPeerPrograms(load: () => Promise<Addon>): void {
     });
     // A processor, one rank alone, and sums that are rounded on their way.
     for (const options of [{ cut: twoRankCut }, cuda, { ...cuda, cut: twoRankCut, wire: 'q8' }] as TinyMeshOptions[])
-      await onMesh(options, (mesh) => {
+      await TinyMesh.with(options, (mesh) => {
         for (const { executor } of mesh.members) expect(executor.peerMemory()).toBeNull();
         return Promise.resolve();
       });

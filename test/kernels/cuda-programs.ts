@@ -38,14 +38,8 @@ export function describeCudaPrograms(load: () => Promise<Addon>): void {
     cuda = { addon: withCuda, kind: 'cuda' };
   }, 600_000);
 
-  const onMesh = async <T>(options: TinyMeshOptions, use: (mesh: TinyMesh) => Promise<T>): Promise<T> => {
-    const mesh = await TinyMesh.start({ weights, ...options });
-    try {
-      return await use(mesh);
-    } finally {
-      await mesh.stop();
-    }
-  };
+  const onMesh = <T>(options: TinyMeshOptions, use: (mesh: TinyMesh) => Promise<T>): Promise<T> =>
+    TinyMesh.with({ weights, ...options }, use);
   const scores = (options: TinyMeshOptions, chunk = 100, tokens = prompt): Promise<number[]> =>
     onMesh(options, (mesh) => {
       mesh.open(0);

@@ -79,6 +79,13 @@ void cut(Random& random, int64_t groups, int count, int trees, Product* p) {
   }
 }
 
+// visit(first, count) for ranges of `range` up to `total`; once with (0, 0), which stands for all, where `range` is 0.
+template <class Visit>
+void each_range(int64_t total, int64_t range, Visit visit) {
+  if (range == 0) return visit(0, 0);
+  for (int64_t first = 0; first < total; first += range) visit(first, first + range < total ? range : total - first);
+}
+
 // Runs one product with `set` and returns everything it wrote, with the poison around it.
 std::vector<float> run(const KernelSet& set, const PackedMatrix& weight, const Product& p, const std::vector<float>& x, int64_t x_stride, const std::vector<float>& bias) {
   const size_t activation_bytes = set.activation_bytes(p.activations, p.tokens, p.shape.columns);
@@ -88,26 +95,21 @@ std::vector<float> run(const KernelSet& set, const PackedMatrix& weight, const P
   std::vector<float> out(static_cast<size_t>(subtree_stride) * p.subtrees.size() + 9, -12345.0f);
   const LinearArguments arguments{&weight, in, static_cast<int>(p.ends.size()), p.ends.data(), static_cast<int>(p.subtrees.size()), p.subtrees.data(),
                                   p.bias ? bias.data() : nullptr, out.data(), out_stride, subtree_stride};
-  const int64_t columns_each = p.range ? p.range : p.shape.columns, rows_each = p.range ? p.range : p.shape.rows;
   if (weight.type != TensorType::F32 && weight.type != TensorType::F16 && weight.type != TensorType::BF16)
-    for (int64_t first = 0; first < p.shape.columns; first += columns_each) {
+    each_range(p.shape.columns, p.range, [&](int64_t first, int64_t count) {
       Activations range = in;
-      if (p.range) {
-        range.x += first;
-        range.first_column = first;
-        range.column_count = first + columns_each < p.shape.columns ? columns_each : p.shape.columns - first;
-      }
+      range.x += first;
+      range.first_column = first;
+      range.column_count = count;
       for (int i = 0; i < p.parts; i++) set.quantize_activations(range, {i, p.parts});
-    }
-  for (int64_t first = 0; first < p.shape.rows; first += rows_each) {
+    });
+  each_range(p.shape.rows, p.range, [&](int64_t first, int64_t count) {
     LinearArguments range = arguments;
-    if (p.range) {
-      range.out += first;
-      range.first_row = first;
-      range.row_count = first + rows_each < p.shape.rows ? rows_each : p.shape.rows - first;
-    }
+    range.out += first;
+    range.first_row = first;
+    range.row_count = count;
     for (int i = p.parts - 1; i >= 0; i--) set.linear(range, {i, p.parts});
-  }
+  });
   for (int i = 0; i < 64; i++)
     if (activations.data()[activation_bytes + static_cast<size_t>(i)] != 0xcd) out[0] = 77777.0f;  // wrote past its activations
   return out;

@@ -499,6 +499,19 @@ export function memoryLink(executor: Executor, place: 'card' | 'host'): PeerMemo
 }
 
 /** All ranks of the tiny model, or of another one, in this process. */
+/** How the step under way on each of `members` fails; rejects where it is done instead. */
+export function failuresOf(members: Member[]): Promise<StepFailedError[]> {
+  return Promise.all(
+    members.map(({ pending }) => {
+      const [step] = pending.values();
+      return new Promise<StepFailedError>((resolve, reject) => {
+        step!.reject = (error) => resolve(error as StepFailedError);
+        step!.resolve = () => reject(new Error('the step was done'));
+      });
+    }),
+  );
+}
+
 export class TinyMesh {
   readonly members: Member[];
   /** Payload that went over the host driver. */
@@ -581,6 +594,22 @@ export class TinyMesh {
     const mesh = new TinyMesh(members, frameBytes);
     mesh.connect(options.host ?? false, options.peers);
     return mesh;
+  }
+
+  /** A mesh for the time of `use`. */
+  static async with<T>(options: TinyMeshOptions, use: (mesh: TinyMesh) => Promise<T>): Promise<T> {
+    const mesh = await TinyMesh.start(options);
+    try {
+      return await use(mesh);
+    } finally {
+      await mesh.stop();
+    }
+  }
+
+  /** Ends the epoch, then connects for the next one: the last result is here a moment before the step has ended. */
+  async nextEpoch(peers?: Peers): Promise<void> {
+    await Promise.all(this.members.map(({ executor }) => executor.abort('a new epoch begins')));
+    this.connect(false, peers);
   }
 
   /** A new epoch. */
