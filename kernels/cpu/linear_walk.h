@@ -284,7 +284,7 @@ void multiply_quantized(const LinearArguments& a, int64_t from, int64_t to) {
           strips[i] = {panel, nullptr, 0};
         }
         // The strips after these are fetched meanwhile, some by each tile.
-        const uint8_t* next = s + 2 * kStrips <= to ? strip_at<type>(matrix, s + kStrips).heads : nullptr;
+        const uint8_t* next = s + 2 * kStrips <= strip_count(matrix.rows) ? strip_at<type>(matrix, s + kStrips).heads : nullptr;
         const size_t share = kStrips * quantized_shape<type>(matrix.columns, matrix.layout).strip_bytes / static_cast<size_t>(last - first);
         for (int i = first; i < last; i++) {
           const Tile tile = tile_at<Isa, P>(tokens, i);
