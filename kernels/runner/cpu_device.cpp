@@ -17,15 +17,16 @@ int row_blocks(int64_t rows, int tokens) { return static_cast<int>((rows + row_b
 
 // How many items are worth a chunk of their own, each of so many weights: some 4 µs, where a core multiplies 100 values in a ns and fetches 32 weights.
 int chunk_items(double weights, int tokens) { return static_cast<int>(std::max(1.0, 400'000.0 / (weights * std::max(3, tokens)))); }
+int chunk_blocks(const Activations& in) { return chunk_items(static_cast<double>(row_block(in.tokens) * in.columns), in.tokens); }
 
 // Parts of attention over several rows, for each thread.
 constexpr int kAttentionParts = 4;
 
 // Blocks [first, last) of the rows of a product.
-void multiply_blocks(const KernelSet& kernels, LinearArguments a, int64_t rows, int first, int last) {
+void multiply_blocks(const KernelSet& kernels, LinearArguments a, int first, int last) {
   const int64_t block = row_block(a.in.tokens);
   a.first_row = first * block;
-  a.row_count = std::min(rows, last * block) - a.first_row;
+  a.row_count = std::min(a.weight->rows, last * block) - a.first_row;
   a.out += a.first_row;
   kernels.linear(a, {0, 1});
 }
@@ -131,16 +132,16 @@ void CpuDevice::norm(const Operation& o) {
 
 template <typename Work>
 bool CpuDevice::share_finite(int action, double cost, const Work& work) {
-  std::atomic<bool> bad{false};
+  std::atomic<bool> finite{true};
   share(team_, cost, [&](Part part) {
-    if (!work(part)) bad = true;
+    if (!work(part)) finite = false;
   });
-  return !note_bad(action, bad);
+  return note_finite(action, finite);
 }
 
-bool CpuDevice::note_bad(int action, bool bad) {
-  if (bad) problem_ = {action, -1, ""};
-  return bad;
+bool CpuDevice::note_finite(int action, bool finite) {
+  if (!finite) problem_ = {action, -1, ""};
+  return finite;
 }
 
 bool CpuDevice::quantize(int action, int buffer) {
@@ -173,14 +174,13 @@ void CpuDevice::products(const std::vector<int>& operations) {
     blocks += row_blocks(m.rows, in.tokens);
     cost += static_cast<double>(m.rows) * static_cast<double>(m.columns);
   }
-  const int grain = chunk_items(static_cast<double>(row_block(in.tokens) * in.columns), in.tokens);
-  share_items(team_, cost, blocks, grain, [&](Chunk chunk) {
+  share_items(team_, cost, blocks, chunk_blocks(in), [&](Chunk chunk) {
     int before = 0;
     for (const int index : operations) {
       const Subtree all{0, static_cast<int>(shard_.program().operations[static_cast<size_t>(index)].segments.size())};
       const LinearArguments product = whole_product(index, all);
       const int own = row_blocks(product.weight->rows, in.tokens), first = std::max(chunk.first - before, 0), last = std::min(chunk.last - before, own);
-      if (first < last) multiply_blocks(kernels_, product, product.weight->rows, first, last);
+      if (first < last) multiply_blocks(kernels_, product, first, last);
       before += own;
     }
   });
@@ -194,10 +194,9 @@ bool CpuDevice::gated_products(int action, const std::vector<int>& gate_and_up, 
   const LinearArguments products[2] = {whole_product(gate_and_up[0], all[0]), whole_product(gate_and_up[1], all[1])};
   const int64_t groups = whole.columns / 32, block_groups = std::max<int64_t>(1, static_cast<int64_t>(kGatedBlockBytes / gated_group_bytes(whole.tokens)));
   const double cost = 2.0 * static_cast<double>(whole.columns) * static_cast<double>(products[0].in.columns) + 20.0 * whole.tokens * static_cast<double>(whole.columns);
-  std::atomic<bool> bad{false};
+  std::atomic<bool> finite{true};
   const int grain = std::max(2, chunk_items(2.0 * 32 * static_cast<double>(products[0].in.columns), whole.tokens));
   share_items(team_, cost, static_cast<int>(groups), grain, [&](Chunk chunk) {
-    bool finite = true;
     float* const values = reinterpret_cast<float*>(scratch_ + static_cast<size_t>(chunk.thread) * scratch_stride_);
     for (int64_t group = chunk.first; group < chunk.last; group += block_groups) {
       const int64_t first = group * 32, width = std::min(block_groups, chunk.last - group) * 32;
@@ -215,11 +214,10 @@ bool CpuDevice::gated_products(int action, const std::vector<int>& gate_and_up, 
       block.x_stride = 2 * width;
       block.first_column = first;
       block.column_count = width;
-      finite &= kernels_.quantize_activations(block, {0, 1});
+      if (!kernels_.quantize_activations(block, {0, 1})) finite = false;
     }
-    if (!finite) bad = true;
   });
-  return !note_bad(action, bad);
+  return note_finite(action, finite);
 }
 
 void CpuDevice::partial_product(int index, uint8_t* block) {
@@ -229,9 +227,8 @@ void CpuDevice::partial_product(int index, uint8_t* block) {
   const Activations in = activations(o.in);
   const LinearArguments arguments{&matrices_[static_cast<size_t>(o.weight)], in, static_cast<int>(o.segments.size()), o.segments.data(), static_cast<int>(subtrees.size()),
                                   subtrees.data(), nullptr, partial_, o.width, in.tokens * o.width};
-  const int grain = chunk_items(static_cast<double>(row_block(in.tokens) * in.columns), in.tokens);
-  share_items(team_, static_cast<double>(o.width) * static_cast<double>(in.columns), row_blocks(o.width, in.tokens), grain,
-              [&](Chunk chunk) { multiply_blocks(kernels_, arguments, o.width, chunk.first, chunk.last); });
+  share_items(team_, static_cast<double>(o.width) * static_cast<double>(in.columns), row_blocks(o.width, in.tokens), chunk_blocks(in),
+              [&](Chunk chunk) { multiply_blocks(kernels_, arguments, chunk.first, chunk.last); });
 }
 
 void CpuDevice::reduce(int index, int first_row, int rows, const float* const* sums) {

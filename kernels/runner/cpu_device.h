@@ -44,7 +44,7 @@ class CpuDevice final : public Device {
   // Shares work that says whether all it read is finite; notes the problem of `action` when not.
   template <typename Work>
   bool share_finite(int action, double cost, const Work& work);
-  bool note_bad(int action, bool bad);
+  bool note_finite(int action, bool finite);
 
   const KernelSet& kernels_;
   ThreadTeam& team_;

@@ -78,7 +78,7 @@ constexpr double kShareCost = 30'000;  // below this, in floating-point operatio
 // Runs work on the team, a part a thread, or on this thread alone when it is too small to share (about `cost` floating-point operations).
 template <typename Work>
 void share(ThreadTeam& team, double cost, const Work& work) {
-  if (team.size() == 1 || cost < kShareCost) {
+  if (cost < kShareCost) {
     work(Part{0, 1});
     return;
   }
@@ -90,7 +90,7 @@ void share(ThreadTeam& team, double cost, const Work& work) {
 // The same for items, shared in chunks.
 template <typename Work>
 void share_items(ThreadTeam& team, double cost, int items, int grain, const Work& work) {
-  if (team.size() == 1 || cost < kShareCost) work(Chunk{0, items, 0});
+  if (cost < kShareCost) work(Chunk{0, items, 0});
   else team.run(items, grain, work);
 }
 

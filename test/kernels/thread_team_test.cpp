@@ -1,5 +1,5 @@
-// The compute threads of an executor (kernels/runner/thread_team.h), with real threads. `thread_team_test --list` prints the names, `thread_team_test NAME...` runs
-// those that contain a name. A line for each: "ok NAME" or "FAIL NAME: why".
+// The compute threads of an executor (kernels/runner/thread_team.h), with real threads. A line for each case: "ok NAME" or
+// "FAIL NAME: why".
 #include "../../kernels/runner/thread_team.h"
 
 #include <atomic>
@@ -58,7 +58,7 @@ std::string slow_thread() {
   return done[1] <= 24 ? "" : "the slow thread did " + std::to_string(done[1]) + " of 64 items, the other " + std::to_string(done[0]);
 }
 
-// Chunks of one thread that is alone with its share and everything else: a first large one, none below the grain but the last of a share.
+// Of the chunks of a share only the last may be below the grain.
 std::string chunk_sizes() {
   ThreadTeam team(2, {}, false);
   std::atomic<int> small{0};
@@ -81,16 +81,9 @@ const std::vector<Case> cases = {
 
 }  // namespace
 
-int main(int count, char** names) {
+int main() {
   bool failed = false;
   for (const Case& one : cases) {
-    bool wanted = count == 1;
-    for (int i = 1; i < count; i++) wanted |= std::string(one.name).find(names[i]) != std::string::npos;
-    if (count == 2 && std::string(names[1]) == "--list") {
-      std::puts(one.name);
-      continue;
-    }
-    if (!wanted) continue;
     const std::string problem = one.run();
     failed |= !problem.empty();
     std::printf(problem.empty() ? "ok %s\n" : "FAIL %s: %s\n", one.name, problem.c_str());

@@ -498,7 +498,6 @@ export function memoryLink(executor: Executor, place: 'card' | 'host'): PeerMemo
   return { ...executor.peerMemory()!, place };
 }
 
-/** All ranks of the tiny model, or of another one, in this process. */
 /** How the step under way on each of `members` fails; rejects where it is done instead. */
 export function failuresOf(members: Member[]): Promise<StepFailedError[]> {
   return Promise.all(
@@ -512,6 +511,7 @@ export function failuresOf(members: Member[]): Promise<StepFailedError[]> {
   );
 }
 
+/** All ranks of the tiny model, or of another one, in this process. */
 export class TinyMesh {
   readonly members: Member[];
   /** Payload that went over the host driver. */
