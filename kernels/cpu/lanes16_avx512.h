@@ -111,6 +111,7 @@ struct Lanes {
   SHARDMESH_LANES F to_float(I x) { return _mm512_cvtepi32_ps(x); }
   SHARDMESH_LANES I to_int(F x) { return _mm512_cvtps_epi32(x); }
   SHARDMESH_LANES I bits(F x) { return _mm512_castps_si512(x); }
+  SHARDMESH_LANES F from_bits(I x) { return _mm512_castsi512_ps(x); }
   SHARDMESH_LANES F scale_where(M m, F x, I n) { return _mm512_castsi512_ps(_mm512_maskz_add_epi32(m, _mm512_castps_si512(x), _mm512_slli_epi32(n, 23))); }
 
   SHARDMESH_LANES M greater(F x, F y) { return _mm512_cmp_ps_mask(x, y, _CMP_GT_OQ); }

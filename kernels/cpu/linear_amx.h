@@ -127,7 +127,7 @@ struct Tiles16 : Lanes16 {
             if constexpr (P == 1) dot[t] = L::add_int(dot[t], second_dot[t]);
           }
         }
-        add_dots<W, M, P>(record, nullptr, in, dot, second_dot, acc);
+        add_dots<W, M, P, false>(record, nullptr, in, dot, second_dot, acc);
         if (first + g + 1 == a.segment_ends[segment]) {
           SHARDMESH_UNROLL
           for (int t = 0; t < M; t++) {

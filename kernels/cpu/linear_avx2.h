@@ -143,7 +143,7 @@ struct Avx2 {
       SHARDMESH_UNROLL
       for (int t = 0; t < M; t++) {
         const __m256i zero = _mm256_slli_epi32(broadcast4(&in[t].sum), W::zero_shift);
-        acc[t].v[h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(dot[t][h], zero)), _mm256_mul_ps(s, _mm256_set1_ps(in[t].sa)), acc[t].v[h]);
+        acc[t].v[h] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(dot[t][h], zero)), s), _mm256_set1_ps(in[t].sa), acc[t].v[h]);
       }
     }
   }
@@ -216,9 +216,9 @@ struct Avx2 {
       const __m256 s = scale<W>(record, head, h);
       SHARDMESH_UNROLL
       for (int t = 0; t < M; t++) {
-        const __m256 by = _mm256_mul_ps(s, _mm256_set1_ps(in[t * P].sa));
+        const __m256 sa = _mm256_set1_ps(in[t * P].sa);
         SHARDMESH_UNROLL
-        for (int i = 0; i < kDots; i++) acc[t].v[h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(join_parts<P>(&dot[i][t * P], h)), by, acc[t].v[h]);
+        for (int i = 0; i < kDots; i++) acc[t].v[h] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(join_parts<P>(&dot[i][t * P], h)), s), sa, acc[t].v[h]);
       }
       if constexpr (W::minimum) {
         const __m256 m = minimum<W>(record, head, h);

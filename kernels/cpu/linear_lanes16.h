@@ -81,6 +81,13 @@ struct Lanes16 {
     return L::add_int(L::shift_left(parts[0], 8), parts[1]);
   }
 
+  // A sum of integer products that begins at the bits of 1.5 * 2^23 is, read as fp32, kBias + dot while |dot| < 2^22 (it is at most 255 * 127 * 32): no conversion.
+  // S has at most 17 significant bits, so kBias * S is exact and fma(kBias + dot, S, -kBias * S) rounds once, as S * float(dot) does: the same bits.
+  static constexpr float kBias = 12582912.0f;
+  static constexpr int32_t kBiasBits = 0x4b400000;
+  template <class W, int P>
+  static constexpr bool kBiased = L::wide_registers && P == 1 && !W::half_scales;  // plain C++ lanes have no fma to spare
+
   // Strips together: every broadcast activation meets all of them at once. One after the other, the compiler keeps the broadcasts of a whole group for the next
   // strip, in memory, and the products wait for loads.
   template <class W, int M, int P, int S>
@@ -116,10 +123,8 @@ struct Lanes16 {
       for (int t = 0; t < N; t++)
         SHARDMESH_UNROLL
         for (int s = 0; s < S; s++) {
-          if constexpr (W::zero_shift >= 0)
-            dot[s][t] = L::sub_int(L::set_int(0), L::shift_left(L::broadcast4(&in[t].sum), W::zero_shift));
-          else
-            dot[s][t] = L::set_int(0);
+          dot[s][t] = L::set_int(kBiased<W, P> ? kBiasBits : 0);
+          if constexpr (W::zero_shift >= 0) dot[s][t] = L::sub_int(dot[s][t], L::shift_left(L::broadcast4(&in[t].sum), W::zero_shift));
         }
       SHARDMESH_UNROLL
       for (int i = 0; i < 8; i++) add_products<W, N, S>(records, W::panel || W::bits == 8 ? i : i / 2 + 4 * (i % 2), in, dot);  // both nibbles of a register, one after the other
@@ -131,18 +136,23 @@ struct Lanes16 {
       }
     }
     SHARDMESH_UNROLL
-    for (int s = 0; s < S; s++) add_dots<W, M, P>(records[s], heads[s], in, dot[s], second_dot[s], acc[s]);
+    for (int s = 0; s < S; s++) add_dots<W, M, P, kBiased<W, P>>(records[s], heads[s], in, dot[s], second_dot[s], acc[s]);
   }
 
-  // One group of one strip into its sums. `second_dot` of int16 activations under half scales only.
-  template <class W, int M, int P>
+  // One group of one strip into its sums. `biased`: the integers are the bits of kBias + dot. `second_dot` of int16 activations under half scales only.
+  template <class W, int M, int P, bool biased>
   SHARDMESH_LANES void add_dots(const uint8_t* record, const uint8_t* head, const TokenGroup* in, const I* dot, [[maybe_unused]] const I* second_dot, F* acc) {
     const F scales = scale<W>(record, head);
+    [[maybe_unused]] const F bias = L::mul(scales, L::set(-kBias));
+    const auto scaled = [&](I sum) __attribute__((always_inline)) {
+      if constexpr (biased) return L::fma(L::from_bits(sum), scales, bias);
+      return L::mul(L::to_float(sum), scales);
+    };
     SHARDMESH_UNROLL
     for (int t = 0; t < M; t++) {
-      const F by = L::mul(scales, L::set(in[t * P].sa));
-      acc[t] = L::fma(L::to_float(dot[t]), by, acc[t]);
-      if constexpr (W::half_scales && P == 2) acc[t] = L::fma(L::to_float(second_dot[t]), by, acc[t]);
+      const F sa = L::set(in[t * P].sa);
+      acc[t] = L::fma(scaled(dot[t]), sa, acc[t]);
+      if constexpr (W::half_scales && P == 2) acc[t] = L::fma(scaled(second_dot[t]), sa, acc[t]);
     }
     if constexpr (W::minimum) {
       const F m = minimum<W>(record, head);

@@ -181,17 +181,17 @@ float segment_sum(const PackedView& weight, const ActivationView& in, const Acti
     const int8_t* w = weight.w + r * columns + g * 32;
     const int16_t* q = in.q + t * columns + g * 32;
     const int64_t wg = r * groups + g, ag = t * groups + g;
-    const float scale = weight.s[wg] * in.sa[ag];
+    const auto scaled = [&](int32_t dot) { return static_cast<float>(dot) * weight.s[wg]; };
     if (weight.half_scale) {
       const int32_t first = weight.half_scale[wg * 2] * integer_dot(w, q, 16), second = weight.half_scale[wg * 2 + 1] * integer_dot(w + 16, q + 16, 16);
       if (a.type == ActivationType::Int8) {
-        acc = fmaf(static_cast<float>(first + second), scale, acc);
+        acc = fmaf(scaled(first + second), in.sa[ag], acc);
       } else {  // the sum of both would not fit 32 bits
-        acc = fmaf(static_cast<float>(first), scale, acc);
-        acc = fmaf(static_cast<float>(second), scale, acc);
+        acc = fmaf(scaled(first), in.sa[ag], acc);
+        acc = fmaf(scaled(second), in.sa[ag], acc);
       }
     } else {
-      acc = fmaf(static_cast<float>(integer_dot(w, q, 32)), scale, acc);
+      acc = fmaf(scaled(integer_dot(w, q, 32)), in.sa[ag], acc);
     }
     if (weight.m) acc = fmaf(weight.m[wg], in.ms[ag], acc);
   }

@@ -519,6 +519,6 @@ size_t kv_bytes_per_block(const Program& program, int block_tokens) {
   return static_cast<size_t>(program.kv.layers) * make_kv_layout(program.kv.key, program.kv.value, program.kv.heads, program.kv.head_size, block_tokens).block_bytes;
 }
 
-const char* arithmetic_version() { return "shardmesh-arithmetic-1"; }
+const char* arithmetic_version() { return "shardmesh-arithmetic-2"; }
 
 }  // namespace shardmesh

@@ -182,7 +182,7 @@ describe('reference, products', () => {
               return (j < 16 ? byte & 15 : byte >> 4) - (type === 'Q4_0' ? 8 : 0);
             });
             const dot = w.reduce((sum, v, j) => sum + v * q[j]!, 0);
-            acc = fma(f(dot), f(d * sa), acc);
+            acc = fma(f(dot * d), sa, acc);
             if (type === 'Q4_1') acc = fma(one(view.getUint16(at + 2, true)), f(sa * q.reduce((a, b) => a + b, 0)), acc);
           }
           sums.push(acc);
