@@ -101,17 +101,15 @@ __device__ __forceinline__ void begin_dots(int (&dot)[4], int start, const Activ
 // |dot| < 2^22, exactly.
 constexpr float kBias = 12582912.0f;
 constexpr int kBiasBits = 0x4b400000;
-struct Biased {
-  static __device__ __forceinline__ float value(int dot) { return __fadd_rn(__int_as_float(dot), -kBias); }
-};
-struct Plain {
-  static __device__ __forceinline__ float value(int dot) { return __int2float_rn(dot); }
-};
 
-template <typename Integer, typename F>
+// `biased`: the integers are the bits of kBias + dot.
+template <bool biased, typename F>
 __device__ __forceinline__ void add_scaled(float (&acc)[4], const int (&dot)[4], const StripGroup<F>& w, const ActivationGroup& x, int lane) {
   const float2 sa = *reinterpret_cast<const float2*>(&x.sa[lane % 4 * 2]);
-  for (int i = 0; i < 4; i++) acc[i] = __fmaf_rn(__fmul_rn(w.s[i / 2], Integer::value(dot[i])), i % 2 ? sa.y : sa.x, acc[i]);
+  for (int i = 0; i < 4; i++) {
+    const float value = biased ? __fadd_rn(__int_as_float(dot[i]), -kBias) : __int2float_rn(dot[i]);
+    acc[i] = __fmaf_rn(__fmul_rn(w.s[i / 2], value), i % 2 ? sa.y : sa.x, acc[i]);
+  }
 }
 template <typename F>
 __device__ __forceinline__ void add_minimum(float (&acc)[4], const StripGroup<F>& w, const ActivationGroup& x, int lane) {
@@ -129,11 +127,11 @@ __device__ __forceinline__ void add_group(float (&acc)[4], const StripGroup<F>& 
     int first[4], second[4];
     half_dots(first, second, w, q);
     for (int i = 0; i < 4; i++) dot[i] = w.half_scale[i / 2][0] * first[i] + w.half_scale[i / 2][1] * second[i];
-    add_scaled<Plain>(acc, dot, w, x, lane);
+    add_scaled<false>(acc, dot, w, x, lane);
   } else {
     begin_dots<F>(dot, kBiasBits, x, lane);
     add_dots(dot, w, q);
-    add_scaled<Biased>(acc, dot, w, x, lane);
+    add_scaled<true>(acc, dot, w, x, lane);
   }
   add_minimum(acc, w, x, lane);
 }
@@ -149,15 +147,15 @@ __device__ __forceinline__ void add_group(float (&acc)[4], const StripGroup<F>& 
       first[i] = w.half_scale[i / 2][0] * (256 * first[i] + first_low[i]);
       second[i] = w.half_scale[i / 2][1] * (256 * second[i] + second_low[i]);
     }
-    add_scaled<Plain>(acc, first, w, x.high, lane);
-    add_scaled<Plain>(acc, second, w, x.high, lane);
+    add_scaled<false>(acc, first, w, x.high, lane);
+    add_scaled<false>(acc, second, w, x.high, lane);
   } else {
     int upper[4] = {0, 0, 0, 0}, dot[4];
     add_dots(upper, w, high);
     begin_dots<F>(dot, 0, x.high, lane);
     for (int i = 0; i < 4; i++) dot[i] += 256 * upper[i];
     add_dots(dot, w, low);
-    add_scaled<Plain>(acc, dot, w, x.high, lane);
+    add_scaled<false>(acc, dot, w, x.high, lane);
   }
   add_minimum(acc, w, x.high, lane);
 }
