@@ -32,6 +32,13 @@ const stretchForWaiting = 4;
  * waits this long for a token now and then loses less than a request that waits for the pace of all streams, and whose successors queue behind it meanwhile.
  */
 const bearableMs = 100;
+/**
+ * Between two steps that complete short prompts the streams have steps for themselves, of together this share of what the prompts took and two at most. Streams that begin in
+ * steps next to each other end in steps next to each other; each successor then comes when the step with the prompt of the one before has begun, and waits for two prompts.
+ * Two steps apart or three, it finds none before it: a step runs and one is planned when it comes.
+ */
+const shareBetween = 0.5;
+const stepsBetweenMax = 2;
 /** Prompts that take longer go at the pace of the streams. */
 const shortPromptMs = 400;
 
@@ -92,6 +99,7 @@ export class StepTimes {
    * Most prompt tokens of the next step.
    * @param targetMs  how long a step with rows that decode may take; null: a short prompt lengthens it by 100 ms or what it takes, other prompts to 1.6 times a step
    *   without prefill, 20 ms at least, more where many wait
+   * @returns 0: none, the streams have this step for themselves
    */
   prefillTokensMax(demand: PromptDemand, targetMs: number | null): number {
     const { decodeRows, decoding, waiting, tokens, tokensLeft } = demand;
@@ -100,14 +108,22 @@ export class StepTimes {
     const isShort = targetMs === null && tokens * tokenMs <= shortPromptMs;
     // Of prompts that come together in a step, none has its first token before the last.
     if (decodeRows === 0 && (waiting === 1 || !isShort)) return Number.POSITIVE_INFINITY;
-    if (isShort) return shortPromptTokens(tokensLeft, Math.floor(bearableMs / tokenMs));
     const decodeMs = this.decodeMs(decodeRows);
+    if (isShort) {
+      if (decodeRows > 0 && decodeMs !== null && demand.stepsSince < stepsBetween(demand.completedTokens * tokenMs, decodeMs))
+        return 0;
+      return shortPromptTokens(tokensLeft, Math.floor(bearableMs / tokenMs));
+    }
     if (decodeMs === null) return chunkTokensFirst;
     const forWaitingMs = Math.min((1 + stretchForWaiting * (waiting / decoding)) * decodeMs, bearableMs);
     const limitMs = targetMs ?? Math.max(stretch * decodeMs, unnoticedMs, forWaitingMs);
     return Math.max(chunkTokensMin, Math.floor((limitMs - decodeMs) / tokenMs));
   }
 }
+
+/** Steps without prompts that follow one whose short prompts took `promptMs`. */
+const stepsBetween = (promptMs: number, decodeMs: number): number =>
+  Math.min(Math.round((shareBetween * promptMs) / decodeMs), stepsBetweenMax);
 
 /** In as many equal steps as come nearest to `tokensMax` each: no step is held up for a few last tokens. Where one does, there may be room for other prompts. */
 function shortPromptTokens(tokensLeft: number, tokensMax: number): number {

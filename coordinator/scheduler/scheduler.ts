@@ -57,6 +57,9 @@ export interface PromptDemand {
   /** Of the prompt that comes first: tokens that had to be computed from its start, and those that are left. */
   tokens: number;
   tokensLeft: number;
+  /** Prompt tokens of the latest step that completed a prompt (0: none did), and steps planned after it. */
+  completedTokens: number;
+  stepsSince: number;
 }
 
 export interface SchedulerOptions {
@@ -167,6 +170,8 @@ export class Scheduler {
   #promptTokensAdded = 0;
   #lastStep = 0;
   #plannedPromptTokens = 0;
+  /** The latest step that completes a prompt, and its prompt tokens. */
+  #promptStep = { step: 0, tokens: 0 };
   readonly #inFlight: StepInFlight[] = [];
   /** Every decoding sequence has one turn from step `from` on, in `batches` micro-batches so far. */
   #rotation = { from: 0, batches: 0 };
@@ -488,6 +493,7 @@ export class Scheduler {
       const sequence = isNew ? newcomer : begun.shift();
       if (sequence === undefined) return;
       paced ??= this.#pacePrompts(draft, sequence, waiting);
+      if (draft.tokensLeft === 0) return;
       // Where time is what a step is short of, it is over sooner without the beginning of a prompt that it cannot complete.
       if (paced && completed > 0 && tokensLeft(sequence) > draft.tokensLeft) return;
       if (isNew && !this.#admit(draft, sequence, now)) {
@@ -500,6 +506,7 @@ export class Scheduler {
         this.#plannedPromptTokens += tokensLeftBefore - draft.tokensLeft;
       }
       if (tokensLeft(sequence) === 0) completed++;
+      if (completed > 0) this.#promptStep = { step: draft.step, tokens: this.#plannedPromptTokens };
     }
   }
 
@@ -512,6 +519,8 @@ export class Scheduler {
       waiting,
       tokens: knownTarget(first) - (first.cachedTokens ?? 0),
       tokensLeft: tokensLeft(first),
+      completedTokens: this.#promptStep.tokens,
+      stepsSince: draft.step - this.#promptStep.step - 1,
     });
     if (tokensMax >= draft.tokensLeft) return false;
     draft.tokensLeft = tokensMax;

@@ -11,10 +11,10 @@ afterEach(() => {
 
 const shortRequest: SimulatedRequest = { promptTokens: 128, outputTokens: 64 };
 
-/** One that knows what a prompt token takes, and a step of one row. */
+/** One that knows what a prompt token takes, and a step of one row. The first step of a mesh is no measure. */
 async function warmServer(): Promise<SimulatedServer> {
   const server = new SimulatedServer();
-  await finish(server.request(shortRequest));
+  for (let i = 0; i < 2; i++) await finish(server.request(shortRequest));
   server.mesh.steps.length = 0;
   return server;
 }
@@ -32,17 +32,17 @@ function poisson(count: number, perSecond: number, request: (i: number) => Simul
 
 // A prompt of 128 tokens takes a step of 84 ms alone, and one of 97 ms beside 14 rows that decode; 16 rows alone take 17.6 ms.
 describe('load', () => {
-  it('load - each of 16 streams waits for the step that runs and for its own, once they are not all at the same token', async () => {
+  it('load - each of 16 streams waits for the step that runs, the one that is planned and its own, once they are not all at the same token', async () => {
     const server = await warmServer();
     const all = await finish(server.closedLoop({ streams: 16, requestsMax: 48, ...shortRequest }));
-    // 16 at once: one after the other, 16 * 91 ms for the last.
-    expect(figuresOf(all.slice(0, 16)).ttftMs.p50).toBeLessThan(800);
-    expect(figuresOf(all.slice(0, 16)).ttftMs.most).toBeLessThan(1_500);
-    expect(figuresOf(all.slice(16)).ttftMs).toEqual({ p50: 192, p90: 192, most: 208 });
-    expect(figuresOf(all).ttftMs.p50).toBe(192);
-    expect(figuresOf(all).itlMs).toEqual({ p50: 18, p99: 97 });
+    // 16 at once: one after the other, 16 * 91 ms for the last, and between two prompts two steps of the streams that have begun.
+    expect(figuresOf(all.slice(0, 16)).ttftMs.p50).toBeLessThan(910);
+    expect(figuresOf(all.slice(0, 16)).ttftMs.most).toBeLessThan(1_770);
+    // The next ones come two steps apart: one runs, one is planned, and no other prompt is before theirs.
+    expect(figuresOf(all.slice(16)).ttftMs).toEqual({ p50: 129, p90: 130, most: 130 });
+    expect(figuresOf(all).itlMs).toEqual({ p50: 17, p99: 98 });
     // 128 * 0.62 + 64 * (0.9 + 3.2 / 16) ms a request would be 427.
-    expect(figuresOf(all).tokensPerSecond).toBeGreaterThan(420);
+    expect(figuresOf(all).tokensPerSecond).toBeGreaterThan(415);
   });
 
   it('load - 16 streams wait less than twice as long for a token while a prompt of 2,000 tokens is computed', async () => {
@@ -67,14 +67,14 @@ describe('load', () => {
     expect(figures(2_000).ttftMs.most).toBeLessThan(8_000);
   });
 
-  it('load - a request that comes while a long step runs is in the next one, which is planned before that one ends', async () => {
+  it('load - a request that comes while the prompt of another is computed has its turn when the streams have had two steps, planned before that one ends', async () => {
     const server = await warmServer();
     const times = [0, 300, 320].map((atMs) => ({ atMs, ...shortRequest }));
     await finish(server.openLoop(times));
     const { steps } = server.mesh;
     const first = steps.findIndex(({ chunks, decodeRows }) => chunks.length > 0 && decodeRows > 0);
     const rows = ({ decodeRows, chunks }: SimulatedStep) => [decodeRows, ...chunks];
-    expect(steps.slice(first, first + 3).map(rows)).toEqual([[1, 128], [2, 128], [3]]);
+    expect(steps.slice(first, first + 4).map(rows)).toEqual([[1, 128], [2], [2], [2, 128]]);
     // The workers do not wait.
     expect(steps[first + 1]!.beginMs).toBeCloseTo(steps[first]!.beginMs + steps[first]!.ms, 9);
   });

@@ -9,6 +9,8 @@ const demand = (fields: Partial<PromptDemand> = {}): PromptDemand => ({
   waiting: 1,
   tokens: 2_000,
   tokensLeft: 2_000,
+  completedTokens: 0,
+  stepsSince: 0,
   ...fields,
 });
 
@@ -81,6 +83,24 @@ describe('step times', () => {
     expect(times.prefillTokensMax(demand(alone), null)).toBe(Number.POSITIVE_INFINITY);
     expect(times.prefillTokensMax(demand({ ...alone, waiting: 2 }), null)).toBe(128);
     expect(times.prefillTokensMax(demand({ ...alone, waiting: 2, tokens: 401 }), null)).toBe(Number.POSITIVE_INFINITY);
+  });
+
+  it('step times - behind short prompts the streams have steps for themselves, of together half of what those took, two at most', () => {
+    const times = measuredTimes();
+    const after = (completedTokens: number, stepsSince: number, fields: Partial<PromptDemand> = {}) =>
+      times.prefillTokensMax(demand({ tokens: 128, tokensLeft: 128, completedTokens, stepsSince, ...fields }), null);
+    // A decode step takes 20 ms, a prompt token 1 ms.
+    expect([0, 1, 2].map((stepsSince) => after(128, stepsSince))).toEqual([0, 0, 128]);
+    expect([0, 1].map((stepsSince) => after(50, stepsSince))).toEqual([0, 128]);
+    expect(after(16, 0)).toBe(128);
+    // Nobody decodes, a long prompt, or a pace that was asked for: nothing to make good.
+    expect(after(128, 0, { decodeRows: 0, decoding: 0, waiting: 2 })).toBe(128);
+    expect(after(128, 0, { tokens: 2_000, tokensLeft: 2_000 })).toBe(16);
+    expect(times.prefillTokensMax(demand({ tokens: 64, tokensLeft: 64, completedTokens: 128 }), 50)).toBe(30);
+    // What a step without prompts takes is not known yet: nothing to compare with.
+    const unmeasured = new StepTimes();
+    unmeasured.observe({ decodeRows: 0, prefillTokens: 100, ms: 100 });
+    expect(unmeasured.prefillTokensMax(demand({ tokens: 128, tokensLeft: 128, completedTokens: 128 }), null)).toBe(128);
   });
 
   it('step times - what a token costs follows the latest chunks, deep in a prompt it is more', () => {

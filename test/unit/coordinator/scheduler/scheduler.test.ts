@@ -366,10 +366,31 @@ describe('scheduler', () => {
     // Each time the prompt in front gets 4 of its 8 tokens; its second half brings its first token.
     for (let i = 0; i < 3; i++) scheduler.complete(resultOf(scheduler.schedule(0)!));
     expect(asked).toEqual([
-      { decodeRows: 0, decoding: 0, waiting: 1, tokens: 4, tokensLeft: 4 },
-      { decodeRows: 1, decoding: 1, waiting: 3, tokens: 8, tokensLeft: 8 },
-      { decodeRows: 1, decoding: 1, waiting: 3, tokens: 8, tokensLeft: 4 },
-      { decodeRows: 2, decoding: 2, waiting: 2, tokens: 8, tokensLeft: 8 },
+      { decodeRows: 0, decoding: 0, waiting: 1, tokens: 4, tokensLeft: 4, completedTokens: 0, stepsSince: 0 },
+      { decodeRows: 1, decoding: 1, waiting: 3, tokens: 8, tokensLeft: 8, completedTokens: 4, stepsSince: 0 },
+      { decodeRows: 1, decoding: 1, waiting: 3, tokens: 8, tokensLeft: 4, completedTokens: 4, stepsSince: 1 },
+      { decodeRows: 2, decoding: 2, waiting: 2, tokens: 8, tokensLeft: 8, completedTokens: 4, stepsSince: 0 },
+    ]);
+  });
+
+  it('scheduler - prompts that wait for a step without any are admitted in the next one', () => {
+    const { scheduler } = makeScheduler({
+      prefillTokensMax: ({ decodeRows, completedTokens, stepsSince }) =>
+        decodeRows * completedTokens > 0 && stepsSince < 1 ? 0 : 4,
+    });
+    for (let i = 0; i < 3; i++) scheduler.add(makeSequence({ promptTokens: 4, outputTokensMax: 9, firstToken: 100 * (i + 1) }));
+    const planned: (string[] | null)[] = [];
+    for (let i = 0; i < 5; i++) {
+      const plan = scheduler.schedule(0)!;
+      planned.push(rowsOf(plan));
+      scheduler.complete(resultOf(plan));
+    }
+    expect(planned).toEqual([
+      ['0: 0..3'],
+      ['0: 4..4'],
+      ['0: 5..5', '1: 0..3'],
+      ['0: 6..6', '1: 4..4'],
+      ['0: 7..7', '1: 5..5', '2: 0..3'],
     ]);
   });
 
