@@ -35,7 +35,7 @@ const bearableMs = 100;
 /**
  * Between two steps that complete short prompts the streams have steps for themselves, of together this share of what the prompts took and two at most. Streams that begin in
  * steps next to each other end in steps next to each other; each successor then comes when the step with the prompt of the one before has begun, and waits for two prompts.
- * Two steps apart or three, it finds none before it: a step runs and one is planned when it comes.
+ * Three steps apart it finds none before its own: one step runs when it comes, and one is planned.
  */
 const shareBetween = 0.5;
 const stepsBetweenMax = 2;

@@ -207,7 +207,16 @@ describe('ai sdk', () => {
 
   it('ai sdk - aborts, and tells an error of the request', async () => {
     const abort = new AbortController();
-    const aborted = generateText({ model: model(), prompt, maxOutputTokens: 400, maxRetries: 0, abortSignal: abort.signal });
+    // What is sampled may end at once by itself.
+    const providerOptions = { shardmesh: { ignore_eos: true } };
+    const aborted = generateText({
+      model: model(),
+      prompt,
+      maxOutputTokens: 400,
+      maxRetries: 0,
+      abortSignal: abort.signal,
+      providerOptions,
+    });
     setTimeout(() => abort.abort(), 100);
     await expect(aborted).rejects.toMatchObject({ name: 'AbortError' });
     const refused = generateText({ model: model(), prompt, temperature: 1e6, maxRetries: 0 });
