@@ -16,7 +16,7 @@ struct Dots {
   using Query = int16_t;
   using Weight = int16_t;
   static constexpr int lanes_max = 6;
-  static constexpr bool kAsksAhead = false;
+  static constexpr bool kAsksAhead = true;  // scores and values take lines ahead
 
   SHARDMESH_LANES void store_query(Query* p, Lanes::I x) { Lanes::store_int16(p, x); }
   SHARDMESH_LANES void store_weights(Weight* p, const Lanes::I* x) {
@@ -26,14 +26,14 @@ struct Dots {
 
   // dots[l * 64 + 16 * b + t] = sum_d q[l * D + d] * K[d, t] of subblock b, for subblocks [from, to) and l < L.
   template <int L>
-  SHARDMESH_LANES void scores(const uint8_t* const* keys, int from, int to, int D, const Query* q, const int32_t*, int32_t* dots, LinesAhead*) {
+  SHARDMESH_LANES void scores(const uint8_t* const* keys, int from, int to, int D, const Query* q, const int32_t*, int32_t* dots, LinesAhead* ahead) {
     constexpr int V = registers(L);
     for (int b = from; b < to; b++) {
       SHARDMESH_UNROLL
       for (int half = 0; half < 4 / V; half++) {
         __m256i acc[L][V];
         clear<L, V>(acc);
-        accumulate<L, V>(keys[b] + 16 * V * half, D / 4, 64, q, D, acc);
+        accumulate<L, V>(keys[b] + 16 * V * half, D / 4, 64, q, D, acc, ahead);
         SHARDMESH_UNROLL
         for (int l = 0; l < L; l++)
           SHARDMESH_UNROLL
@@ -45,12 +45,12 @@ struct Dots {
 
   // o[l * D + d] = fma(float(sum_j u[l * 64 + j] * V[j, d]), sw[l], o[l * D + d] * c[l]) over the tokens j of subblocks [from, to).
   template <int L>
-  SHARDMESH_LANES void values(const uint8_t* const* values, int from, int to, int D, const Weight* u, const float* sw, const float* c, float* o, LinesAhead*) {
+  SHARDMESH_LANES void values(const uint8_t* const* values, int from, int to, int D, const Weight* u, const float* sw, const float* c, float* o, LinesAhead* ahead) {
     constexpr int V = registers(L);
     for (int d = 0; d < D; d += 4 * V) {
       __m256i acc[L][V];
       clear<L, V>(acc);
-      for (int sub = from; sub < to; sub++) accumulate<L, V>(values[sub] + 4 * d, 4, 4 * D, u + 16 * sub, 64, acc);
+      for (int sub = from; sub < to; sub++) accumulate<L, V>(values[sub] + 4 * d, 4, 4 * D, u + 16 * sub, 64, acc, ahead);
       SHARDMESH_UNROLL
       for (int l = 0; l < L; l++) {
         const __m256 scale = _mm256_set1_ps(sw[l]), decay = _mm256_set1_ps(c[l]);
@@ -78,21 +78,32 @@ struct Dots {
 
   // acc[l] += rows * factors: `rows` of 4 * V outputs with four signed bytes each, `stride` bytes apart; factors[l * factor_stride + 4 * row ...].
   template <int L, int V>
-  SHARDMESH_LANES void accumulate(const uint8_t* p, int rows, int stride, const int16_t* factors, int factor_stride, __m256i (&acc)[L][V]) {
+  SHARDMESH_LANES void accumulate(const uint8_t* p, int rows, int stride, const int16_t* factors, int factor_stride, __m256i (&acc)[L][V], LinesAhead* ahead) {
+    _Pragma("GCC unroll 1")  // several at once need more registers than there are
     for (int row = 0; row < rows; row++, p += stride, factors += 4) {
+      if (row % 4 == 0) ahead->take_four();
       __m256i x[V];
       SHARDMESH_UNROLL
-      for (int i = 0; i < V; i++) x[i] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16 * i)));
+      for (int i = 0; i < V; i++) {
+        x[i] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16 * i)));
+        hold(x[i]);
+      }
       SHARDMESH_UNROLL
       for (int l = 0; l < L; l++) {
         int64_t four;
         std::memcpy(&four, factors + l * factor_stride, 8);
         const __m256i y = _mm256_set1_epi64x(four);
         SHARDMESH_UNROLL
-        for (int i = 0; i < V; i++) acc[l][i] = _mm256_add_epi32(acc[l][i], _mm256_madd_epi16(x[i], y));
+        for (int i = 0; i < V; i++) {
+          acc[l][i] = _mm256_add_epi32(acc[l][i], _mm256_madd_epi16(x[i], y));
+          hold(acc[l][i]);
+        }
       }
     }
   }
+
+  // Keeps a sum in its register, in the written order: gcc otherwise takes all products before all sums, and spills half of them.
+  SHARDMESH_LANES void hold(__m256i& x) { __asm__("" : "+x"(x)); }
 
   // Eight outputs in order from two registers of (half, half) pairs.
   SHARDMESH_LANES __m256i join(__m256i x, __m256i y) { return _mm256_permute4x64_epi64(_mm256_hadd_epi32(x, y), 0xd8); }

@@ -25,6 +25,8 @@ struct Lanes {
     __m256 a, b;
   };
 
+  static constexpr int kExpTogether = 2;
+
   SHARDMESH_LANES F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
   SHARDMESH_LANES void store(float* p, F x) {
     _mm256_storeu_ps(p, x.a);

@@ -25,6 +25,8 @@ struct Lanes {
   using I = __m512i;
   using M = __mmask16;
 
+  static constexpr int kExpTogether = 8;
+
   SHARDMESH_LANES F load(const float* p) { return _mm512_loadu_ps(p); }
   SHARDMESH_LANES void store(float* p, F x) { _mm512_storeu_ps(p, x); }
   SHARDMESH_LANES F load_first(const float* p, int n) { return _mm512_maskz_loadu_ps(range(0, n), p); }

@@ -9,10 +9,16 @@ namespace shardmesh {
 namespace {
 
 // exp_fixed of arithmetic.h in every lane of N vectors, in place, the same bits, for x up to 88. Step by step for all of them: a vector alone is a chain of fifteen
-// instructions that each wait for the one before. The power of two is added to the exponent: the product is never subnormal.
+// instructions that each wait for the one before; but no more of them at a time than have room in registers. The power of two is added to the exponent: the product
+// is never subnormal.
 template <int N>
 SHARDMESH_LANES void exp_each(Lanes::F* x) {
   using L = Lanes;
+  if constexpr (N > L::kExpTogether) {
+    exp_each<L::kExpTogether>(x);
+    exp_each<N - L::kExpTogether>(x + L::kExpTogether);
+    return;
+  }
   L::M keep[N];
   L::I whole[N];
   L::F n[N], p[N];

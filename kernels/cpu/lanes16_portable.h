@@ -27,6 +27,8 @@ struct Lanes {
   typedef int32_t I __attribute__((vector_size(64)));
   typedef I M;  // 0 or -1
 
+  static constexpr int kExpTogether = 8;  // vectors that exp_each takes step by step together
+
   // --- memory
   SHARDMESH_LANES F load(const float* p) {
     F r;

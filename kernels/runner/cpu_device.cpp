@@ -265,7 +265,7 @@ void CpuDevice::rope(int index) {
 bool CpuDevice::store_kv(int action, const Operation& o) {
   const Buffer& k = shard_.buffer(o.in);
   const Buffer& v = shard_.buffer(o.in2);
-  return share_finite(action, 8.0 * rows_->tokens * static_cast<double>(k.width), [&](Part part) {
+  return share_finite(action, 12.0 * rows_->tokens * static_cast<double>(k.width), [&](Part part) {
     return kernels_.store_kv(row(o.in, 0), k.stride, row(o.in2, 0), v.stride, shard_.kv_layout(), kv_layer(o.layer), *rows_, part);
   });
 }
