@@ -17,7 +17,6 @@
 //
 // Order inside one (row, token, segment): groups ascending into one accumulator. Tiles, strips and parts never change it.
 #pragma once
-#include <algorithm>
 #include <climits>
 #include <type_traits>
 
@@ -75,40 +74,41 @@ const InputOf<Isa, W>* input_of(const Activations& in) {
   return reinterpret_cast<const InputOf<Isa, W>*>(in.data + (kWideInput<Isa, W> ? wide_offset(in.type, in.tokens, in.columns / 32) : 0));
 }
 
-// The tree over N segments of one vector, `width` vectors apart.
-template <class Isa, int N>
-inline __attribute__((always_inline)) typename Isa::F tree_of(const typename Isa::F* p, int width) {
-  if constexpr (N == 1) return p[0];
-  else return Isa::add(tree_of<Isa, tree_left(N)>(p, width), tree_of<Isa, N - tree_left(N)>(p + tree_left(N) * width, width));
-}
-
-// The same for n segments, N or more, of `width` vectors side by side: put(i, sum of vector i).
-template <class Isa, int N = 1, class Put>
-inline __attribute__((always_inline)) void each_tree(const typename Isa::F* p, int n, int width, Put put) {
-  if constexpr (N < kSegmentsMax) {
-    if (n > N) return each_tree<Isa, N + 1>(p, n, width, put);
-  }
-  for (int i = 0; i < width; i++) put(i, tree_of<Isa, N>(p + i, width));
+// Joins segments p[0..n) of `width` vectors each, in place, into p[0].
+template <class Isa>
+void join_segments(typename Isa::F* p, int n, int width) {
+  if (n == 1) return;
+  const int left = tree_left(n);
+  typename Isa::F* right = p + left * width;
+  join_segments<Isa>(p, left, width);
+  join_segments<Isa>(right, n - left, width);
+  for (int i = 0; i < width; i++) p[i] = Isa::add(p[i], right[i]);
 }
 
 // Joins the segment sums segments[segment_count][S][M] to subtrees, adds the bias and writes rows [row, row + 16 S) of tokens [token, token + M).
 template <class Isa, int M, int S>
-__attribute__((noinline)) void finish_segments(const typename Isa::F* segments, const LinearArguments& a, int64_t row, int64_t token) {
-  float bias[S * kStripRows] = {};
-  if (a.bias) std::memcpy(bias, a.bias + row, sizeof(float) * static_cast<size_t>(std::min<int64_t>(a.weight->rows - row, S * kStripRows)));
-  const bool whole = a.weight->rows - row >= S * kStripRows;
+__attribute__((noinline)) void finish_segments(typename Isa::F* segments, const LinearArguments& a, int64_t row, int64_t token) {
   for (int tree = 0; tree < a.subtree_count; tree++) {
+    typename Isa::F* root = segments + a.subtrees[tree].first * S * M;
+    join_segments<Isa>(root, a.subtrees[tree].count, S * M);
     float* out = a.out + tree * a.subtree_stride + token * a.out_stride + row - a.first_row;
-    each_tree<Isa>(segments + a.subtrees[tree].first * S * M, a.subtrees[tree].count, S * M, [&](int i, typename Isa::F y) {
-      const int s = i / M, t = i % M;
-      if (a.bias) y = Isa::add(y, Isa::load(bias + s * kStripRows));
-      float* to = out + t * a.out_stride + s * kStripRows;
-      if (whole) return Isa::store(to, y);
-      float lanes[kStripRows];
-      Isa::store(lanes, y);
+    for (int s = 0; s < S; s++) {
       const int64_t rows = a.weight->rows - row - s * kStripRows;
-      std::memcpy(to, lanes, sizeof(float) * static_cast<size_t>(rows < kStripRows ? rows : kStripRows));
-    });
+      float bias[kStripRows] = {};
+      if (a.bias) std::memcpy(bias, a.bias + row + s * kStripRows, sizeof(float) * static_cast<size_t>(rows < kStripRows ? rows : kStripRows));
+      for (int t = 0; t < M; t++) {
+        typename Isa::F y = root[s * M + t];
+        if (a.bias) y = Isa::add(y, Isa::load(bias));
+        float* to = out + t * a.out_stride + s * kStripRows;
+        if (rows >= kStripRows) {
+          Isa::store(to, y);
+        } else {
+          float lanes[kStripRows];
+          Isa::store(lanes, y);
+          std::memcpy(to, lanes, sizeof(float) * static_cast<size_t>(rows));
+        }
+      }
+    }
   }
 }
 
