@@ -146,7 +146,7 @@ describe('requests that end early', () => {
         signal: abort.signal,
       }).catch(() => null),
     );
-    await waitFor('256 waiting', 10_000, async () => (await metric(served, 'shardmesh_num_requests_waiting')) === 256);
+    await waitFor('256 waiting', 30_000, async () => (await metric(served, 'shardmesh_num_requests_waiting')) === 256);
     const refused = await tryComplete(served);
     expect(refused).toMatchObject({ status: 429, code: 'queue_full' });
     expect(Number(refused.retryAfter)).toBeGreaterThanOrEqual(1);
