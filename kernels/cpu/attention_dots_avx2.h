@@ -16,7 +16,6 @@ struct Dots {
   using Query = int16_t;
   using Weight = int16_t;
   static constexpr int lanes_max = 6;
-  static constexpr bool kAsksAhead = true;  // scores and values take lines ahead
 
   SHARDMESH_LANES void store_query(Query* p, Lanes::I x) { Lanes::store_int16(p, x); }
   SHARDMESH_LANES void store_weights(Weight* p, const Lanes::I* x) {

@@ -15,7 +15,6 @@ struct Dots {
   using Query = uint8_t;  // q + 128
   using Weight = uint8_t;
   static constexpr int lanes_max = 6;  // heads or rows that share one load
-  static constexpr bool kAsksAhead = true;  // scores and values take lines ahead
 
   SHARDMESH_LANES void store_query(Query* p, Lanes::I x) { Lanes::store_uint8(p, Lanes::bit_xor(x, Lanes::set_int(128))); }
   // The 64 weights of a step, 16 of each subblock: quad i of subblock b at p + 4 * (4 * i + b).

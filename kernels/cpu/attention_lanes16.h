@@ -526,7 +526,7 @@ static __attribute__((noinline)) void attend_tile(const AttentionArguments& a, c
     LinesAhead ahead;
     if (step < last_step) ask_ahead(layout, step_ahead(a, tile, start + kStepKeys, position[lanes - 1]), bundles, bundle_count, 0, &ahead);
     else if (next) ask_ahead(layout, first_step_of(a, *next), bundles, bundle_count, first_head_bytes(a, *next) - state.head_bytes[0], &ahead);
-    if (!Dots::kAsksAhead || !int8_keys || !int8_values) ahead.take_all();
+    if (!int8_keys || !int8_values) ahead.take_all();  // only Dots take lines between their products
     for (; fresh < end; fresh++) {
       state.m[fresh] = -INFINITY;
       state.l[fresh] = 0.0f;

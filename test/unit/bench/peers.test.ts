@@ -12,7 +12,7 @@ import { repository } from '../deploy/container-files.ts';
 interface Vllm {
   vllmPython: (path: string) => string;
   vllmVersion: (python: string, dtype?: string) => string;
-  vllmDtype: (flags: string) => string;
+  vllmDtype: (flags?: string) => string;
   convertedModel: (python: string, file: string, options: { folder: string }) => string;
   vllmArguments: (
     folder: string,
@@ -158,7 +158,7 @@ describe('vllm', () => {
   });
 
   test('vllm - an environment is two rivals: its own size of a step, and a smaller one', async () => {
-    const dtype = vllmDtype(readFileSync('/proc/cpuinfo', 'utf8'));
+    const dtype = vllmDtype();
     const python = environment('echo "0.32.0 2.13.0"');
     const names = (await vllmRivals(python)).map(({ name, version }) => [name, version]);
     const version = `0.32.0 (${dtype}, torch 2.13.0)`;
