@@ -133,6 +133,8 @@ export interface StepInput {
   outputs: Int32Array;
   /** A wait inside this step that lasts longer than this fails the step (per wait, not for the step). */
   waitTimeoutMs: number;
+  /** Its end need not be told of before that of the next step: one wake-up of the event loop for both. Default: it is. */
+  resultWaits?: boolean;
 }
 
 export interface OutputResult {

@@ -281,6 +281,7 @@ const stepPlan = record<StepPlan>(
     closed: integers(stepLimits.sequencesMax, 0, stepLimits.sequencesMax - 1),
     sequences: list(plannedSequence, stepLimits.sequencesMax),
     waitTimeoutMs: real(1, stepLimits.waitTimeoutMsMax),
+    resultWaits: boolean,
   },
   (plan) => {
     let rows = 0;

@@ -3,7 +3,7 @@
  * more on them than a few microseconds; what is rare (the full data of a new sequence) stays MessagePack inside.
  *
  *   plans    mark kind count:u16, then each plan:
- *              placement:16 bytes  epoch step opened:u32 (bytes of MessagePack, 0: none) closed:u32 sequences:u32  waitTimeoutMs:f64  [opened] [closed:u32 ...]
+ *              placement:16 bytes  epoch step opened:u32 (bytes of MessagePack, 0: none) closed:u32 sequences:u32 resultWaits:u32 (0, 1)  waitTimeoutMs:f64  [opened] [closed:u32 ...]
  *              each sequence: slot position tokens:u32 (0: one row, see `after`) after newBlocks:u32 outputs:u32  [token ...] [block ...]
  *                each output: row score+1 (0: sample) banned:u32 [token ...]
  *   result   mark kind 0:u16  placement epoch step  totalUs collectiveUs receiveUs sampleUs idleUs:f64  outputs:u32
@@ -61,6 +61,7 @@ function writePlans(plans: readonly StepPlan[]): void {
     writer.word(opened?.length ?? 0);
     writer.word(plan.closed.length);
     writer.word(plan.sequences.length);
+    writer.word(plan.resultWaits ? 1 : 0);
     writer.double(plan.waitTimeoutMs);
     if (opened !== null) writer.bytes(opened);
     writer.words(plan.closed);
@@ -75,12 +76,13 @@ function readPlan(reader: Reader): StepPlan {
   const openedBytes = reader.word();
   const closedCount = reader.word();
   const sequenceCount = reader.count(24);
+  const resultWaits = reader.flag();
   const waitTimeoutMs = reader.double();
   const opened = openedBytes === 0 ? [] : (unpack(reader.bytes(openedBytes)) as SequenceOpen[]);
   const closed = reader.words(closedCount);
   const sequences: PlannedSequence[] = [];
   for (let i = 0; i < sequenceCount; i++) sequences.push(readSequence(reader));
-  return { type: 'step_plan', placement, epoch, step, opened, closed, sequences, waitTimeoutMs };
+  return { type: 'step_plan', placement, epoch, step, opened, closed, sequences, waitTimeoutMs, resultWaits };
 }
 
 function writeSequence({ slot, position, tokens, after, newBlocks, outputs }: PlannedSequence): void {
@@ -248,6 +250,12 @@ class Reader {
     const value = this.#view.getUint32(this.#at, true);
     this.#at += 4;
     return value;
+  }
+
+  flag(): boolean {
+    const value = this.word();
+    if (value > 1) throw new ProtocolError(`byte ${this.#at - 4}`, `not a message: ${value} where 0 or 1 is expected`);
+    return value === 1;
   }
 
   /** A count of things of at least `each` bytes. */

@@ -68,6 +68,8 @@ export interface StepPlan {
   sequences: PlannedSequence[];
   /** Longest a worker may wait for a peer inside this step. */
   waitTimeoutMs: number;
+  /** The result need not leave before that of the next step, which is published already. */
+  resultWaits: boolean;
 }
 
 /** What travels: plans of steps that follow each other, as many as there is something to plan for. */

@@ -87,7 +87,7 @@ export class ModelRunner {
     table.append(sequence.newBlocks);
   }
 
-  #stepInput({ step, sequences, waitTimeoutMs }: StepPlan): StepInput {
+  #stepInput({ step, sequences, waitTimeoutMs, resultWaits }: StepPlan): StepInput {
     let rows = 0;
     let blocks = 0;
     for (const { slot, tokens } of sequences) {
@@ -133,6 +133,7 @@ export class ModelRunner {
       blockTables,
       outputs: outputNumbers(outputs),
       waitTimeoutMs,
+      resultWaits,
     };
   }
 }

@@ -105,11 +105,9 @@ interface LiveRequest {
 
 const tickMs = 100;
 /**
- * Steps are planned ahead for so long: several short ones travel in one message, and a coordinator that gets no core for a while stops nobody. It is also what a
- * new request waits for, and what is computed in vain when a sequence ends unforeseen.
+ * Less than this ahead: time to plan again, so that a coordinator that gets no core for a while stops nobody. Not sooner: a request that comes while a long step runs
+ * shall be in the next one, and what is ahead is computed in vain when a sequence ends unforeseen.
  */
-const aheadMsMax = 24;
-/** Less than this ahead: time to plan again. Not sooner: a request that comes while a long step runs shall be in the next one. */
 const aheadMsMin = 12;
 /** One that runs, one that follows, where nobody knows yet how long they take. */
 const stepsAheadUnmeasured = 2;
@@ -310,7 +308,10 @@ export class ShardmeshEngine implements Engine {
         this.#options.onPlan?.(plan, this.#requestsOf(plan));
         plans.push(plan);
       }
-      if (plans.length > 0) this.#options.transport.publishPlans(plans);
+      if (plans.length > 0) {
+        this.#pipeline.joinResults(plans);
+        this.#options.transport.publishPlans(plans);
+      }
       if (this.#pipeline.stepsInFlight === 0) this.#pipeline.rest();
     } catch (error) {
       this.#giveUp(error);
@@ -326,13 +327,20 @@ export class ShardmeshEngine implements Engine {
     const { stepsInFlight, microBatches } = this.#pipeline;
     if (microBatches > 1) return stepsInFlight < 2 * microBatches;
     if (stepsInFlight === 0) return true;
-    const aheadMs = this.#pipeline.aheadMs(this.#now());
+    const now = this.#now();
+    const aheadMs = this.#pipeline.aheadMs(now);
     if (aheadMs === null) return stepsInFlight < stepsAheadUnmeasured;
     // A request that waits, or a prompt under way, gets the next step that is not planned yet.
     const prompts = scheduler.waitingCount > 0 || scheduler.prefilling || scheduler.drafting;
-    if (prompts && stepsInFlight > 1) return false;
-    if (aheadMs < (planned > 0 && !prompts ? aheadMsMax : aheadMsMin)) return true;
-    if (stepsInFlight === 1) this.#planIn(aheadMs - aheadMsMin);
+    if (prompts && this.#pipeline.stepsToBegin(now) > 0) {
+      if (this.#pipeline.allSilent) this.#planIn(aheadMs);
+      return false;
+    }
+    // Several short steps travel in one message, and their results in one.
+    if (planned > 0 && !prompts) return this.#pipeline.roomToJoin(planned);
+    const silent = this.#pipeline.allSilent;
+    if (aheadMs < aheadMsMin || (silent && stepsInFlight > 1)) return true;
+    if (silent) this.#planIn(aheadMs - aheadMsMin);
     return false;
   }
 

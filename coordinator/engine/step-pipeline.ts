@@ -19,6 +19,7 @@ interface PublishedStep {
   afterRest: boolean;
   /** Nothing else was in flight. */
   alone: boolean;
+  resultWaits: boolean;
 }
 
 export interface PipelineNumbers {
@@ -59,6 +60,11 @@ const microBatchesMax = 64;
 const rateSeconds = 10;
 /** A step may take this share of what it is expected to take. */
 const surelyShare = 0.75;
+/**
+ * Results of steps that together take no longer than this travel together: each message wakes broker, coordinator and client, whose code and data a step has meanwhile
+ * driven out of the caches of cores that compute. 50 times a second is faster than anybody reads.
+ */
+const resultsMs = 20;
 
 export class StepPipeline {
   /** Stages a step passes through. */
@@ -106,16 +112,74 @@ export class StepPipeline {
     return this.#inFlight.length;
   }
 
-  /** How long what is in flight will still keep one stage busy, by what steps took, the running one a quarter less: a plan too late costs a wait. Null: nothing like it was measured. */
+  /**
+   * How long what is in flight will still keep one stage busy, by what steps took, those whose results come next a quarter less: a plan too late costs a wait.
+   * Null: nothing like it was measured.
+   */
   aheadMs(now: number): number | null {
+    const silent = this.#silentSteps();
+    let silentMs = 0;
     let sum = 0;
     for (const [i, step] of this.#inFlight.entries()) {
       const ms = this.#times.stepMs(step);
       if (ms === null) return null;
-      const sinceMs = now - Math.max(step.publishedAt, this.#lastResultAt);
-      sum += i > 0 ? ms : Math.max(0, surelyShare * ms - sinceMs);
+      if (i < silent) silentMs += ms;
+      else sum += ms;
     }
-    return sum;
+    return sum + Math.max(0, surelyShare * silentMs - this.#sinceMs(now));
+  }
+
+  /** Of steps in flight, those that have not begun yet, as far as is known or expected. */
+  stepsToBegin(now: number): number {
+    const silent = this.#silentSteps();
+    let sinceMs = this.#sinceMs(now);
+    let begun = 1;
+    for (; begun < silent; begun++) {
+      const ms = this.#times.stepMs(this.#inFlight[begun - 1]!);
+      if (ms === null || sinceMs < ms) break;
+      sinceMs -= ms;
+    }
+    return Math.max(0, this.#inFlight.length - begun);
+  }
+
+  /** The next result is that of the last step in flight. */
+  get allSilent(): boolean {
+    return this.#silentSteps() === this.#inFlight.length;
+  }
+
+  /** Steps until the next result: as many as travel together. */
+  #silentSteps(): number {
+    const last = this.#inFlight.findIndex(({ resultWaits }) => !resultWaits);
+    return last + 1;
+  }
+
+  /** Since when the first step in flight may run. */
+  #sinceMs(now: number): number {
+    const first = this.#inFlight[0];
+    return first === undefined ? 0 : now - Math.max(first.publishedAt, this.#lastResultAt);
+  }
+
+  /** Whether one more step like the last could join the results of the last `steps` that were published. */
+  roomToJoin(steps: number): boolean {
+    const last = this.#inFlight.slice(-steps).map((step) => this.#times.stepMs(step));
+    if (last.includes(null)) return false;
+    return last.reduce<number>((sum, ms) => sum + ms!, last.at(-1)!) <= resultsMs;
+  }
+
+  /** Marks which of these plans, the last that were published, have results that may wait for the next one's. First tokens never wait. */
+  joinResults(plans: readonly StepPlan[]): void {
+    if (this.#ppSize > 1) return;
+    const steps = this.#inFlight.slice(-plans.length);
+    let joinedMs = 0;
+    for (let i = 0; i + 1 < plans.length; i++) {
+      const ms = this.#times.stepMs(steps[i]!);
+      const nextMs = this.#times.stepMs(steps[i + 1]!);
+      if (ms === null || nextMs === null) return;
+      joinedMs += ms;
+      const waits = steps[i]!.prefillTokens === 0 && joinedMs + nextMs <= resultsMs;
+      steps[i]!.resultWaits = plans[i]!.resultWaits = waits;
+      if (!waits) joinedMs = 0;
+    }
   }
 
   /**
@@ -168,6 +232,7 @@ export class StepPipeline {
       limitMs,
       afterRest: this.#resting,
       alone: this.#inFlight.length === 0,
+      resultWaits: false,
     });
     this.#resting = false;
     if (prefillTokens === 0) return;
@@ -180,7 +245,9 @@ export class StepPipeline {
     const step = this.#inFlight.shift();
     if (step === undefined) return;
     const ms = now - Math.max(step.publishedAt, this.#lastResultAt);
-    this.#observeGap(step, now - this.#lastResultAt);
+    // Results that travel together come at one time; what lies between them is the workers' to say.
+    const gapMs = step.alone || this.#ppSize > 1 ? now - this.#lastResultAt : (result.totalUs + result.idleUs) / 1e3;
+    this.#observeGap(step, gapMs);
     this.#lastResultAt = now;
     if (step.tokens < smallStepTokens) this.#smallStepMs = slowest(this.#smallStepMs, ms);
     else this.#tokenMs = slowest(this.#tokenMs, ms / step.tokens);

@@ -13,7 +13,7 @@ import { randomBytes } from 'node:crypto';
 import { chmodSync, mkdtempSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs';
 import { createConnection } from 'node:net';
 import { connect as connectTls } from 'node:tls';
-import { tmpdir } from 'node:os';
+import { availableParallelism, tmpdir } from 'node:os';
 import type { Writable } from 'node:stream';
 import { join } from 'node:path';
 import { addressText, listenHost, type Address } from '../../protocol/addresses.ts';
@@ -68,6 +68,8 @@ export interface BrokerListener {
 const pollMs = 15;
 const outputCharactersMax = 8_192;
 const stopGraceMs = 3_000;
+/** Up to so many cores are busy computing: a broker that looks for work on several of them at each message takes a third more time from them. */
+const fewCores = 4;
 /** Of a server that clients have lost, before it is taken for frozen. */
 const frozenMs = 500;
 const greetingsMax = 2;
@@ -350,6 +352,7 @@ export class Broker {
       stdio: ['ignore', 'ignore', 'pipe', 'pipe'],
       // Its own session: a Ctrl-C on the terminal is for the owner, who drains first.
       detached: true,
+      env: availableParallelism() > fewCores ? process.env : { GOMAXPROCS: '1', ...process.env },
     });
     this.#child = child;
     child.stdio[3]?.on('error', () => undefined);

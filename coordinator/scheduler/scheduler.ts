@@ -351,6 +351,7 @@ export class Scheduler {
       closed,
       sequences: draft.rows.map(({ planned }) => planned),
       waitTimeoutMs: this.options.waitTimeoutMs(tokens),
+      resultWaits: false,
     };
   }
 

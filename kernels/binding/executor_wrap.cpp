@@ -22,7 +22,7 @@ struct OutgoingFrame {
   size_t gap;                                   // bytes in front of the payload
   std::unique_ptr<std::vector<uint8_t>> bytes;
 };
-using Event = std::variant<StepDone, StepFailure, OutgoingFrame>;
+using Event = std::variant<std::vector<StepDone>, StepFailure, OutgoingFrame>;
 
 // What the wrapper, its pending promises and its events share. Everything but `executor` belongs to the event loop.
 struct State {
@@ -115,8 +115,8 @@ const char* failure_code(FailureCode code) {
 }
 
 void emit(Napi::Env env, State* state, Event& event) {
-  if (auto* done = std::get_if<StepDone>(&event)) {
-    state->on_step.Call({done_object(env, *done)});
+  if (auto* steps = std::get_if<std::vector<StepDone>>(&event)) {
+    for (const StepDone& done : *steps) state->on_step.Call({done_object(env, done)});
   } else if (auto* failure = std::get_if<StepFailure>(&event)) {
     state->on_step_failed.Call({Napi::Number::New(env, failure->step), Napi::String::New(env, failure_code(failure->code)), Napi::String::New(env, failure->message),
                                 failure->has_peer ? Napi::Value(address_object(env, failure->peer)) : Napi::Value(env.Null())});
@@ -238,7 +238,7 @@ class ExecutorWrap : public Napi::ObjectWrap<ExecutorWrap> {
       if (napi_call_threadsafe_function(events, owned, napi_tsfn_nonblocking) != napi_ok) delete owned;
     };
     ExecutorEvents result;
-    result.done = [post](StepDone&& done) { post(Event(std::move(done))); };
+    result.done = [post](std::vector<StepDone>&& steps) { post(Event(std::move(steps))); };
     result.failed = [post](StepFailure&& failure) { post(Event(std::move(failure))); };
     result.frame = [post, frame_gap](PeerAddress destination, const FrameKey& key, int rows, const void* data, size_t bytes) {
       const uint8_t* from = static_cast<const uint8_t*>(data);
@@ -481,6 +481,8 @@ class ExecutorWrap : public Napi::ObjectWrap<ExecutorWrap> {
       step.block_table_offsets = int32_array_of(o.Get("blockTableOffsets"), "step.blockTableOffsets");
       step.block_tables = int32_array_of(o.Get("blockTables"), "step.blockTables");
       step.wait_timeout_ms = integer_of(o.Get("waitTimeoutMs"), "step.waitTimeoutMs", 1, 3'600'000);
+      const Napi::Value waits = o.Get("resultWaits");
+      if (!waits.IsUndefined()) step.result_waits = boolean_of(waits, "step.resultWaits");
       step.outputs = output_rows_of(o.Get("outputs"), step);
       executor(info.Env()).submit(std::move(step));
     });

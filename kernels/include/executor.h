@@ -64,6 +64,7 @@ struct StepInput {
   std::vector<int32_t> token_ids, token_steps, positions, row_sequence, slots, block_table_offsets, block_tables;
   std::vector<OutputRow> outputs;
   int64_t wait_timeout_ms;
+  bool result_waits = false;  // told of together with the next step's
 };
 
 struct OutputResult {
@@ -119,7 +120,7 @@ struct StepFailure {
 };
 
 struct ExecutorEvents {
-  std::function<void(StepDone&&)> done;
+  std::function<void(std::vector<StepDone>&&)> done;  // steps that ended one after the other, mostly one
   std::function<void(StepFailure&&)> failed;
   FrameOut frame;
 };

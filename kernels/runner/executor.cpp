@@ -99,6 +99,7 @@ class ShardExecutor final : public Executor {
     board_.expected.clear();
     last_step_ = 0;
     step_behind_ = 0;
+    waiting_.clear();
     std::lock_guard lock(mutex_);
     state_ = State::Ready;
     totals_.last_step = 0;
@@ -430,6 +431,7 @@ class ShardExecutor final : public Executor {
     {
       std::lock_guard lock(mutex_);
       if (state_ != State::Ready) {
+        waiting_.clear();
         events_.failed({input.step, FailureCode::Aborted, "step " + number(input.step) + " was not run: " + reason_});
         return;
       }
@@ -449,7 +451,7 @@ class ShardExecutor final : public Executor {
       done.ended_ns = ended;
       last_end_ns_ = ended;
       count(done);
-      if (!shard_.config().quiet_steps || !done.spans.empty()) events_.done(std::move(done));
+      if (!shard_.config().quiet_steps || !done.spans.empty()) report(std::move(done), input.result_waits);
       return;
     }
     StepFailure failure = run.failure();
@@ -462,7 +464,17 @@ class ShardExecutor final : public Executor {
       }
     }
     last_end_ns_ = 0;
+    report_waiting();
     events_.failed(std::move(failure));
+  }
+
+  void report(StepDone&& done, bool waits) {
+    waiting_.push_back(std::move(done));
+    if (!waits) report_waiting();
+  }
+
+  void report_waiting() {
+    if (!waiting_.empty()) events_.done(std::exchange(waiting_, {}));
   }
 
   void count(const StepDone& done) {
@@ -493,6 +505,7 @@ class ShardExecutor final : public Executor {
   std::vector<Sampler> samplers_;
   TokenBoard board_;
   int64_t last_end_ns_ = 0;
+  std::vector<StepDone> waiting_;  // what is told of together with the step after
   uint32_t step_behind_ = 0;  // that the device was given while the step before it ran; 0: none
 
   mutable std::mutex mutex_;

@@ -29,11 +29,13 @@ LocalMesh::LocalMesh(const ExportedModel& model, const ExportedCut& cut, const K
     config.quiet_steps = options.quiet;
     config.cuda_tuning = options.cuda_tuning;
     ExecutorEvents events;
-    events.done = [this, rank](StepDone&& done) {
-      if (on_done) on_done(rank->address, done);
-      std::lock_guard lock(mutex_);
-      rank->done.push_back(std::move(done));
-      changed_.notify_all();
+    events.done = [this, rank](std::vector<StepDone>&& steps) {
+      for (StepDone& done : steps) {
+        if (on_done) on_done(rank->address, done);
+        std::lock_guard lock(mutex_);
+        rank->done.push_back(std::move(done));
+        changed_.notify_all();
+      }
     };
     events.failed = [this](StepFailure&& failure) {
       std::lock_guard lock(mutex_);

@@ -204,6 +204,39 @@ describe('step runner, decoding', () => {
     expect(await generate(options, sampled)).toEqual(await generate({}, sampled));
   });
 
+  test('step runner - a result that may wait is told of together with the next one, or before a step that fails', async () => {
+    const mesh = await start();
+    mesh.open(0);
+    mesh.open(1);
+    const ended = async (step: number): Promise<void> => {
+      while (mesh.members[0]!.executor.totals().lastStep < step) await new Promise((resolve) => setTimeout(resolve, 1));
+      await new Promise((resolve) => setTimeout(resolve, 20));
+    };
+    const told: number[] = [];
+    const tell = ({ step, done }: ReturnType<TinyMesh['submit']>) =>
+      done.then(
+        () => told.push(step),
+        () => told.push(-step),
+      );
+    const rows = (position: number, after: number): TinyRows[] => [
+      { slot: 0, position, tokens: null, after, blocks: [0], outputs: [{ row: 0, score: null }] },
+    ];
+    void tell(mesh.submit([{ slot: 0, position: 0, tokens: [1, 2, 3], blocks: [0], outputs: [{ row: 2, score: null }] }]));
+    await ended(1);
+    void tell(mesh.submit(rows(3, 1), 10_000, mesh.members, true));
+    void tell(mesh.submit(rows(4, 2), 10_000, mesh.members, true));
+    await ended(3);
+    expect(told).toEqual([1]);
+    await tell(mesh.submit(rows(5, 3)));
+    expect(told).toEqual([1, 2, 3, 4]);
+    void tell(mesh.submit(rows(6, 4), 10_000, mesh.members, true));
+    await ended(5);
+    expect(told).toEqual([1, 2, 3, 4]);
+    // A token of slot 1, which has none.
+    await tell(mesh.submit([{ ...rows(0, 5)[0]!, slot: 1, blocks: [1] }]));
+    expect(told).toEqual([1, 2, 3, 4, 5, -6]);
+  });
+
   test('step runner - another seed or choice gives another text', async () => {
     const [one, seed, choice] = await Promise.all([
       generate({}, sampled),

@@ -647,7 +647,12 @@ export class TinyMesh {
   }
 
   /** Submits a step to every rank. */
-  submit(sequences: TinyRows[], waitTimeoutMs = 10_000, members = this.members): { step: number; done: Promise<OutputResult[]> } {
+  submit(
+    sequences: TinyRows[],
+    waitTimeoutMs = 10_000,
+    members = this.members,
+    resultWaits = false,
+  ): { step: number; done: Promise<OutputResult[]> } {
     const step = ++this.#step;
     const tokenIds = sequences.flatMap((s) => s.tokens ?? [-1]);
     const rowsOf = (s: TinyRows) => s.tokens?.length ?? 1;
@@ -670,6 +675,7 @@ export class TinyMesh {
       blockTables: Int32Array.from(sequences.flatMap((s) => s.blocks)),
       outputs: outputNumbers(outputs),
       waitTimeoutMs,
+      resultWaits,
     };
     const results = members.map(
       (m) =>

@@ -164,7 +164,15 @@ describe('message codec', () => {
     const plan = { ...stepPlan(16), opened: [], closed: [] };
     for (const sequence of plan.sequences)
       Object.assign(sequence, { newBlocks: [], outputs: [{ row: 0, score: null, banned: [] }] });
-    expect(encodeMessage(plansOf(plan)).length).toBe(4 + 44 + 16 * 36);
+    expect(encodeMessage(plansOf(plan)).length).toBe(4 + 48 + 16 * 36);
+  });
+
+  test('message codec - says of a plan that its result may wait by 0 or 1 and nothing else', () => {
+    const plan = { ...stepPlan(1), opened: [], resultWaits: true };
+    const bytes = Buffer.from(encodeMessage(plansOf(plan)));
+    expect(decodeMessage(bytes)).toEqual(plansOf(plan));
+    bytes.writeUInt32LE(2, 40);
+    expect(() => decodeMessage(bytes)).toThrow('not a message: 2 where 0 or 1 is expected');
   });
 
   test('message codec - rejects more rows in a step than the limit, though each list is within its own', () => {

@@ -46,6 +46,7 @@ export const stepPlan = (sequences: number): StepPlan => ({
   closed: [500],
   sequences: Array.from({ length: sequences }, (_, slot) => plannedSequence(slot)),
   waitTimeoutMs: 2_000,
+  resultWaits: false,
 });
 
 export const samples: { [T in Message['type']]: Extract<Message, { type: T }> } = {

@@ -1,5 +1,12 @@
 import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest';
-import { figuresOf, finish, SimulatedServer, type SimulatedRequest, type SimulatedStep } from './simulated-load.ts';
+import {
+  figuresOf,
+  finish,
+  SimulatedServer,
+  type RequestTimes,
+  type SimulatedRequest,
+  type SimulatedStep,
+} from './simulated-load.ts';
 
 beforeEach(() => {
   vi.useFakeTimers({ toFake: ['setInterval', 'clearInterval', 'setTimeout', 'clearTimeout', 'performance'], now: 0 });
@@ -57,6 +64,16 @@ describe('load', () => {
     expect(long[0]!.tokenMs[0]! - long[0]!.sentMs).toBeLessThan(4_100);
   });
 
+  it('load - the tokens of a fast stream come several at a time, 50 times a second', async () => {
+    const server = await warmServer();
+    const [{ tokenMs }] = (await finish(server.closedLoop({ streams: 1, requestsMax: 1, ...shortRequest }))) as [RequestTimes];
+    const times = [...new Set(tokenMs)];
+    const perTime = times.map((ms) => tokenMs.filter((one) => one === ms).length);
+    // The first comes as soon as it is there. A step of one row takes 4.1 ms.
+    expect(perTime).toEqual([1, ...new Array<number>(15).fill(4), 3]);
+    expect(times.at(-1)! - times[1]!).toBe(242);
+  });
+
   it('load - short prompts do not wait for long ones, which have their turn all the same', async () => {
     const server = await warmServer();
     const one = (i: number): SimulatedRequest => (i % 10 === 4 ? { promptTokens: 2_000, outputTokens: 8 } : shortRequest);
@@ -69,13 +86,14 @@ describe('load', () => {
 
   it('load - a request that comes while the prompt of another is computed has its turn when the streams have had two steps, planned before that one ends', async () => {
     const server = await warmServer();
-    const times = [0, 300, 320].map((atMs) => ({ atMs, ...shortRequest }));
+    const times = [0, 290, 310].map((atMs) => ({ atMs, ...shortRequest }));
     await finish(server.openLoop(times));
     const { steps } = server.mesh;
     const first = steps.findIndex(({ chunks, decodeRows }) => chunks.length > 0 && decodeRows > 0);
     const rows = ({ decodeRows, chunks }: SimulatedStep) => [decodeRows, ...chunks];
     expect(steps.slice(first, first + 4).map(rows)).toEqual([[1, 128], [2], [2], [2, 128]]);
-    // The workers do not wait.
+    // The workers do not wait, neither for the first prompt, which comes while several steps are planned ahead, nor behind it.
+    expect(steps[first]!.beginMs).toBeCloseTo(steps[first - 1]!.beginMs + steps[first - 1]!.ms, 9);
     expect(steps[first + 1]!.beginMs).toBeCloseTo(steps[first]!.beginMs + steps[first]!.ms, 9);
   });
 });

@@ -31,6 +31,7 @@ export class SimulatedMesh implements StepTransport {
   ready = true;
   readonly steps: SimulatedStep[] = [];
   #busyUntil = 0;
+  #waiting: StepResult[] = [];
   #result: (result: StepResult) => void = () => undefined;
   #began: (epoch: MeshEpoch) => void = () => undefined;
 
@@ -60,10 +61,10 @@ export class SimulatedMesh implements StepTransport {
     );
     const { placement, epoch, step } = plan;
     const times = { totalUs: Math.round(ms * 1e3), collectiveUs: 0, receiveUs: 0, sampleUs: 0, idleUs: 0 };
-    setTimeout(
-      () => this.#result({ type: 'step_result', placement, epoch, step, outputs, ...times }),
-      Math.ceil(this.#busyUntil + wireMs - performance.now()),
-    );
+    this.#waiting.push({ type: 'step_result', placement, epoch, step, outputs, ...times });
+    if (plan.resultWaits) return;
+    const results = this.#waiting.splice(0);
+    setTimeout(() => results.forEach((result) => this.#result(result)), Math.ceil(this.#busyUntil + wireMs - performance.now()));
   }
 
   onResult(listener: (result: StepResult) => void): void {

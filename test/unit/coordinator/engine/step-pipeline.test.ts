@@ -5,7 +5,17 @@ import type { StepPlan, StepResult } from '../../../../protocol/step-plan.ts';
 function makePlan(step: number, rows: number, waitTimeoutMs = 2000): StepPlan {
   const tokens = Array.from({ length: rows }, () => 1);
   const sequences = [{ slot: 0, position: 0, tokens, after: 0, newBlocks: [], outputs: [] }];
-  return { type: 'step_plan', placement: 'p', epoch: 1, step, opened: [], closed: [], sequences, waitTimeoutMs };
+  return {
+    type: 'step_plan',
+    placement: 'p',
+    epoch: 1,
+    step,
+    opened: [],
+    closed: [],
+    sequences,
+    waitTimeoutMs,
+    resultWaits: false,
+  };
 }
 
 const makeResult = (step: number, times: Partial<StepResult> = {}): StepResult => ({
@@ -96,6 +106,65 @@ describe('step pipeline', () => {
     expect(pipeline.aheadMs(155)).toBe(10);
   });
 
+  /** Two steps of a row came back, of 5 ms each. */
+  const measured = (): StepPipeline => {
+    const pipeline = new StepPipeline();
+    for (const step of [1, 2]) {
+      pipeline.published(makePlan(step, 1), 0, 0);
+      pipeline.completed(makeResult(step, { totalUs: 5_000 }), 1, 0);
+    }
+    return pipeline;
+  };
+  const publish = (pipeline: StepPipeline, plans: StepPlan[], prefillTokens: number[] = []): StepPlan[] => {
+    for (const [i, plan] of plans.entries()) pipeline.published(plan, prefillTokens[i] ?? 0, 0);
+    pipeline.joinResults(plans);
+    return plans;
+  };
+  const waits = (plans: StepPlan[]): boolean[] => plans.map(({ resultWaits }) => resultWaits);
+
+  it('step pipeline - joins the results of steps that together take up to 20 ms, none where nothing is known or stages are several', () => {
+    const decode = [3, 4, 5, 6, 7].map((step) => makePlan(step, 1));
+    const pipeline = measured();
+    expect(waits(publish(pipeline, decode))).toEqual([true, true, true, false, false]);
+    expect(pipeline.roomToJoin(3)).toBe(true);
+    expect(pipeline.roomToJoin(4)).toBe(false);
+    const unmeasured = new StepPipeline();
+    expect(waits(publish(unmeasured, [makePlan(1, 1), makePlan(2, 1)]))).toEqual([false, false]);
+    const stages = measured();
+    stages.begin(2);
+    expect(waits(publish(stages, [makePlan(1, 1), makePlan(2, 1)]))).toEqual([false, false]);
+  });
+
+  it('step pipeline - lets no first token wait, and no result for a step with a prompt', () => {
+    const pipeline = measured();
+    pipeline.published(makePlan(3, 10), 10, 0);
+    pipeline.completed(makeResult(3, { totalUs: 10_000 }), 1, 0);
+    // Steps of 5, 5, 10 + 5 (a prompt) and 5 ms.
+    const plans = [makePlan(4, 1), makePlan(5, 1), makePlan(6, 11), makePlan(7, 1)];
+    expect(waits(publish(pipeline, plans, [0, 0, 10]))).toEqual([true, false, false, false]);
+  });
+
+  it('step pipeline - knows of steps whose results come together how far they are by what they take', () => {
+    const pipeline = measured();
+    publish(
+      pipeline,
+      [3, 4, 5].map((step) => makePlan(step, 1)),
+    );
+    publish(
+      pipeline,
+      [6, 7].map((step) => makePlan(step, 1)),
+    );
+    expect(pipeline.allSilent).toBe(false);
+    // Three quarters of 15 ms, and 10 ms of steps that begin later.
+    expect([0, 10, 12, 30].map((ms) => pipeline.aheadMs(ms))).toEqual([21.25, 11.25, 10, 10]);
+    expect([0, 4, 5, 10, 30].map((ms) => pipeline.stepsToBegin(ms))).toEqual([4, 4, 3, 2, 2]);
+    for (const step of [3, 4, 5]) pipeline.completed(makeResult(step, { totalUs: 5_000 }), 1, 16);
+    expect(pipeline.allSilent).toBe(true);
+    expect(pipeline.stepsToBegin(21)).toBe(0);
+    // What a step takes is the workers' word: none of these came 16 ms after the one before.
+    expect(pipeline.tokensPerMs(1)).toBe(0.2);
+  });
+
   it('step pipeline - calls a step overdue half a second after the workers should have', () => {
     const pipeline = new StepPipeline();
     pipeline.published(makePlan(1, 3), 3, 1000);
@@ -137,7 +206,7 @@ describe('step pipeline', () => {
     pipeline.published(makePlan(1, 40), 40, 0);
     pipeline.published(makePlan(2, 1), 0, 0);
     pipeline.completed(makeResult(1), 1, 100);
-    pipeline.completed(makeResult(2), 1, 104);
+    pipeline.completed(makeResult(2, { totalUs: 3_900, idleUs: 100 }), 1, 104);
     expect(pipeline.tokensPerMs(1)).toBe(0.25);
     // A round may take twice as long as long as none was measured.
     expect(pipeline.roundMs(8)).toBe(8);

@@ -33,6 +33,7 @@ describe('scheduler', () => {
         },
       ],
       waitTimeoutMs: 2000,
+      resultWaits: false,
     });
     expect(sequence.admittedAt).toBe(5);
     expect(scheduler.schedule(6)).toBeNull();
