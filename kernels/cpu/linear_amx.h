@@ -138,7 +138,7 @@ struct Tiles16 : Lanes16 {
         }
       }
     }
-    finish_segments<Tiles16, M, 1>(segments, a, row, token);
+    finish_segments<Tiles16>(segments, 1, M, a, row, token);
   }
 
   // The parts of a token, each a row of a C tile in memory, as one.

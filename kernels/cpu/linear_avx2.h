@@ -304,9 +304,9 @@ struct Avx2 {
     }
   }
 
-  // False when a value is not finite.
-  template <int P>
-  SHARDMESH_AVX2 bool quantize_group(const float* x, TokenGroup* out, WideGroup* wide) {
+  // False when a value is not finite. `wide` is written if asked for.
+  template <int P, bool wants_wide>
+  SHARDMESH_AVX2 bool quantize_group(const float* x, TokenGroup* out, [[maybe_unused]] WideGroup* wide) {
     const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
     __m256 v[4];
     __m256i m = _mm256_setzero_si256();
@@ -322,18 +322,17 @@ struct Avx2 {
     std::memcpy(&amax, &largest_bits, 4);
     if (!(amax >= kQuantizableMin)) {
       std::memset(out, 0, P * sizeof *out);
-      std::memset(wide, 0, sizeof *wide);
+      if constexpr (wants_wide) std::memset(wide, 0, sizeof *wide);
       return true;
     }
     constexpr float largest = P == 1 ? 127.0f : static_cast<float>(kInt16Max);
     const __m256 inverse = _mm256_set1_ps(largest / amax);
     __m256i q[4];
     for (int i = 0; i < 4; i++) q[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
-    store_wide(q, wide);
+    if constexpr (wants_wide) store_wide(q, wide);
     out->sa = amax / largest;
     if constexpr (P == 1) {
       store_part(q, out);
-      wide->sum = out->sum;
     } else {
       __m256i high[4];
       for (int i = 0; i < 4; i++) {
@@ -342,20 +341,24 @@ struct Avx2 {
       }
       store_part(high, out);
       store_part(q, out + 1);
-      wide->sum = 256 * out[0].sum + out[1].sum;
     }
-    out->ms = out->sa * static_cast<float>(wide->sum);
-    wide->sa = out->sa;
+    const int32_t sum = P == 1 ? out->sum : 256 * out[0].sum + out[1].sum;
+    out->ms = out->sa * static_cast<float>(sum);
+    if constexpr (wants_wide) {
+      wide->sum = sum;
+      wide->sa = out->sa;
+    }
     return true;
   }
 };
 
-// This part's share of the groups, in both forms.
+// This part's share of the groups, for weights of 8 bits in both forms.
 template <int P>
 bool quantize_parts(const Activations& in, Part part) {
+  if (!in.meets_bytes) return quantize_each<Avx2, P>(in, part, [](const float* x, TokenGroup* out) { return Avx2::quantize_group<P, false>(x, out, nullptr); });
   WideGroup* wide = reinterpret_cast<WideGroup*>(in.data + wide_offset(in.type, in.tokens, in.columns / 32));
   const TokenGroup* first = reinterpret_cast<const TokenGroup*>(in.data);
-  return quantize_each<Avx2, P>(in, part, [=](const float* x, TokenGroup* out) { return Avx2::quantize_group<P>(x, out, wide + (out - first) / P); });
+  return quantize_each<Avx2, P>(in, part, [=](const float* x, TokenGroup* out) { return Avx2::quantize_group<P, true>(x, out, wide + (out - first) / P); });
 }
 
 }  // namespace

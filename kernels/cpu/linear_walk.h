@@ -74,41 +74,44 @@ const InputOf<Isa, W>* input_of(const Activations& in) {
   return reinterpret_cast<const InputOf<Isa, W>*>(in.data + (kWideInput<Isa, W> ? wide_offset(in.type, in.tokens, in.columns / 32) : 0));
 }
 
-// Joins segments p[0..n) of `width` vectors each, in place, into p[0].
-template <class Isa>
-void join_segments(typename Isa::F* p, int n, int width) {
-  if (n == 1) return;
-  const int left = tree_left(n);
-  typename Isa::F* right = p + left * width;
-  join_segments<Isa>(p, left, width);
-  join_segments<Isa>(right, n - left, width);
-  for (int i = 0; i < width; i++) p[i] = Isa::add(p[i], right[i]);
+// The tree over N segments of one vector, `width` vectors apart.
+template <class Isa, int N>
+inline __attribute__((always_inline)) typename Isa::F tree_of(const typename Isa::F* p, int width) {
+  if constexpr (N == 1) return p[0];
+  else return Isa::add(tree_of<Isa, tree_left(N)>(p, width), tree_of<Isa, N - tree_left(N)>(p + tree_left(N) * width, width));
 }
 
-// Joins the segment sums segments[segment_count][S][M] to subtrees, adds the bias and writes rows [row, row + 16 S) of tokens [token, token + M).
-template <class Isa, int M, int S>
-__attribute__((noinline)) void finish_segments(typename Isa::F* segments, const LinearArguments& a, int64_t row, int64_t token) {
+// The same for n segments, N or more, of `width` vectors side by side: put(sum) for each.
+template <class Isa, int N = 1, class Put>
+inline __attribute__((always_inline)) void each_tree(const typename Isa::F* p, int n, int width, Put put) {
+  if constexpr (N < kSegmentsMax) {
+    if (n > N) return each_tree<Isa, N + 1>(p, n, width, put);
+  }
+  for (int i = 0; i < width; i++) put(tree_of<Isa, N>(p + i, width));
+}
+
+// Joins the segment sums segments[segment_count][strips][tokens] to subtrees, adds the bias and writes rows [row, row + 16 strips) of tokens [token, token + tokens).
+template <class Isa>
+__attribute__((noinline)) void finish_segments(const typename Isa::F* segments, int strips, int tokens, const LinearArguments& a, int64_t row, int64_t token) {
+  const int width = strips * tokens;
   for (int tree = 0; tree < a.subtree_count; tree++) {
-    typename Isa::F* root = segments + a.subtrees[tree].first * S * M;
-    join_segments<Isa>(root, a.subtrees[tree].count, S * M);
     float* out = a.out + tree * a.subtree_stride + token * a.out_stride + row - a.first_row;
-    for (int s = 0; s < S; s++) {
+    int s = 0, t = 0;
+    each_tree<Isa>(segments + a.subtrees[tree].first * width, a.subtrees[tree].count, width, [&](typename Isa::F y) {
       const int64_t rows = a.weight->rows - row - s * kStripRows;
-      float bias[kStripRows] = {};
-      if (a.bias) std::memcpy(bias, a.bias + row + s * kStripRows, sizeof(float) * static_cast<size_t>(rows < kStripRows ? rows : kStripRows));
-      for (int t = 0; t < M; t++) {
-        typename Isa::F y = root[s * M + t];
-        if (a.bias) y = Isa::add(y, Isa::load(bias));
-        float* to = out + t * a.out_stride + s * kStripRows;
-        if (rows >= kStripRows) {
-          Isa::store(to, y);
-        } else {
-          float lanes[kStripRows];
-          Isa::store(lanes, y);
-          std::memcpy(to, lanes, sizeof(float) * static_cast<size_t>(rows));
-        }
+      float* to = out + t * a.out_stride + s * kStripRows;
+      if (rows >= kStripRows) {
+        if (a.bias) y = Isa::add(y, Isa::load(a.bias + row + s * kStripRows));
+        Isa::store(to, y);
+      } else {
+        float lanes[kStripRows] = {};
+        if (a.bias) std::memcpy(lanes, a.bias + row + s * kStripRows, sizeof(float) * static_cast<size_t>(rows));
+        if (a.bias) y = Isa::add(y, Isa::load(lanes));
+        Isa::store(lanes, y);
+        std::memcpy(to, lanes, sizeof(float) * static_cast<size_t>(rows));
       }
-    }
+      if (++t == tokens) t = 0, s++;
+    });
   }
 }
 
@@ -156,7 +159,7 @@ __attribute__((noinline)) void multiply_tile(const Strip* strips, const InputOf<
       SHARDMESH_UNROLL
       for (int t = 0; t < M; t++) segments[(segment * S + s) * M + t] = acc[s][t];
   }
-  finish_segments<Isa, M, S>(segments, a, row, token);
+  finish_segments<Isa>(&segments[0], S, M, a, row, token);
 }
 
 template <class Isa, class W, int P, int S>
@@ -321,7 +324,7 @@ void multiply_float_tile(const uint8_t* strip, const LinearArguments& a, int64_t
     Isa::template accumulate_float<type, M>(strip + static_cast<size_t>(k) * kStripRows * value_bytes, a.in.x + token * a.in.x_stride + k, a.in.x_stride, end - k, acc);
     k = end;
   }
-  finish_segments<Isa, M, 1>(segments, a, row, token);
+  finish_segments<Isa>(segments, 1, M, a, row, token);
 }
 
 struct FloatTiles {

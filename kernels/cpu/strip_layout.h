@@ -12,7 +12,7 @@
 // Float types: [K][16] values, no records.
 //
 // Activations: tokens in tiles of at most 6 / parts (avx512: 8 / parts where that makes it one tile; amx: 16 / parts from 13 parts on), tile after tile; in a tile
-// [groups][tokens of the tile][parts] TokenGroup. int8: one part. int16: two, the high half of q first (q = 256 * high + low); sa and ms are the whole's and stand with the high half. Then (avx2 only) [groups][tokens of the tile] WideGroup
+// [groups][tokens of the tile][parts] TokenGroup. int8: one part. int16: two, the high half of q first (q = 256 * high + low); sa and ms are the whole's and stand with the high half. Then (avx2 only, where `meets_bytes`) [groups][tokens of the tile] WideGroup
 // in the same tiles.
 #pragma once
 #include <cstddef>

@@ -47,7 +47,7 @@ namespace {
 }
 
 // tree(n) = tree(ceil(n/2)) + tree(rest): the left child's size.
-[[maybe_unused]] inline int tree_left(int n) { return (n + 1) / 2; }
+[[maybe_unused]] constexpr int tree_left(int n) { return (n + 1) / 2; }
 
 [[maybe_unused]] inline float half_to_float(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;

@@ -64,6 +64,7 @@ struct Activations {
   ActivationType type;
   // The columns to quantise, multiples of 32; none: all. `x` begins at the first of them.
   int64_t first_column = 0, column_count = 0;
+  bool meets_bytes = true;  // some weight that multiplies them has 8 bits: a set may keep a form of its own for that
 };
 
 struct LinearArguments {

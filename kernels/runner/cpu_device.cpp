@@ -107,6 +107,12 @@ Activations CpuDevice::activations(int buffer) const {
   return {row(buffer, 0), b.stride, rows_of(buffer), b.width, quantized_[static_cast<size_t>(buffer)], shard_.program().activations};
 }
 
+Activations CpuDevice::quantized_by(int action, int buffer) const {
+  Activations result = activations(buffer);
+  result.meets_bytes = shard_.actions()[static_cast<size_t>(action)].meets_bytes;
+  return result;
+}
+
 LinearArguments CpuDevice::whole_product(int index, const Subtree& all) const {
   const Operation& o = shard_.program().operations[static_cast<size_t>(index)];
   return {&matrices_[static_cast<size_t>(o.weight)], activations(o.in), all.count, o.segments.data(), 1, &all, shard_.vector(o.bias), row(o.out, 0), shard_.buffer(o.out).stride, 0};
@@ -145,13 +151,13 @@ bool CpuDevice::note_finite(int action, bool finite) {
 }
 
 bool CpuDevice::quantize(int action, int buffer) {
-  const Activations in = activations(buffer);
+  const Activations in = quantized_by(action, buffer);
   return share_finite(action, 4.0 * in.tokens * static_cast<double>(in.columns), [&](Part part) { return kernels_.quantize_activations(in, part); });
 }
 
 // Whole rows of a thread: what it has normed it quantises at once.
 bool CpuDevice::norm_quantized(int action, const Operation& o) {
-  const Activations out = activations(o.out);
+  const Activations out = quantized_by(action, o.out);
   const int64_t in_stride = shard_.buffer(o.in).stride;
   return share_finite(action, out.tokens == 1 ? 0 : 6.0 * out.tokens * static_cast<double>(out.columns), [&](Part part) {
     bool finite = true;
@@ -188,7 +194,7 @@ void CpuDevice::products(const std::vector<int>& operations) {
 
 // A thread takes its columns in blocks whose values stay in its cache between product, activation and quantising.
 bool CpuDevice::gated_products(int action, const std::vector<int>& gate_and_up, const Operation& o) {
-  const Activations whole = activations(o.out);
+  const Activations whole = quantized_by(action, o.out);
   const Subtree all[2] = {{0, static_cast<int>(shard_.program().operations[static_cast<size_t>(gate_and_up[0])].segments.size())},
                           {0, static_cast<int>(shard_.program().operations[static_cast<size_t>(gate_and_up[1])].segments.size())}};
   const LinearArguments products[2] = {whole_product(gate_and_up[0], all[0]), whole_product(gate_and_up[1], all[1])};

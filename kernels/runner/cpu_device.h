@@ -38,6 +38,7 @@ class CpuDevice final : public Device {
 
  private:
   Activations activations(int buffer) const;
+  Activations quantized_by(int action, int buffer) const;
   // Operation `index`, a whole product; all rows.
   LinearArguments whole_product(int index, const Subtree& all) const;
   uint8_t* kv_layer(int layer) const;

@@ -61,6 +61,7 @@ bool Shard::is_quantized(int weight) const { return !is_float(program().weights[
 void Shard::plan_actions() {
   const Program& p = program();
   std::vector<bool> quantized(p.buffers.size(), false);
+  std::vector<size_t> quantizer(p.buffers.size(), 0);  // the action that did it
   const auto written = [&](int buffer) { if (buffer >= 0) quantized[static_cast<size_t>(buffer)] = false; };
   const auto quantize = [&](int operation, int buffer, int weight) {
     if (!is_quantized(weight) || quantized[static_cast<size_t>(buffer)]) return;
@@ -73,6 +74,10 @@ void Shard::plan_actions() {
     } else {
       actions_.push_back({ActionKind::Quantize, operation, {}, buffer});
     }
+    quantizer[static_cast<size_t>(buffer)] = actions_.size() - 1;
+  };
+  const auto multiply = [&](int buffer, int weight) {
+    if (p.weights[static_cast<size_t>(weight)].type == TensorType::Q8_0) actions_[quantizer[static_cast<size_t>(buffer)]].meets_bytes = true;
   };
   const bool last = p.stage + 1 == p.stages;
   bool tail = false;
@@ -95,12 +100,14 @@ void Shard::plan_actions() {
           quantize(index, o.in, o.weight);
           actions_.push_back({ActionKind::Linear, index, {index}});
         }
+        multiply(o.in, o.weight);
         written(o.out);
         break;
       }
       case OperationKind::LinearPartial:
         quantize(index, o.in, o.weight);
         actions_.push_back({ActionKind::LinearPartial, index});
+        multiply(o.in, o.weight);
         break;
       case OperationKind::Embed: actions_.push_back({ActionKind::Embed, index}); written(o.out); break;
       case OperationKind::GatherRows: if (p.ranks > 1) actions_.push_back({ActionKind::GatherRows, index}); written(o.out); break;

@@ -46,6 +46,7 @@ struct Action {
   int operation = -1;           // index in the program
   std::vector<int> products = {};  // Linear, GatedProducts: indexes of the operations
   int buffer = -1;              // Quantize; RmsNorm, GatedActivation and GatedProducts whose output is quantised next: theirs
+  bool meets_bytes = false;     // what is quantised: Activations::meets_bytes
 };
 
 // Exchanges are cut into pieces of rows so that a piece stays about this large, whatever the step.

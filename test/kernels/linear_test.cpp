@@ -90,7 +90,8 @@ void each_range(int64_t total, int64_t range, Visit visit) {
 std::vector<float> run(const KernelSet& set, const PackedMatrix& weight, const Product& p, const std::vector<float>& x, int64_t x_stride, const std::vector<float>& bias) {
   const size_t activation_bytes = set.activation_bytes(p.activations, p.tokens, p.shape.columns);
   AlignedBytes activations(activation_bytes + 64, 0xcd);
-  const Activations in{x.data(), x_stride, p.tokens, p.shape.columns, activations.data(), p.activations};
+  Activations in{x.data(), x_stride, p.tokens, p.shape.columns, activations.data(), p.activations};
+  in.meets_bytes = weight.type == TensorType::Q8_0;
   const int64_t out_stride = p.shape.rows + 5, subtree_stride = out_stride * p.tokens + 7;
   std::vector<float> out(static_cast<size_t>(subtree_stride) * p.subtrees.size() + 9, -12345.0f);
   const LinearArguments arguments{&weight, in, static_cast<int>(p.ends.size()), p.ends.data(), static_cast<int>(p.subtrees.size()), p.subtrees.data(),
