@@ -41,7 +41,7 @@ export interface CoordinatorConfig {
   prefixCache: boolean;
   /** null: as many as keep the workers busy. */
   stepsInFlightMax: number | null;
-  /** null: 1.6 times what it is without prefill, 100 ms more for a short prompt. */
+  /** null: 1.5 times what it is without prefill, 100 ms more for a short prompt. */
   itlTargetMs: number | null;
   /** Steps may have drafts where that pays. */
   speculation: boolean;

@@ -47,7 +47,7 @@ export interface EngineOptions {
   stepOutputsMax?: number;
   /** Never more steps in flight than this; default 16, or twice the micro-batches of a pipeline. */
   stepsInFlightMax?: number;
-  /** Most time between two tokens of a stream while prompts are computed; default: 1.6 times what it is without, 20 ms at least; 100 ms more for a short prompt. */
+  /** Most time between two tokens of a stream while prompts are computed; default: 1.5 times what it is without, 20 ms at least; 100 ms more for a short prompt. */
   itlTargetMs?: number | null;
   /** Steps may have drafts where that pays; default: they never have. */
   speculation?: boolean;

@@ -13,13 +13,13 @@ const measuredTokensMin = 8;
 const tokenMsMin = 1e-6;
 /**
  * A chunk never is smaller: a step of a few rows more than a kernel's small batch takes as long as one of many more, so that chunks of 8 beside 16 decode rows
- * delayed the prompt by half and spared the streams nothing.
+ * delayed the prompt by half and spared the streams nothing (Xeon).
  */
-const chunkTokensMin = 16;
+const chunkTokensMin = 12;
 /** Before anything was measured. */
 const chunkTokensFirst = 64;
 /** Without a target of its own, prefill may make decode steps this much longer ... */
-const stretch = 1.6;
+const stretch = 1.5;
 /** ... and in any case up to 50 tokens a second for each stream: faster than anybody reads. */
 const unnoticedMs = 20;
 /**
@@ -97,7 +97,7 @@ export class StepTimes {
 
   /**
    * Most prompt tokens of the next step.
-   * @param targetMs  how long a step with rows that decode may take; null: a short prompt lengthens it by 100 ms or what it takes, other prompts to 1.6 times a step
+   * @param targetMs  how long a step with rows that decode may take; null: a short prompt lengthens it by 100 ms or what it takes, other prompts to 1.5 times a step
    *   without prefill, 20 ms at least, more where many wait
    * @returns 0: none, the streams have this step for themselves
    */

@@ -174,7 +174,7 @@ const options = {
   itlTargetMs: () =>
     new Option(
       '--itl-target-ms <n>',
-      'most time between two tokens of a stream while prompts are computed (default: 1.6 times what it is without, 20 ms at least, up to 100 ms where many wait; 100 ms more for a short prompt)',
+      'most time between two tokens of a stream while prompts are computed (default: 1.5 times what it is without, 20 ms at least, up to 100 ms where many wait; 100 ms more for a short prompt)',
     ).argParser(integer(1, 60_000)),
   speculation: () =>
     new Option(

@@ -33,11 +33,11 @@ describe('step times', () => {
     const times = new StepTimes();
     times.observe({ decodeRows: 16, prefillTokens: 0, ms: 30 });
     times.observe({ decodeRows: 16, prefillTokens: 50, ms: 80 });
-    // A token costs (80 - 30) / 50 = 1 ms; 0.6 of a decode step are 18 ms of prefill.
-    expect(times.prefillTokensMax(demand({ waiting: 0 }), null)).toBe(18);
+    // A token costs (80 - 30) / 50 = 1 ms; half of a decode step is 15 ms of prefill.
+    expect(times.prefillTokensMax(demand({ waiting: 0 }), null)).toBe(15);
     expect(times.prefillTokensMax(demand(), 100)).toBe(70);
-    // Never less than 16, whatever the target.
-    expect(times.prefillTokensMax(demand(), 31)).toBe(16);
+    // Never less than 12, whatever the target.
+    expect(times.prefillTokensMax(demand(), 31)).toBe(12);
     // The most similar number of rows that was seen stands for others: 13 ms of rows, 20 ms are nobody's loss.
     times.observe({ decodeRows: 1, prefillTokens: 0, ms: 4 });
     expect(times.prefillTokensMax(demand({ decodeRows: 1 }), null)).toBe(16);
@@ -70,9 +70,9 @@ describe('step times', () => {
     expect(tokensMax(150)).toBe(75);
     expect(tokensMax(400)).toBe(100);
     expect(tokensMax(400, 149)).toBe(149);
-    // Longer ones go at the pace of the streams to their end: 0.6 of 20 ms would be 12.
-    expect(tokensMax(401)).toBe(16);
-    expect(tokensMax(401, 30)).toBe(16);
+    // Longer ones go at the pace of the streams to their end: half of 20 ms would be 10.
+    expect(tokensMax(401)).toBe(12);
+    expect(tokensMax(401, 30)).toBe(12);
     // So does a short one where a pace was asked for: 50 ms, of which rows take 20.
     expect(times.prefillTokensMax(demand({ tokens: 64, tokensLeft: 64 }), 50)).toBe(30);
   });
@@ -95,7 +95,7 @@ describe('step times', () => {
     expect(after(16, 0)).toBe(128);
     // Nobody decodes, a long prompt, or a pace that was asked for: nothing to make good.
     expect(after(128, 0, { decodeRows: 0, decoding: 0, waiting: 2 })).toBe(128);
-    expect(after(128, 0, { tokens: 2_000, tokensLeft: 2_000 })).toBe(16);
+    expect(after(128, 0, { tokens: 2_000, tokensLeft: 2_000 })).toBe(12);
     expect(times.prefillTokensMax(demand({ tokens: 64, tokensLeft: 64, completedTokens: 128 }), 50)).toBe(30);
     // What a step without prompts takes is not known yet: nothing to compare with.
     const unmeasured = new StepTimes();
@@ -109,8 +109,8 @@ describe('step times', () => {
     for (let i = 0; i < 20; i++) times.observe({ decodeRows: 8, prefillTokens: 20, ms: 40 });
     const early = times.prefillTokensMax(demand({ decodeRows: 8, waiting: 0 }), null);
     for (let i = 0; i < 20; i++) times.observe({ decodeRows: 8, prefillTokens: 20, ms: 60 });
-    // 0.6 * 20 ms at 1 ms a token would be 12.
-    expect(early).toBe(16);
+    // Half of 20 ms at 1 ms a token would be 10.
+    expect(early).toBe(12);
     // Nearly 2 ms a token now.
     expect(times.prefillTokensMax(demand({ decodeRows: 8 }), 120)).toBe(50);
   });
