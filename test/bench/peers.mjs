@@ -1,7 +1,8 @@
 /**
  * `npm run bench:peers -- [options]`: shardmesh over HTTP and its mesh beside llama.cpp (and ik_llama.cpp, and vLLM), on this machine, the same model file, in one
  * run. Every round measures each row of each program once, one after the other, so that a noisy minute meets all of them; what counts is the best round of each, the
- * spread is shown. The bench tools of llama.cpp and ik_llama.cpp have no HTTP in them, ours always has; for HTTP rows llama-server is asked by the same client. vLLM is
+ * spread is shown. The bench tools of llama.cpp and ik_llama.cpp have no HTTP in them, ours always has. Several streams are measured as those tools do, decode alone;
+ * one stream with its short prompt; for HTTP rows llama-server is asked by the same client. vLLM is
  * asked by that client in every row, as ours is.
  */
 import { execFileSync } from 'node:child_process';
@@ -13,7 +14,7 @@ import { parseArgs } from 'node:util';
 import { catalogue } from '../../dist/kernels/model-file/catalogue.js';
 import { cachedModel } from '../../dist/kernels/model-file/download.js';
 import { llamaBatchedBench, llamaBench, obtainLlamaCpp, requantise, startLlamaServer, versionOf } from './peers/llama-cpp.mjs';
-import { decode, greedy, pace, prefill, repeated, serve, target } from './peers/measures.mjs';
+import { decode, decodeAlone, greedy, pace, prefill, repeated, serve, target } from './peers/measures.mjs';
 import { scalingPlot } from './peers/scaling-plot.mjs';
 import { startServe } from './peers/serve.mjs';
 import { steadiness } from './peers/steadiness.mjs';
@@ -152,7 +153,7 @@ async function round(index) {
   }
   if (rows.includes('batch')) {
     for (const count of batches)
-      for (const name of both) note(`decode ${count}`, `shardmesh ${name}`, await decode(on(name), count, 64));
+      for (const name of both) note(`decode ${count}`, `shardmesh ${name}`, await decodeAlone(on(name), count, 64));
     for (const { name, bin } of rivals)
       for (const [count, value] of llamaBatchedBench(bin, model, {
         threads: 2,
@@ -162,7 +163,7 @@ async function round(index) {
       }))
         note(`decode ${count}`, `${name} -t 2`, value);
     await withVllm(async (rival) => {
-      for (const count of batches) note(`decode ${count}`, firstVllm, await decode(rival, count, 64));
+      for (const count of batches) note(`decode ${count}`, firstVllm, await decodeAlone(rival, count, 64));
     });
   }
   if (rows.includes('http')) {
