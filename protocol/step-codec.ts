@@ -325,10 +325,10 @@ let seenRound = 0;
  * Whether everything of a plan but `opened` is within its limits: the checks of `message-codec.ts`, without their paths and at a tenth of the time. What fails
  * here goes there to be named.
  */
-export function isSoundPlan({ epoch, step, closed, sequences, waitTimeoutMs }: StepPlan): boolean {
+export function isSoundPlan({ epoch, step, closed, sequences, waitTimeoutMs, resultWaits }: StepPlan): boolean {
   const { sequencesMax, contextTokensMax, stepTokensMax, vocabularyMax, blocksMax, newBlocksMax, bannedMax } = stepLimits;
   if (!below(epoch, stepLimits.epochMax + 1) || !below(step, stepLimits.stepMax + 1) || step === 0) return false;
-  if (!(waitTimeoutMs >= 1 && waitTimeoutMs <= stepLimits.waitTimeoutMsMax)) return false;
+  if (!(waitTimeoutMs >= 1 && waitTimeoutMs <= stepLimits.waitTimeoutMsMax) || typeof resultWaits !== 'boolean') return false;
   if (closed.length > sequencesMax || !allBelow(closed, sequencesMax) || sequences.length > sequencesMax) return false;
   if (++seenRound > 0xffff_ffff) {
     seenSlots.fill(0);

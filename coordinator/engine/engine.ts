@@ -332,13 +332,13 @@ export class ShardmeshEngine implements Engine {
     if (aheadMs === null) return stepsInFlight < stepsAheadUnmeasured;
     // A request that waits, or a prompt under way, gets the next step that is not planned yet.
     const prompts = scheduler.waitingCount > 0 || scheduler.prefilling || scheduler.drafting;
+    const silent = this.#pipeline.allSilent;
     if (prompts && this.#pipeline.stepsToBegin(now) > 0) {
-      if (this.#pipeline.allSilent) this.#planIn(aheadMs);
+      if (silent) this.#planIn(aheadMs);
       return false;
     }
     // Several short steps travel in one message, and their results in one.
     if (planned > 0 && !prompts) return this.#pipeline.roomToJoin(planned);
-    const silent = this.#pipeline.allSilent;
     if (aheadMs < aheadMsMin || (silent && stepsInFlight > 1)) return true;
     if (silent) this.#planIn(aheadMs - aheadMsMin);
     return false;

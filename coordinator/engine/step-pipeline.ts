@@ -5,7 +5,7 @@
 import { meshTimers, stepLimits } from '../../protocol/limits.ts';
 import type { StepPlan, StepResult } from '../../protocol/step-plan.ts';
 import type { PromptDemand } from '../scheduler/scheduler.ts';
-import { RowTimes, StepTimes } from './step-times.ts';
+import { RowTimes, StepTimes, unnoticedMs } from './step-times.ts';
 
 interface PublishedStep {
   step: number;
@@ -62,9 +62,9 @@ const rateSeconds = 10;
 const surelyShare = 0.75;
 /**
  * Results of steps that together take no longer than this travel together: each message wakes broker, coordinator and client, whose code and data a step has meanwhile
- * driven out of the caches of cores that compute. 50 times a second is faster than anybody reads.
+ * driven out of the caches of cores that compute.
  */
-const resultsMs = 20;
+const resultsMs = unnoticedMs;
 
 export class StepPipeline {
   /** Stages a step passes through. */

@@ -21,7 +21,7 @@ const chunkTokensFirst = 64;
 /** Without a target of its own, prefill may make decode steps this much longer ... */
 const stretch = 1.5;
 /** ... and in any case up to 50 tokens a second for each stream: faster than anybody reads. */
-const unnoticedMs = 20;
+export const unnoticedMs = 20;
 /**
  * ... and where many prompts wait beside few streams, by this much for each prompt that waits for a stream: with 16 requests at once those that come last do not wait for
  * the pace of those that came first ...

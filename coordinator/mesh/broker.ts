@@ -68,7 +68,7 @@ export interface BrokerListener {
 const pollMs = 15;
 const outputCharactersMax = 8_192;
 const stopGraceMs = 3_000;
-/** Up to so many cores are busy computing: a broker that looks for work on several of them at each message takes a third more time from them. */
+/** Up to so many cores are busy computing: a broker that looks for work on several of them at each message takes half as much time again from them. */
 const fewCores = 4;
 /** Of a server that clients have lost, before it is taken for frozen. */
 const frozenMs = 500;

@@ -159,7 +159,7 @@ __attribute__((noinline)) void multiply_tile(const Strip* strips, const InputOf<
       SHARDMESH_UNROLL
       for (int t = 0; t < M; t++) segments[(segment * S + s) * M + t] = acc[s][t];
   }
-  finish_segments<Isa>(&segments[0], S, M, a, row, token);
+  finish_segments<Isa>(segments, S, M, a, row, token);
 }
 
 template <class Isa, class W, int P, int S>

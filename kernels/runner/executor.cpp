@@ -431,7 +431,6 @@ class ShardExecutor final : public Executor {
     {
       std::lock_guard lock(mutex_);
       if (state_ != State::Ready) {
-        waiting_.clear();
         events_.failed({input.step, FailureCode::Aborted, "step " + number(input.step) + " was not run: " + reason_});
         return;
       }

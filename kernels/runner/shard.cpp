@@ -76,7 +76,7 @@ void Shard::plan_actions() {
     }
     quantizer[static_cast<size_t>(buffer)] = actions_.size() - 1;
   };
-  const auto multiply = [&](int buffer, int weight) {
+  const auto meet = [&](int buffer, int weight) {
     if (p.weights[static_cast<size_t>(weight)].type == TensorType::Q8_0) actions_[quantizer[static_cast<size_t>(buffer)]].meets_bytes = true;
   };
   const bool last = p.stage + 1 == p.stages;
@@ -100,14 +100,14 @@ void Shard::plan_actions() {
           quantize(index, o.in, o.weight);
           actions_.push_back({ActionKind::Linear, index, {index}});
         }
-        multiply(o.in, o.weight);
+        meet(o.in, o.weight);
         written(o.out);
         break;
       }
       case OperationKind::LinearPartial:
         quantize(index, o.in, o.weight);
         actions_.push_back({ActionKind::LinearPartial, index});
-        multiply(o.in, o.weight);
+        meet(o.in, o.weight);
         break;
       case OperationKind::Embed: actions_.push_back({ActionKind::Embed, index}); written(o.out); break;
       case OperationKind::GatherRows: if (p.ranks > 1) actions_.push_back({ActionKind::GatherRows, index}); written(o.out); break;

@@ -1,9 +1,8 @@
 /**
  * `npm run bench:peers -- [options]`: shardmesh over HTTP and its mesh beside llama.cpp (and ik_llama.cpp, and vLLM), on this machine, the same model file, in one
  * run. Every round measures each row of each program once, one after the other, so that a noisy minute meets all of them; what counts is the best round of each, the
- * spread is shown. The bench tools of llama.cpp and ik_llama.cpp have no HTTP in them, ours always has. Several streams are measured as those tools do, decode alone;
- * one stream with its short prompt; for HTTP rows llama-server is asked by the same client. vLLM is
- * asked by that client in every row, as ours is.
+ * spread is shown. The bench tools of llama.cpp and ik_llama.cpp have no HTTP in them, ours always has. Several streams are measured as those tools do, decode alone,
+ * one stream with its short prompt. For HTTP rows llama-server is asked by the same client; vLLM is asked by it in every row, as ours is.
  */
 import { execFileSync } from 'node:child_process';
 import { createHash } from 'node:crypto';

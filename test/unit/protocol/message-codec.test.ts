@@ -173,6 +173,8 @@ describe('message codec', () => {
     expect(decodeMessage(bytes)).toEqual(plansOf(plan));
     bytes.writeUInt32LE(2, 40);
     expect(() => decodeMessage(bytes)).toThrow('not a message: 2 where 0 or 1 is expected');
+    const without = { ...plan, resultWaits: undefined as unknown as boolean };
+    expect(() => encodeMessage(plansOf(without))).toThrow('resultWaits');
   });
 
   test('message codec - rejects more rows in a step than the limit, though each list is within its own', () => {
