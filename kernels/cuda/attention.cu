@@ -1,15 +1,17 @@
-// Attention over the paged int8 cache, decode and prefill in one kernel.        Online softmax: Milakov & Gimelshein 2018; the arithmetic: ARCHITECTURE.md
+// Attention over the paged int8 cache, decode and prefill.        Online softmax: Milakov & Gimelshein 2018; the arithmetic: ARCHITECTURE.md
 //   q [T, heads * D] fp32 after rope    cache: kernels/include/kernel_set.h, int8 K    out [T, heads * D] fp32
-// A warp takes one piece of work: up to 16 pairs (row, query head) that share a sequence and a KV head, the 16 rows of an mma. So the query heads of a group
-// share each load of K and V, and so do the rows of a prefill chunk. Work is a list in device memory that a fixed grid walks: no launch depends on contexts.
+// A piece of work is up to 16 pairs (row, query head) that share a sequence and a KV head, rows of an mma. So the query heads of a group share each load of K and V,
+// and so do the rows of a prefill chunk. Work is a list in device memory that a fixed grid walks: no launch depends on contexts.
 //
-// One step is 64 keys, four subblocks of 16. g = lane / 4, t = lane % 4; a lane has rows g and g + 8.
-//   scores  A: q as int8, B: 8 keys. Column 2t' + e of product n stands for key 4t' + 2n + e of the subblock, so that after both products lane t holds keys
-//           4t .. 4t + 3, which is what the second product wants of it: nothing moves between lanes.
-//   values  A: softmax weights u8, B: V words of four tokens; 8 of D per product.
-// Decode splits a context: a piece is one span of 256 positions, attention_join folds the spans, or, in steps of few rows, whichever piece comes last. Prefill folds them in registers, in the same order.
+// One step is 64 keys, four subblocks of 16. g = lane / 4, t = lane % 4; a lane has rows g and g + 8, or g alone (`rows`) in pieces of one span, which have 8 pairs.
+//   scores  A: q as int8, B: 8 keys. Column 2t' + e of product n stands for key 4t' + 2e + n of the subblock: what a lane reads of K for both products lies side by side, and
+//           after them lane t holds keys 4t .. 4t + 3, which is what the second product wants of it: nothing moves between lanes.
+//   values  A: softmax weights u8, B: V words of four tokens. Column g of product n stands for value 4g + n of 32: four products read 16 bytes a lane.
+// Decode splits a context: a piece is one span of 256 positions, a block of four warps takes one, each warp a step of it. Steps meet twice in shared memory: their maxima,
+// then their sums, which are folded in order. attention_join folds the spans, or, in steps of few rows, whichever piece comes last. In prefill a piece is all spans of its rows
+// and one warp's, which folds them in the same order; the warps of a block take pieces side by side in the list, whose K and V are the same.
 // A cache with f16 in it is for attention_f16.cu.
-// Limits: D = 32, 64, 96, 128 or 256; q_stride a multiple of 4, q 16-byte aligned.
+// Limits: D = 32, 64, 96, 128 or 256; strides of q and out multiples of 4, both 16-byte aligned.
 #include "arrivals.cuh"
 #include "attention_rows.cuh"
 #include "device.cuh"
@@ -21,70 +23,58 @@
 namespace shardmesh::cuda {
 namespace {
 
-constexpr int kSpan = kSpanTokens, kStep = kAttentionStep, kSubblocks = 4;
-
-// Running softmax of a lane's two rows, for the `dims` values of this block.
-template <int dims>
-struct Softmax {
-  float m[2], l[2];
-  float o[dims / 8][4];
-};
-
-template <int dims>
-__device__ __forceinline__ void clear(Softmax<dims>& s) {
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    s.m[i] = kNegativeInfinity;
-    s.l[i] = 0.0f;
-  }
-#pragma unroll
-  for (int n = 0; n < dims / 8; n++)
-#pragma unroll
-    for (int i = 0; i < 4; i++) s.o[n][i] = 0.0f;
-}
+constexpr int kSpan = kSpanTokens, kStep = kAttentionStep, kSubblocks = 4, kWarps = 4;
 
 // Of the four lanes that share a row.
-__device__ __forceinline__ float quad_larger(float v) {
-  v = larger(v, __shfl_xor_sync(kWholeWarp, v, 1));
-  return larger(v, __shfl_xor_sync(kWholeWarp, v, 2));
+__device__ __forceinline__ float quad_largest(float v) {
+  v = fmaxf(v, __shfl_xor_sync(kWholeWarp, v, 1));
+  return fmaxf(v, __shfl_xor_sync(kWholeWarp, v, 2));
 }
 
 // The rows of a piece, as one lane sees them.
+template <int rows>
 struct PieceRows {
-  int row[2], head[2];        // of the step; -1: no such row
-  int position[2], oldest[2]; // keys oldest..position are unmasked
-  int lowest, highest;        // over all rows of the piece
+  int row[rows], head[rows];        // of the step; -1: no such row
+  int position[rows], oldest[rows]; // keys oldest..position are unmasked
+  int lowest, highest;              // keys that any row of the piece sees
+  int all_from, all_to;             // keys that every row of the piece sees
 };
 
-__device__ __forceinline__ PieceRows rows_of(const AttentionStep& step, const AttentionWork& work, const HeadRun& run, int lane) {
-  PieceRows rows;
-  for (int i = 0; i < 2; i++) {
+template <int rows>
+__device__ __forceinline__ PieceRows<rows> rows_of(const AttentionStep& step, const AttentionWork& work, const HeadRun& run, int lane) {
+  PieceRows<rows> of;
+  for (int i = 0; i < rows; i++) {
     const int index = lane / 4 + 8 * i, row = index / run.count;
     const bool exists = row < work.rows;
-    rows.row[i] = exists ? work.row + row : -1;
-    rows.head[i] = run.first + index % run.count;
-    rows.position[i] = exists ? step.rows.positions[work.row + row] : -1;
-    rows.oldest[i] = oldest_key(rows.position[i], step.window);
+    of.row[i] = exists ? work.row + row : -1;
+    of.head[i] = run.first + index % run.count;
+    of.position[i] = exists ? step.rows.positions[work.row + row] : -1;
+    of.oldest[i] = oldest_key(of.position[i], step.window);
   }
-  rows.lowest = oldest_key(step.rows.positions[work.row], step.window);
-  rows.highest = step.rows.positions[work.row + work.rows - 1];
-  return rows;
+  const int first = step.rows.positions[work.row], last = step.rows.positions[work.row + work.rows - 1];
+  of.lowest = oldest_key(first, step.window);
+  of.highest = last;
+  of.all_from = oldest_key(last, step.window);
+  of.all_to = first;
+  return of;
 }
 
-// q of the lane's two rows as operand A: chunk c is values 32 c and up. scale[i] = rn(amax / 127 * step.scale).
-template <int D>
-__device__ __forceinline__ void quantize_query(const AttentionStep& step, const PieceRows& rows, int lane, uint32_t (&a)[D / 32][4], float (&scale)[2]) {
+// q of the lane's rows as operand A: chunk c is values 32 c and up. scale[i] = rn(amax / 127 * step.scale).
+template <int D, int rows>
+__device__ __forceinline__ void quantize_query(const AttentionStep& step, const PieceRows<rows>& of, int lane, uint32_t (&a)[D / 32][4], float (&scale)[rows]) {
 #pragma unroll
-  for (int i = 0; i < 2; i++) {
+  for (int j = 0; j < D / 32; j++) a[j][1] = a[j][3] = 0;
+#pragma unroll
+  for (int i = 0; i < rows; i++) {
     float4 x[D / 16];
-    const float4* q = reinterpret_cast<const float4*>(step.q + max(rows.row[i], 0) * step.q_stride + rows.head[i] * D);
+    const float4* q = reinterpret_cast<const float4*>(step.q + max(of.row[i], 0) * step.q_stride + of.head[i] * D);
     float amax = 0.0f;
 #pragma unroll
-    for (int j = 0; j < D / 16; j++) {
-      x[j] = rows.row[i] < 0 ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : q[j * 4 + lane % 4];
-      for (const float v : {x[j].x, x[j].y, x[j].z, x[j].w}) amax = larger(amax, v < 0.0f ? -v : v);
-    }
-    amax = quad_larger(amax);
+    for (int j = 0; j < D / 16; j++) x[j] = of.row[i] < 0 ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : q[j * 4 + lane % 4];
+#pragma unroll
+    for (int j = 0; j < D / 16; j++)
+      for (const float v : {x[j].x, x[j].y, x[j].z, x[j].w}) amax = fmaxf(amax, fabsf(v));
+    amax = quad_largest(amax);
     scale[i] = __fmul_rn(quantized_scale(amax), step.scale);
 #pragma unroll
     for (int j = 0; j < D / 16; j++) {
@@ -95,203 +85,438 @@ __device__ __forceinline__ void quantize_query(const AttentionStep& step, const 
   }
 }
 
-// Adds the 64 keys from `base` on. first_dim: the first of the block's values.
-template <int D, int dims>
-__device__ __forceinline__ void attend_step(const AttentionStep& step, const PieceRows& rows, const int32_t* table, int kv_head, int base, int first_dim, int lane,
-                                            const uint32_t (&q)[D / 32][4], const float (&q_scale)[2], Softmax<dims>& state) {
-  const int g = lane / 4, t = lane % 4;
+// The 64 keys from `base` on, as a lane has them: key 16 b + 4t + i of its row r at s[r][b][i].
+template <int rows>
+struct StepScores {
+  float s[rows][kSubblocks][4];
+  float largest[rows];  // of the row's unmasked scores, in its four lanes
   const uint8_t* subblock[kSubblocks];  // null where no row of the piece has a key: such slots may hold anything, and their blocks may not exist
+};
+
+// masked: some row of the piece does not see all of the keys.
+template <int D, int rows, bool masked>
+__device__ __forceinline__ void score_keys(const AttentionStep& step, const PieceRows<rows>& of, const int32_t* table, int kv_head, int base, int lane, const uint32_t (&q)[D / 32][4],
+                                           const float (&q_scale)[rows], StepScores<rows>& scores) {
+  const int g = lane / 4, t = lane % 4;
+  constexpr int bias[4] = {kBiasBits, kBiasBits, kBiasBits, kBiasBits};
 #pragma unroll
   for (int b = 0; b < kSubblocks; b++) {
     const int from = base + 16 * b;
-    subblock[b] = from <= rows.highest && from + 16 > rows.lowest ? step.cache + subblock_offset(step.layout, table, from, kv_head) : nullptr;
+    const bool some = !masked || (from <= of.highest && from + 16 > of.lowest);
+    scores.subblock[b] = some ? step.cache + subblock_offset(step.layout, table, from, kv_head) : nullptr;
   }
-
-  float s[2][kSubblocks][4];  // score, then weight, then weight * value scale
-  float m[2] = {state.m[0], state.m[1]};
+#pragma unroll
+  for (int r = 0; r < rows; r++) scores.largest[r] = kNegativeInfinity;
 #pragma unroll
   for (int b = 0; b < kSubblocks; b++) {
+    int dot[2][4];
+    float4 scale = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (!masked || scores.subblock[b]) {  // the same for the whole warp
+      const uint2* keys = reinterpret_cast<const uint2*>(scores.subblock[b]) + g;
+      uint2 k[D / 16];
 #pragma unroll
-    for (int n = 0; n < 2; n++) {
-      int dot[4] = {0, 0, 0, 0};
-      float2 key_scale = make_float2(0.0f, 0.0f);
-      if (subblock[b]) {  // the same for the whole warp
-        const uint32_t* keys = reinterpret_cast<const uint32_t*>(subblock[b]) + 4 * (g / 2) + 2 * n + g % 2;
+      for (int c = 0; c < D / 16; c++) k[c] = keys[(4 * c + t) * 8];
 #pragma unroll
-        for (int c = 0; c < D / 32; c++) {
-          const uint32_t k[2] = {keys[(8 * c + t) * 16], keys[(8 * c + 4 + t) * 16]};
-          mma_s8s8_k32(dot, q[c], k);
+      for (int c = 0; c < D / 32; c++) {
+        const uint32_t first[2] = {k[2 * c].x, k[2 * c + 1].x}, second[2] = {k[2 * c].y, k[2 * c + 1].y};
+        if (c == 0) {
+          mma_s8s8_k32_onto(dot[0], bias, q[c], first);
+          mma_s8s8_k32_onto(dot[1], bias, q[c], second);
+        } else {
+          mma_s8s8_k32(dot[0], q[c], first);
+          mma_s8s8_k32(dot[1], q[c], second);
         }
-        key_scale = *reinterpret_cast<const float2*>(subblock[b] + step.layout.key_bytes + step.layout.value_bytes + (4 * t + 2 * n) * 4);
       }
+      scale = *reinterpret_cast<const float4*>(scores.subblock[b] + step.layout.key_bytes + step.layout.value_bytes + 16 * t);
+    } else {
+      for (int i = 0; i < 4; i++) dot[0][i] = dot[1][i] = kBiasBits;
+    }
+    const float scale_of[4] = {scale.x, scale.y, scale.z, scale.w};
+#pragma unroll
+    for (int r = 0; r < rows; r++)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const int r = i / 2, key = base + 16 * b + 4 * t + 2 * n + i % 2;
-        const bool unmasked = key >= rows.oldest[r] && key <= rows.position[r];
-        const float score = __fmul_rn(__int2float_rn(dot[i]), __fmul_rn(i % 2 ? key_scale.y : key_scale.x, q_scale[r]));
-        s[r][b][2 * n + i % 2] = unmasked ? score : kNegativeInfinity;
-        if (unmasked) m[r] = larger(m[r], score);
+        const int key = base + 16 * b + 4 * t + i;
+        const float score = __fmul_rn(__fadd_rn(__int_as_float(dot[i % 2][2 * r + i / 2]), -kBias), __fmul_rn(scale_of[i], q_scale[r]));
+        const float seen = !masked || (key >= of.oldest[r] && key <= of.position[r]) ? score : kNegativeInfinity;
+        scores.s[r][b][i] = seen;
+        scores.largest[r] = fmaxf(scores.largest[r], seen);
       }
-    }
   }
+#pragma unroll
+  for (int r = 0; r < rows; r++) scores.largest[r] = quad_largest(scores.largest[r]);
+}
 
-  float value_weight[2];  // what one unit of u stands for; 0: the row gets no values
-  uint32_t u[kSubblocks][2];
+// Softmax weights times value scales as bytes, for the second product. m: the largest score so far, of the row. sum: of the weights; unit: what one of a byte stands for, 0 where the
+// row gets no values.
+template <int rows, bool masked>
+__device__ __forceinline__ void weigh_keys(const AttentionStep& step, const PieceRows<rows>& of, int base, int lane, const float (&m)[rows], const bool (&active)[rows], StepScores<rows>& scores,
+                                           uint32_t (&u)[kSubblocks][2], float (&sum)[rows], float (&unit)[rows]) {
+  const int t = lane % 4;
+  float scale_of[kSubblocks][4];
 #pragma unroll
-  for (int r = 0; r < 2; r++) {
-    const bool active = max(base, rows.oldest[r]) < min(base + kStep, rows.position[r] + 1);
-    m[r] = quad_larger(m[r]);
-    if (active && m[r] > state.m[r]) {
-      const float c = exp_fixed(__fsub_rn(state.m[r], m[r]));
-      state.l[r] = __fmul_rn(state.l[r], c);
+  for (int b = 0; b < kSubblocks; b++) {
+    float4 scale = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (!masked || scores.subblock[b]) scale = *reinterpret_cast<const float4*>(scores.subblock[b] + step.layout.key_bytes + step.layout.value_bytes + 64 + 16 * t);
+    scale_of[b][0] = scale.x;
+    scale_of[b][1] = scale.y;
+    scale_of[b][2] = scale.z;
+    scale_of[b][3] = scale.w;
+    u[b][1] = 0;
+  }
 #pragma unroll
-      for (int n = 0; n < dims / 8; n++) {
-        state.o[n][2 * r] = __fmul_rn(state.o[n][2 * r], c);
-        state.o[n][2 * r + 1] = __fmul_rn(state.o[n][2 * r + 1], c);
-      }
-      state.m[r] = m[r];
+  for (int r = 0; r < rows; r++) {
+    float(&s)[kSubblocks][4] = scores.s[r];
+#pragma unroll
+    for (int b = 0; b < kSubblocks; b++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) s[b][i] = exp_not_positive(__fsub_rn(s[b][i], m[r]));  // a masked key has the weight 0
+    // The weights' halving sum goes 32 and 16 over subblocks, 8 and 4 over lanes, 2 and 1 over the lane's four keys.
+    float part[4], largest = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      part[i] = __fadd_rn(__fadd_rn(s[0][i], s[2][i]), __fadd_rn(s[1][i], s[3][i]));
+      part[i] = __fadd_rn(part[i], __shfl_xor_sync(kWholeWarp, part[i], 2));
+      part[i] = __fadd_rn(part[i], __shfl_xor_sync(kWholeWarp, part[i], 1));
     }
-    // Weights; their halving sum goes 32 and 16 over subblocks, 8 and 4 over lanes, 2 and 1 over the lane's four keys.
-    float sum[4], largest = 0.0f;
+    sum[r] = __fadd_rn(__fadd_rn(part[0], part[2]), __fadd_rn(part[1], part[3]));
 #pragma unroll
     for (int b = 0; b < kSubblocks; b++)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const int key = base + 16 * b + 4 * t + i;
-        s[r][b][i] = key >= rows.oldest[r] && key <= rows.position[r] ? exp_fixed(__fsub_rn(s[r][b][i], state.m[r])) : 0.0f;
+        s[b][i] = !masked || (key >= of.oldest[r] && key <= of.position[r]) ? __fmul_rn(s[b][i], scale_of[b][i]) : 0.0f;  // a masked scale may be NaN
+        largest = fmaxf(largest, s[b][i]);
       }
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      sum[i] = __fadd_rn(__fadd_rn(s[r][0][i], s[r][2][i]), __fadd_rn(s[r][1][i], s[r][3][i]));
-      sum[i] = __fadd_rn(sum[i], __shfl_xor_sync(kWholeWarp, sum[i], 2));
-      sum[i] = __fadd_rn(sum[i], __shfl_xor_sync(kWholeWarp, sum[i], 1));
-    }
-    if (active) state.l[r] = __fadd_rn(state.l[r], __fadd_rn(__fadd_rn(sum[0], sum[2]), __fadd_rn(sum[1], sum[3])));
-#pragma unroll
-    for (int b = 0; b < kSubblocks; b++) {
-      float4 scale = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      if (subblock[b]) scale = *reinterpret_cast<const float4*>(subblock[b] + step.layout.key_bytes + step.layout.value_bytes + 64 + 16 * t);
-      const float scales[4] = {scale.x, scale.y, scale.z, scale.w};
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int key = base + 16 * b + 4 * t + i;
-        s[r][b][i] = key >= rows.oldest[r] && key <= rows.position[r] ? __fmul_rn(s[r][b][i], scales[i]) : 0.0f;  // a masked scale may be NaN
-        largest = larger(largest, s[r][b][i]);
-      }
-    }
-    largest = quad_larger(largest);
-    const bool some = active && largest >= kQuantizableMin;
-    value_weight[r] = some ? __fdiv_rn(largest, 255.0f) : 0.0f;
+    largest = quad_largest(largest);
+    const bool some = active[r] && largest >= kQuantizableMin;
+    unit[r] = some ? __fdiv_rn(largest, 255.0f) : 0.0f;
     const float inverse = some ? __fdiv_rn(255.0f, largest) : 0.0f;
 #pragma unroll
     for (int b = 0; b < kSubblocks; b++) {
-      u[b][r] = 0;
+      uint32_t rounded[4];  // the integer in the lowest byte
 #pragma unroll
-      for (int i = 0; i < 4; i++) u[b][r] |= static_cast<uint32_t>(__float2int_rn(__fmul_rn(s[r][b][i], inverse))) << 8 * i;
+      for (int i = 0; i < 4; i++) rounded[i] = __float_as_uint(__fadd_rn(__fmul_rn(s[b][i], inverse), kBias));
+      u[b][r] = __byte_perm(__byte_perm(rounded[0], rounded[1], 0x0040), __byte_perm(rounded[2], rounded[3], 0x0040), 0x5410);
     }
-  }
-
-#pragma unroll
-  for (int n = 0; n < dims / 8; n++) {
-    int sum[4] = {0, 0, 0, 0};
-#pragma unroll
-    for (int pair = 0; pair < 2; pair++) {
-      const uint32_t a[4] = {u[2 * pair][0], u[2 * pair][1], u[2 * pair + 1][0], u[2 * pair + 1][1]};
-      uint32_t v[2] = {0, 0};
-#pragma unroll
-      for (int half = 0; half < 2; half++)
-        if (subblock[2 * pair + half])
-          v[half] = *reinterpret_cast<const uint32_t*>(subblock[2 * pair + half] + step.layout.key_bytes + (t * D + first_dim + 8 * n + g) * 4);
-      mma_u8s8_k32(sum, a, v);
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-      if (value_weight[i / 2] != 0.0f) state.o[n][i] = __fmaf_rn(__int2float_rn(sum[i]), value_weight[i / 2], state.o[n][i]);
   }
 }
 
-template <int D, int dims, bool whole>
-__device__ __forceinline__ void attend(const AttentionStep& step, const AttentionWork& work) {
-  const int lane = static_cast<int>(threadIdx.x), t = lane % 4, first_dim = static_cast<int>(blockIdx.y) * dims;
+// The four words of V that a lane has of a subblock's values [first, first + 32).
+__device__ __forceinline__ uint4 value_words(const AttentionStep& step, const uint8_t* subblock, int D, int first, int lane) {
+  return *reinterpret_cast<const uint4*>(subblock + step.layout.key_bytes + (lane % 4 * D + first + lane / 4 * 4) * 4);
+}
+
+// Values times bytes of weights: bits of kBias + the sum of row r at value first + 8t + 4e + n in sum[n][2r + e].
+__device__ __forceinline__ void weigh_values(const uint4 (&v)[kSubblocks], const uint32_t (&u)[kSubblocks][2], int (&sum)[4][4]) {
+  constexpr int bias[4] = {kBiasBits, kBiasBits, kBiasBits, kBiasBits};
+  const uint32_t a0[4] = {u[0][0], u[0][1], u[1][0], u[1][1]}, a1[4] = {u[2][0], u[2][1], u[3][0], u[3][1]};
+  const auto add = [&](int n, uint32_t v0, uint32_t v1, uint32_t v2, uint32_t v3) {
+    const uint32_t first[2] = {v0, v1}, second[2] = {v2, v3};
+    mma_u8s8_k32_onto(sum[n], bias, a0, first);
+    mma_u8s8_k32(sum[n], a1, second);
+  };
+  add(0, v[0].x, v[1].x, v[2].x, v[3].x);
+  add(1, v[0].y, v[1].y, v[2].y, v[3].y);
+  add(2, v[0].z, v[1].z, v[2].z, v[3].z);
+  add(3, v[0].w, v[1].w, v[2].w, v[3].w);
+}
+template <bool masked, int rows>
+__device__ __forceinline__ void load_values(const AttentionStep& step, const StepScores<rows>& scores, int D, int first, int lane, uint4 (&v)[kSubblocks]) {
+#pragma unroll
+  for (int b = 0; b < kSubblocks; b++) v[b] = !masked || scores.subblock[b] ? value_words(step, scores.subblock[b], D, first, lane) : make_uint4(0, 0, 0, 0);
+}
+
+__device__ __forceinline__ bool sees_none(int base, int oldest, int position) { return max(base, oldest) >= min(base + kStep, position + 1); }
+
+// ---------------------------------------------------------------- one span a block
+
+// In shared memory: of each step and row its maximum, factor of what came before, sum of weights and unit, then its sums of values.
+template <int dims>
+constexpr int kValuesStride = dims + 4;  // floats of a row; 4 more keep the rows of a store on different banks
+constexpr int kStepFloats = 4 * kWarps * kSplitPairsMax;
+template <int dims>
+constexpr size_t kSpanBytes = (kStepFloats + kWarps * kSplitPairsMax * kValuesStride<dims>) * 4 + 16;
+
+// What a row's step leaves in shared memory beside its sums of values.
+struct StepFacts {
+  float *maxima, *factors, *sums, *units;  // [step][row]
+  float* values;                           // [step][row][kValuesStride]
+};
+__device__ __forceinline__ StepFacts facts_in(float* shared) {
+  constexpr int each = kWarps * kSplitPairsMax;
+  return {shared, shared + each, shared + 2 * each, shared + 3 * each, shared + kStepFloats};
+}
+
+constexpr int kHeld = 2;  // of V, parts of 32 values that are asked for before the steps meet; registers allow no more
+
+// A warp's step behind the meeting of maxima.
+template <int D, int dims, bool masked>
+__device__ __forceinline__ void finish_step_of_span(const AttentionStep& step, const PieceRows<1>& of, int base, int first_dim, StepScores<1>& scores, uint4 (&v)[kHeld][kSubblocks],
+                                                    const StepFacts& facts) {
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32), g = lane / 4, t = lane % 4, at = warp * kSplitPairsMax + g;
+  float before = kNegativeInfinity, sum[1], unit[1];
+  for (int w = 0; w < warp; w++) before = fmaxf(before, facts.maxima[w * kSplitPairsMax + g]);
+  const float m[1] = {fmaxf(before, scores.largest[0])};
+  const bool active[1] = {!masked || !sees_none(base, of.oldest[0], of.position[0])};
+  uint32_t u[kSubblocks][2];
+  weigh_keys<1, masked>(step, of, base, lane, m, active, scores, u, sum, unit);
+  if (t == 0) {
+    facts.factors[at] = active[0] && m[0] > before ? exp_not_positive(__fsub_rn(before, m[0])) : 1.0f;
+    facts.sums[at] = active[0] ? sum[0] : 0.0f;
+    facts.units[at] = unit[0];
+  }
+#pragma unroll
+  for (int d = 0; d < dims / 32; d++) {
+    int sum_of[4][4];
+    if (d >= kHeld) load_values<masked>(step, scores, D, first_dim + 32 * d, lane, v[d % kHeld]);
+    weigh_values(v[d % kHeld], u, sum_of);
+#pragma unroll
+    for (int e = 0; e < 2; e++)
+      *reinterpret_cast<float4*>(facts.values + at * kValuesStride<dims> + 32 * d + 8 * t + 4 * e) =
+          make_float4(__fadd_rn(__int_as_float(sum_of[0][e]), -kBias), __fadd_rn(__int_as_float(sum_of[1][e]), -kBias), __fadd_rn(__int_as_float(sum_of[2][e]), -kBias),
+                      __fadd_rn(__int_as_float(sum_of[3][e]), -kBias));
+  }
+}
+
+// The partial result of a span for all pairs of a piece, at most kSplitPairsMax. A whole block calls it.
+template <int D, int dims>
+__device__ __forceinline__ void attend_span(const AttentionStep& step, const AttentionWork& work, float* shared) {
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32), g = lane / 4, t = lane % 4, first_dim = static_cast<int>(blockIdx.y) * dims;
   const HeadRun run = step.runs[work.run];
-  const PieceRows rows = rows_of(step, work, run, lane);
+  const StepFacts facts = facts_in(shared);
+  const PieceRows<1> of = rows_of<1>(step, work, run, lane);
+  const int base = work.span * kSpan + warp * kStep;
+  const bool some = base <= of.highest && base + kStep > of.lowest, all = base >= of.all_from && base + kStep <= of.all_to + 1;  // the same for the whole warp
+  uint4 v[kHeld][kSubblocks];
+  StepScores<1> scores;
+  scores.largest[0] = kNegativeInfinity;
+  if (some) {
+    const int32_t* table = step.rows.block_tables + step.rows.block_offsets[step.rows.row_sequence[work.row]];
+    uint32_t q[D / 32][4];
+    float q_scale[1];
+    quantize_query<D, 1>(step, of, lane, q, q_scale);
+    if (all) score_keys<D, 1, false>(step, of, table, run.kv_head, base, lane, q, q_scale, scores);
+    else score_keys<D, 1, true>(step, of, table, run.kv_head, base, lane, q, q_scale, scores);
+#pragma unroll
+    for (int d = 0; d < kHeld && d < dims / 32; d++) load_values<true>(step, scores, D, first_dim + 32 * d, lane, v[d]);
+  }
+  if (t == 0) facts.maxima[warp * kSplitPairsMax + g] = scores.largest[0];
+  __syncthreads();
+  if (some) {
+    if (all) finish_step_of_span<D, dims, false>(step, of, base, first_dim, scores, v, facts);
+    else finish_step_of_span<D, dims, true>(step, of, base, first_dim, scores, v, facts);
+  } else if (t == 0) {
+    facts.factors[warp * kSplitPairsMax + g] = 1.0f;
+    facts.sums[warp * kSplitPairsMax + g] = facts.units[warp * kSplitPairsMax + g] = 0.0f;
+  }
+  __syncthreads();
+  const int pairs = work.rows * run.count;
+  for (int i = static_cast<int>(threadIdx.x); i < pairs * (dims / 4); i += kWarps * 32) {
+    const int pair = i / (dims / 4), d = i % (dims / 4) * 4, row = work.row + pair / run.count, head = run.first + pair % run.count;
+    const int position = step.rows.positions[row], oldest = oldest_key(position, step.window);
+    if (work.span < oldest / kSpan || work.span > position / kSpan) continue;  // no key of this row
+    float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+    for (int w = 0; w < kWarps; w++) {
+      const int at = w * kSplitPairsMax + pair;
+      const float factor = facts.factors[at], unit = facts.units[at];
+      o = make_float4(__fmul_rn(o.x, factor), __fmul_rn(o.y, factor), __fmul_rn(o.z, factor), __fmul_rn(o.w, factor));
+      if (unit == 0.0f) continue;
+      const float4 v = *reinterpret_cast<const float4*>(facts.values + at * kValuesStride<dims> + d);
+      o = make_float4(__fmaf_rn(v.x, unit, o.x), __fmaf_rn(v.y, unit, o.y), __fmaf_rn(v.z, unit, o.z), __fmaf_rn(v.w, unit, o.w));
+    }
+    float* partial = step.partials + (static_cast<int64_t>(step.first_slot[row] + work.span - oldest / kSpan) * step.heads + head) * (D + 2);
+    float2* const to = reinterpret_cast<float2*>(partial + first_dim + d);  // D + 2 floats are 8-byte aligned
+    to[0] = make_float2(o.x, o.y);
+    to[1] = make_float2(o.z, o.w);
+    if (d > 0 || first_dim > 0) continue;
+    float m = kNegativeInfinity, l = 0.0f;
+    for (int w = 0; w < kWarps; w++) {
+      const int at = w * kSplitPairsMax + pair;
+      m = fmaxf(m, facts.maxima[at]);
+      l = __fadd_rn(__fmul_rn(l, facts.factors[at]), facts.sums[at]);
+    }
+    partial[D] = m;
+    partial[D + 1] = l;
+  }
+  __syncthreads();  // before the next piece
+}
+
+// ---------------------------------------------------------------- all spans a warp
+
+// What a lane has of its rows' running softmax: maximum and sum, and of the values sums [n][2r + e] of each 32, as weigh_values() has them.
+template <int dims>
+struct Softmax {
+  float m[2], l[2];
+  float o[dims / 32][4][4];
+};
+
+template <int D, int dims, bool masked>
+__device__ __forceinline__ void attend_step(const AttentionStep& step, const PieceRows<2>& of, const int32_t* table, int kv_head, int base, int first_dim, int lane, const uint32_t (&q)[D / 32][4],
+                                            const float (&q_scale)[2], Softmax<dims>& state) {
+  StepScores<2> scores;
+  score_keys<D, 2, masked>(step, of, table, kv_head, base, lane, q, q_scale, scores);
+  float m[2], sum[2], unit[2];
+  bool active[2];
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    active[r] = !masked || !sees_none(base, of.oldest[r], of.position[r]);
+    m[r] = fmaxf(state.m[r], scores.largest[r]);
+    if (active[r] && m[r] > state.m[r]) {
+      const float c = exp_not_positive(__fsub_rn(state.m[r], m[r]));
+      state.l[r] = __fmul_rn(state.l[r], c);
+#pragma unroll
+      for (int d = 0; d < dims / 32; d++)
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+          for (int e = 0; e < 2; e++) state.o[d][n][2 * r + e] = __fmul_rn(state.o[d][n][2 * r + e], c);
+      state.m[r] = m[r];
+    }
+  }
+  uint32_t u[kSubblocks][2];
+  weigh_keys<2, masked>(step, of, base, lane, m, active, scores, u, sum, unit);
+#pragma unroll
+  for (int r = 0; r < 2; r++)
+    if (active[r]) state.l[r] = __fadd_rn(state.l[r], sum[r]);
+#pragma unroll
+  for (int d = 0; d < dims / 32; d++) {
+    uint4 v[kSubblocks];
+    int sum_of[4][4];
+    load_values<masked>(step, scores, D, first_dim + 32 * d, lane, v);
+    weigh_values(v, u, sum_of);
+#pragma unroll
+    for (int n = 0; n < 4; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        if (unit[i / 2] != 0.0f) state.o[d][n][i] = __fmaf_rn(__fadd_rn(__int_as_float(sum_of[n][i]), -kBias), unit[i / 2], state.o[d][n][i]);
+  }
+}
+
+// total: of the spans before, this warp's place in shared memory: value i of a lane at total[32 i + lane].
+template <int D, int dims>
+__device__ __forceinline__ void attend(const AttentionStep& step, const AttentionWork& work, float* total) {
+  const int lane = static_cast<int>(threadIdx.x % 32), t = lane % 4, first_dim = static_cast<int>(blockIdx.y) * dims;
+  const HeadRun run = step.runs[work.run];
+  const PieceRows<2> of = rows_of<2>(step, work, run, lane);
   const int32_t* table = step.rows.block_tables + step.rows.block_offsets[step.rows.row_sequence[work.row]];
   uint32_t q[D / 32][4];
   float q_scale[2];
-  quantize_query<D>(step, rows, lane, q, q_scale);
+  quantize_query<D, 2>(step, of, lane, q, q_scale);
 
-  Softmax<dims> total, state;
-  if constexpr (whole) clear(total);
+  Softmax<dims> state;
+  float total_m[2] = {0.0f, 0.0f}, total_l[2] = {0.0f, 0.0f};
   bool started[2] = {false, false};
-  const int first = whole ? rows.lowest / kSpan : work.span, last = whole ? rows.highest / kSpan : work.span;
-  for (int span = first; span <= last; span++) {
-    clear(state);
-    for (int base = span * kSpan; base < (span + 1) * kSpan; base += kStep)
-      if (base <= rows.highest && base + kStep > rows.lowest) attend_step<D, dims>(step, rows, table, run.kv_head, base, first_dim, lane, q, q_scale, state);
-#pragma unroll
+  for (int span = of.lowest / kSpan; span <= of.highest / kSpan; span++) {
     for (int r = 0; r < 2; r++) {
-      if (rows.row[r] < 0 || span < rows.oldest[r] / kSpan || span > rows.position[r] / kSpan) continue;  // no key of this row
-      if constexpr (!whole) {
-        const int slot = step.first_slot[rows.row[r]] + span - rows.oldest[r] / kSpan;
-        float* partial = step.partials + (static_cast<int64_t>(slot) * step.heads + rows.head[r]) * (D + 2);
-#pragma unroll
-        for (int n = 0; n < dims / 8; n++)
-          for (int i = 0; i < 2; i++) partial[first_dim + 8 * n + 2 * t + i] = state.o[n][2 * r + i];
-        if (t == 0 && first_dim == 0) {
-          partial[D] = state.m[r];
-          partial[D + 1] = state.l[r];
-        }
-      } else if (!started[r]) {
-        started[r] = true;
-        total.m[r] = state.m[r];
-        total.l[r] = state.l[r];
-#pragma unroll
-        for (int n = 0; n < dims / 8; n++)
-          for (int i = 0; i < 2; i++) total.o[n][2 * r + i] = state.o[n][2 * r + i];
-      } else {
-        const float larger_m = larger(total.m[r], state.m[r]), a = exp_fixed(__fsub_rn(total.m[r], larger_m)), b = exp_fixed(__fsub_rn(state.m[r], larger_m));
-        total.l[r] = __fadd_rn(__fmul_rn(total.l[r], a), __fmul_rn(state.l[r], b));
-#pragma unroll
-        for (int n = 0; n < dims / 8; n++)
-          for (int i = 0; i < 2; i++) total.o[n][2 * r + i] = __fadd_rn(__fmul_rn(total.o[n][2 * r + i], a), __fmul_rn(state.o[n][2 * r + i], b));
-        total.m[r] = larger_m;
-      }
+      state.m[r] = kNegativeInfinity;
+      state.l[r] = 0.0f;
     }
-  }
-  if constexpr (whole) {
+#pragma unroll
+    for (int d = 0; d < dims / 32; d++)
+#pragma unroll
+      for (int n = 0; n < 4; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) state.o[d][n][i] = 0.0f;
+    for (int base = span * kSpan; base < (span + 1) * kSpan; base += kStep) {
+      if (base > of.highest || base + kStep <= of.lowest) continue;
+      if (base >= of.all_from && base + kStep <= of.all_to + 1) attend_step<D, dims, false>(step, of, table, run.kv_head, base, first_dim, lane, q, q_scale, state);
+      else attend_step<D, dims, true>(step, of, table, run.kv_head, base, first_dim, lane, q, q_scale, state);
+    }
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      if (rows.row[r] < 0) continue;
-      const float inverse = __fdiv_rn(1.0f, total.l[r]);
-      float* out = step.out + rows.row[r] * step.out_stride + rows.head[r] * D + first_dim + 2 * t;
+      if (of.row[r] < 0 || span < of.oldest[r] / kSpan || span > of.position[r] / kSpan) continue;  // no key of this row
+      const bool last = span == of.position[r] / kSpan;
+      float a = 0.0f, b = 1.0f, inverse = 1.0f;
+      if (started[r]) {
+        const float larger_m = larger(total_m[r], state.m[r]);
+        a = exp_fixed(__fsub_rn(total_m[r], larger_m));
+        b = exp_fixed(__fsub_rn(state.m[r], larger_m));
+        total_l[r] = __fadd_rn(__fmul_rn(total_l[r], a), __fmul_rn(state.l[r], b));
+        total_m[r] = larger_m;
+      } else {
+        total_l[r] = state.l[r];
+        total_m[r] = state.m[r];
+      }
+      if (last) inverse = __fdiv_rn(1.0f, total_l[r]);
+      float* out = step.out + max(of.row[r], 0) * step.out_stride + of.head[r] * D + first_dim + 8 * t;
 #pragma unroll
-      for (int n = 0; n < dims / 8; n++)
-        for (int i = 0; i < 2; i++) out[8 * n + i] = __fmul_rn(total.o[n][2 * r + i], inverse);
+      for (int d = 0; d < dims / 32; d++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          float y[4];
+#pragma unroll
+          for (int n = 0; n < 4; n++) {
+            float* const before = total + ((d * 4 + n) * 4 + 2 * r + e) * 32 + lane;
+            y[n] = started[r] ? __fadd_rn(__fmul_rn(*before, a), __fmul_rn(state.o[d][n][2 * r + e], b)) : state.o[d][n][2 * r + e];
+            if (!last) *before = y[n];
+          }
+          if (last)
+            *reinterpret_cast<float4*>(out + 32 * d + 4 * e) = make_float4(__fmul_rn(y[0], inverse), __fmul_rn(y[1], inverse), __fmul_rn(y[2], inverse), __fmul_rn(y[3], inverse));
+        }
+      started[r] = true;
     }
   }
 }
 
-// Pieces of both kinds stand in one list; this launch takes those of its kind.
-template <int D, int dims, bool whole>
-__global__ void __launch_bounds__(32) attention_kernel(const AttentionStep step) {
+// ---------------------------------------------------------------- kernels
+
+// Pieces of both kinds stand in one list; each launch takes those of its kind.
+template <int D, int dims>
+__global__ void __launch_bounds__(kWarps * 32, D <= 64 ? 4 : 3) attention_spans_kernel(const AttentionStep step) {
   grid_dependency_wait();
   const int count = step.work_count[0], first = step.work_count[1];
   for (int i = static_cast<int>(blockIdx.x); i < count; i += static_cast<int>(gridDim.x)) {
     const AttentionWork work = step.work[first + i];
-    if ((work.span < 0) == whole) attend<D, dims, whole>(step, work);
+    if (work.span >= 0) attend_span<D, dims>(step, work, reinterpret_cast<float*>(dynamic_shared() + 16));
   }
 }
 
-// Value d of a head: its spans, which lie in slots [first, last), folded from the left.
-__device__ __forceinline__ float joined(const AttentionStep& step, int head, int first, int last, int D, int d) {
+template <int dims>
+constexpr size_t kTotalBytes = kPairsMax * dims * 4;  // of a warp
+
+template <int D, int dims>
+__global__ void __launch_bounds__(kWarps * 32, 3) attention_kernel(const AttentionStep step) {
+  grid_dependency_wait();
+  const int count = step.work_count[0], first = step.work_count[1], warp = static_cast<int>(threadIdx.x / 32);
+  float* total = reinterpret_cast<float*>(dynamic_shared() + warp * kTotalBytes<dims>);
+  for (int i = static_cast<int>(blockIdx.x) * kWarps + warp; i < count; i += static_cast<int>(gridDim.x) * kWarps) {
+    const AttentionWork work = step.work[first + i];
+    if (work.span < 0) attend<D, dims>(step, work, total);
+  }
+}
+
+// The spans of a row and head, which lie in slots [first, last), folded from the left: value d in thread d, of a block of at least D threads. What a fold multiplies by hangs on maxima alone:
+// threads find it for kFoldSlots spans at once. shared: 3 * kFoldSlots floats. A whole block calls it.
+constexpr int kFoldSlots = 128;
+constexpr size_t kFoldBytes = 3 * kFoldSlots * 4;
+__device__ __forceinline__ float joined(const AttentionStep& step, int head, int first, int last, int D, int d, float* shared) {
+  float *maxima = shared, *before = maxima + kFoldSlots, *own = before + kFoldSlots;
   const auto partial = [&](int slot) { return step.partials + (static_cast<int64_t>(slot) * step.heads + head) * (D + 2); };
-  float m = partial(first)[D], l = partial(first)[D + 1], o = partial(first)[d];
-  for (int slot = first + 1; slot < last; slot++) {
-    const float* next = partial(slot);
-    const float larger_m = larger(m, next[D]), a = exp_fixed(__fsub_rn(m, larger_m)), b = exp_fixed(__fsub_rn(next[D], larger_m));
-    l = __fadd_rn(__fmul_rn(l, a), __fmul_rn(next[D + 1], b));
-    o = __fadd_rn(__fmul_rn(o, a), __fmul_rn(next[d], b));
-    m = larger_m;
+  float m = 0.0f, l = 0.0f, o = 0.0f;
+  for (int begin = first; begin < last; begin += kFoldSlots) {
+    const int count = min(kFoldSlots, last - begin), thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+    __syncthreads();  // what was found before has been read
+    for (int i = thread; i < count; i += threads) maxima[i] = partial(begin + i)[D];
+    __syncthreads();
+    const float of_before = m;
+    for (int i = thread; i < count; i += threads) {
+      float largest = begin == first ? maxima[0] : of_before;
+      for (int j = begin == first ? 1 : 0; j < i; j++) largest = larger(largest, maxima[j]);
+      const float larger_m = larger(largest, maxima[i]);
+      before[i] = exp_fixed(__fsub_rn(largest, larger_m));
+      own[i] = exp_fixed(__fsub_rn(maxima[i], larger_m));
+    }
+    __syncthreads();
+    for (int i = 0; i < count; i++) m = begin == first && i == 0 ? maxima[0] : larger(m, maxima[i]);
+#pragma unroll 8
+    for (int i = 0; i < count; i++) {
+      const float* p = partial(begin + i);
+      const float l_i = p[D + 1], o_i = d < D ? p[d] : 0.0f;
+      const bool is_first = begin == first && i == 0;
+      l = is_first ? l_i : __fadd_rn(__fmul_rn(l, before[i]), __fmul_rn(l_i, own[i]));
+      o = is_first ? o_i : __fadd_rn(__fmul_rn(o, before[i]), __fmul_rn(o_i, own[i]));
+    }
   }
   return __fmul_rn(o, __fdiv_rn(1.0f, l));
 }
@@ -300,75 +525,87 @@ __global__ void attention_join_kernel(const AttentionStep step) {
   grid_dependency_wait();
   const int row = static_cast<int>(blockIdx.x), head = static_cast<int>(blockIdx.y), D = static_cast<int>(blockDim.x), d = static_cast<int>(threadIdx.x);
   const int first = step.first_slot[row], last = step.first_slot[row + 1];
-  if (first < last) step.out[row * step.out_stride + head * D + d] = joined(step, head, first, last, D, d);
+  if (first >= last) return;
+  const float y = joined(step, head, first, last, D, d, reinterpret_cast<float*>(dynamic_shared()));
+  step.out[row * step.out_stride + head * D + d] = y;
 }
 
-// Pieces that are spans, then the join: the piece that comes last of its rows and heads folds their spans and quantises what they give, 32 values of a head at a time.
+// Pieces that are spans, then the join: the piece that comes last of its rows and heads folds their spans and quantises what they give, 32 values of a head a warp.
 template <int D, int dims>
-__global__ void __launch_bounds__(32, 8) attention_fused_kernel(const AttentionStep step, int runs, ActivationGroup* quantized, uint32_t* arrivals, const FiniteCheck check) {
+__global__ void __launch_bounds__(kWarps * 32, D <= 64 ? 4 : 3) attention_fused_kernel(const AttentionStep step, int runs, ActivationGroup* quantized, uint32_t* arrivals, const FiniteCheck check) {
   grid_dependency_wait();
   uint32_t* flag = reinterpret_cast<uint32_t*>(dynamic_shared());
-  const int lane = static_cast<int>(threadIdx.x), count = step.work_count[0], first_piece = step.work_count[1];
+  float* shared = reinterpret_cast<float*>(dynamic_shared() + 16);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, count = step.work_count[0], first_piece = step.work_count[1];
   for (int i = static_cast<int>(blockIdx.x); i < count; i += static_cast<int>(gridDim.x)) {
     const AttentionWork work = step.work[first_piece + i];
-    attend<D, dims, false>(step, work);
+    attend_span<D, dims>(step, work, shared);
     const int spans = step.rows.positions[work.row + work.rows - 1] / kSpan - oldest_key(step.rows.positions[work.row], step.window) / kSpan + 1;
     if (!comes_last(arrivals + work.row * runs + work.run, static_cast<uint32_t>(spans) * gridDim.y, flag)) continue;
     const HeadRun run = step.runs[work.run];
     for (int row = work.row; row < work.row + work.rows; row++)
       for (int head = run.first; head < run.first + run.count; head++)
-        for (int d = lane; d < D; d += 32) {
-          const float y = joined(step, head, step.first_slot[row], step.first_slot[row + 1], D, d);
+        for (int from = 0; from < D; from += kWarps * 32) {
+          const int d = from + thread;
+          const float y = joined(step, head, step.first_slot[row], step.first_slot[row + 1], D, d, shared);
+          if (d >= D) continue;  // whole warps
           note_unless_finite(y, check, row);
           quantize_group(y, row, head * (D / 32) + d / 32, step.heads * (D / 32), lane, quantized);
         }
+    __syncthreads();  // before the next piece
   }
 }
 
+int blocks_of(int warps) { return (warps + kWarps - 1) / kWarps; }
+
 template <int D, int dims>
-Problem launch_both(const AttentionStep& step, int blocks, Stream stream) {
-  const dim3 grid(static_cast<unsigned>(blocks), D / dims);
-  if (const Problem problem = launch(attention_kernel<D, dims, false>, grid, 32, 0, stream, step)) return problem;
-  return launch(attention_kernel<D, dims, true>, grid, 32, 0, stream, step);
+Problem launch_both(const AttentionStep& step, int warps, Stream stream) {
+  const dim3 grid(static_cast<unsigned>(blocks_of(warps)), D / dims);
+  if (const Problem problem = launch(attention_spans_kernel<D, dims>, grid, kWarps * 32, kSpanBytes<dims>, stream, step)) return problem;
+  return launch(attention_kernel<D, dims>, grid, kWarps * 32, kWarps * kTotalBytes<dims>, stream, step);
 }
 
 template <int D, int dims>
-Problem launch_fused(const AttentionStep& step, int runs, ActivationGroup* quantized, uint32_t* arrivals, int blocks, Stream stream, const FiniteCheck& check) {
-  return launch(attention_fused_kernel<D, dims>, dim3(static_cast<unsigned>(blocks), D / dims), 32, 16, stream, step, runs, quantized, arrivals, check);
+Problem launch_fused(const AttentionStep& step, int runs, ActivationGroup* quantized, uint32_t* arrivals, int warps, Stream stream, const FiniteCheck& check) {
+  return launch(attention_fused_kernel<D, dims>, dim3(static_cast<unsigned>(blocks_of(warps)), D / dims), kWarps * 32, kSpanBytes<dims>, stream, step, runs, quantized, arrivals, check);
+}
+
+template <int value_>
+struct Number {
+  static constexpr int value = value_;
+};
+// Calls `use` with a launcher's numbers for the head size: D, and how many of its values a block has.
+template <typename Use>
+Problem with_head_size(int head_size, const Use& use) {
+  switch (head_size) {
+    case 32: return use(Number<32>{}, Number<32>{});
+    case 64: return use(Number<64>{}, Number<64>{});
+    case 96: return use(Number<96>{}, Number<96>{});
+    case 128: return use(Number<128>{}, Number<128>{});
+    default: return use(Number<256>{}, Number<64>{});
+  }
 }
 
 }  // namespace
 
-Problem attention(const AttentionStep& step, int blocks, Stream stream) {
+Problem attention(const AttentionStep& step, int warps, Stream stream) {
   if (const Problem problem = check_attention(step)) return problem;
   if (step.layout.key != KeyType::Int8 || step.layout.value != ValueType::Int8) return "attention: K and V must be int8; attention_f16 takes others";
-  if (blocks < 1) return "attention: blocks must be positive";
-  switch (step.layout.head_size) {
-    case 32: return launch_both<32, 32>(step, blocks, stream);
-    case 64: return launch_both<64, 64>(step, blocks, stream);
-    case 96: return launch_both<96, 96>(step, blocks, stream);
-    case 128: return launch_both<128, 128>(step, blocks, stream);
-    default: return launch_both<256, 64>(step, blocks, stream);
-  }
+  if (warps < 1) return "attention: warps must be positive";
+  return with_head_size(step.layout.head_size, [&](auto D, auto dims) { return launch_both<decltype(D)::value, decltype(dims)::value>(step, warps, stream); });
 }
 
-Problem attention_fused(const AttentionStep& step, int runs, ActivationGroup* quantized, uint32_t* arrivals, int blocks, Stream stream, const FiniteCheck& rows_check) {
+Problem attention_fused(const AttentionStep& step, int runs, ActivationGroup* quantized, uint32_t* arrivals, int warps, Stream stream, const FiniteCheck& rows_check) {
   if (const Problem problem = check_attention(step)) return problem;
   if (step.layout.key != KeyType::Int8 || step.layout.value != ValueType::Int8) return "attention_fused: K and V must be int8";
-  if (blocks < 1 || runs < 1) return "attention_fused: blocks and runs must be positive";
-  switch (step.layout.head_size) {
-    case 32: return launch_fused<32, 32>(step, runs, quantized, arrivals, blocks, stream, rows_check);
-    case 64: return launch_fused<64, 64>(step, runs, quantized, arrivals, blocks, stream, rows_check);
-    case 96: return launch_fused<96, 96>(step, runs, quantized, arrivals, blocks, stream, rows_check);
-    case 128: return launch_fused<128, 128>(step, runs, quantized, arrivals, blocks, stream, rows_check);
-    default: return launch_fused<256, 64>(step, runs, quantized, arrivals, blocks, stream, rows_check);
-  }
+  if (warps < 1 || runs < 1) return "attention_fused: warps and runs must be positive";
+  return with_head_size(step.layout.head_size, [&](auto D, auto dims) { return launch_fused<decltype(D)::value, decltype(dims)::value>(step, runs, quantized, arrivals, warps, stream, rows_check); });
 }
 
 Problem attention_join(const AttentionStep& step, Stream stream) {
   if (const Problem problem = check_attention(step)) return problem;
   const dim3 grid(static_cast<unsigned>(step.rows.tokens), static_cast<unsigned>(step.heads));
-  return launch(attention_join_kernel, grid, static_cast<unsigned>(step.layout.head_size), 0, stream, step);
+  return launch(attention_join_kernel, grid, static_cast<unsigned>(step.layout.head_size), kFoldBytes, stream, step);
 }
 
 }  // namespace shardmesh::cuda

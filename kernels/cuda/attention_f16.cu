@@ -7,7 +7,7 @@
 // often has four pairs or fewer. One step is 64 keys.
 //   scores  a lane has keys 2l and 2l + 1 for four rows: eight chains, each load of K serves four rows, q comes from shared memory, one load for four rows
 //   values  a lane has D / 32 values for four rows, weights come from shared memory, one load for four rows
-// Limits: D = 32, 64, 96, 128 or 256; q_stride a multiple of 4, q 16-byte aligned.
+// Limits: D = 32, 64, 96, 128 or 256; strides of q and out multiples of 4, both 16-byte aligned.
 #include "attention_rows.cuh"
 #include "device.cuh"
 #include "kv_place.cuh"

@@ -6,13 +6,12 @@
 
 namespace shardmesh::cuda {
 
-constexpr int kPairsMax = 16;
 
-// Runs of query heads that share a KV head; kv_head: of each query head, equal ones adjacent.
+// Runs of query heads that share a KV head, each small enough for a piece of one span; kv_head: of each query head, equal ones adjacent.
 inline std::vector<HeadRun> head_runs(int heads, const int32_t* kv_head) {
   std::vector<HeadRun> runs;
   for (int h = 0; h < heads; h++) {
-    const bool joins = !runs.empty() && runs.back().kv_head == kv_head[h] && runs.back().count < kPairsMax;
+    const bool joins = !runs.empty() && runs.back().kv_head == kv_head[h] && runs.back().count < kSplitPairsMax;
     if (joins) runs.back().count++;
     else runs.push_back({h, 1, kv_head[h]});
   }
@@ -21,8 +20,8 @@ inline std::vector<HeadRun> head_runs(int heads, const int32_t* kv_head) {
 
 // What decides how a context is split. Any values give the same bits.
 struct SplitLimits {
-  int rows_max;   // a sequence with at most so many rows in this step has its context split into spans, so that one long context fills the card; with more
-                  // rows than that, the rows themselves fill it, and each piece folds its spans
+  int rows_max;   // a sequence with at most so many rows in this step has its context split into spans, even where that is one: four warps share a span, and one long context
+                  // fills the card. With more rows than that, the rows themselves fill it, and each piece folds its spans
   int slots_max;  // partial results that there is room for: sequences beyond it are not split
   bool all = false;  // every sequence is split, also one that a single span holds: for attention_fused(), which needs slots for all
 };
@@ -43,7 +42,7 @@ inline void plan_attention(const StepRows& rows, const std::vector<HeadRun>& run
   int slots = 0;
   for (int s = 0; s < rows.sequences; s++) {
     const int begin = rows.first_row[s], end = rows.first_row[s + 1];
-    bool split = limits.all || (end - begin <= limits.rows_max && end > begin && last_span(end - 1) > first_span(begin));
+    bool split = limits.all || end - begin <= limits.rows_max;
     int needed = 0;
     for (int row = begin; split && row < end; row++) needed += last_span(row) - first_span(row) + 1;
     if (slots + needed > limits.slots_max && !limits.all) split = false;
@@ -52,7 +51,7 @@ inline void plan_attention(const StepRows& rows, const std::vector<HeadRun>& run
       if (split) slots += last_span(row) - first_span(row) + 1;
     }
     for (int r = 0; r < static_cast<int>(runs.size()); r++) {
-      const int rows_max = kPairsMax / runs[static_cast<size_t>(r)].count;
+      const int rows_max = (split ? kSplitPairsMax : kPairsMax) / runs[static_cast<size_t>(r)].count;
       for (int row = begin; row < end; row += rows_max) {
         const int count = end - row < rows_max ? end - row : rows_max;
         if (!split) plan->work.push_back({row, count, r, -1});

@@ -14,6 +14,7 @@ inline Problem check_attention(const AttentionStep& step) {
   const int D = step.layout.head_size;
   if (D != 32 && D != 64 && D != 96 && D != 128 && D != 256) return "attention: the head size must be 32, 64, 96, 128 or 256";
   if (step.q_stride % 4 != 0 || reinterpret_cast<uintptr_t>(step.q) % 16 != 0) return "attention: q must be 16-byte aligned, its stride a multiple of 4";
+  if (step.out_stride % 4 != 0 || reinterpret_cast<uintptr_t>(step.out) % 16 != 0) return "attention: out must be 16-byte aligned, its stride a multiple of 4";
   return nullptr;
 }
 

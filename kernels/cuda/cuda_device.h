@@ -246,7 +246,7 @@ class CudaDevice final : public Device {
   std::vector<AttentionShape> shapes_;
   std::unique_ptr<PeerDriver> peers_;  // null: one rank, or sums are rounded on their way
   std::shared_ptr<CardGroup> group_;   // null: no other rank of the stage does its steps with this one
-  Memory kv_, sums_, received_sums_, partials_, candidates_, maxima_, reports_, began_, arrivals_;
+  Memory kv_, sums_, received_sums_, partials_, candidates_, maxima_, head_parts_, head_maxima_, reports_, began_, arrivals_;
   // On the host, each with its counterpart on the card: what a step needs to know, in one piece; and, of steps that are no graph, tokens, rows to select, and rows to
   // look for candidates in, which lie in the first one else. The first has two places on the host, so that the next step can be laid down while the copy of one is queued;
   // on the card the stream keeps them apart.

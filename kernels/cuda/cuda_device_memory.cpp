@@ -110,6 +110,12 @@ void CudaDevice::plan_memory() {
     if (o.kind == OperationKind::GatedActivation) arrivals = std::max(arrivals, static_cast<size_t>(shard_.buffer(o.out).width) / 32);
     if (o.kind == OperationKind::Attention) arrivals = std::max(arrivals, static_cast<size_t>(o.heads + 2 * p.kv.heads));
   }
+  size_t head_parts = 0;
+  for (const Operation& o : p.operations)
+    if (o.kind == OperationKind::GatherLogits || o.kind == OperationKind::Sample) {
+      arrivals = std::max(arrivals, outputs);
+      head_parts = std::max(head_parts, head_part_count(shard_.buffer(o.in).width));
+    }
   for (const AttentionShape& shape : shapes_) arrivals = std::max(arrivals, static_cast<size_t>(kFusedTokensMax) * shape.host_runs.size());
   arrivals_ = Memory(Place::Card, arrivals * 4, kBuffers);
   began_ = Memory(Place::Card, 8, kBuffers);
@@ -132,6 +138,8 @@ void CudaDevice::plan_memory() {
     candidates_ = Memory(Place::Card, outputs * sizeof(cuda::Candidate), kBuffers);
     candidates_host_ = Memory(Place::Host, kReportPlaces * outputs * sizeof(cuda::Candidate), kBuffers);
     maxima_ = Memory(Place::Card, outputs * 4, kBuffers);
+    head_parts_ = Memory(Place::Card, outputs * head_parts * sizeof(cuda::Candidate), kBuffers);
+    head_maxima_ = Memory(Place::Card, outputs * head_parts * 4, kBuffers);
   }
   tables_.resize(static_cast<size_t>(shard_.rope_tables()));
   for (size_t i = 0; i < p.operations.size(); i++) {
@@ -218,7 +226,7 @@ size_t CudaDevice::bytes() const {
   for (const Table& t : tables_) add(t.cosine, t.sine);
   for (const CardBuffer& b : buffers_) add(b.values, b.groups, b.bf16);
   for (const Memory& m : mirrors_) add(m);
-  add(arrivals_, candidates_, maxima_, kv_, sums_, received_sums_, partials_, step_host_[0], step_host_[1], step_card_, staging_host_, received_host_, sums_host_);
+  add(arrivals_, candidates_, maxima_, head_parts_, head_maxima_, kv_, sums_, received_sums_, partials_, step_host_[0], step_host_[1], step_card_, staging_host_, received_host_, sums_host_);
   if (blas_) sum += blas_->workspace_bytes();
   return sum + (peers_ ? peers_->bytes() : 0);
 }

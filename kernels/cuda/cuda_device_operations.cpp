@@ -306,7 +306,8 @@ void CudaDevice::find_candidates(int buffer, int32_t first_token) {
   const Buffer& logits = shard_.buffer(buffer);
   const HeadRow* settings = building_ ? settings_ : settings_card_.as<HeadRow>();
   if (!broken())
-    queue(head_candidates(values(buffer), logits.stride, tail_rows_, logits.width, first_token, settings, candidates_.as<cuda::Candidate>(), maxima_.as<float>(), to_));
+    queue(head_candidates(values(buffer), logits.stride, tail_rows_, logits.width, first_token, settings, candidates_.as<cuda::Candidate>(), maxima_.as<float>(),
+                          {head_parts_.as<cuda::Candidate>(), head_maxima_.as<float>(), arrivals_.as<uint32_t>()}, to_));
   reported_candidates_ = tail_rows_;
 }
 

@@ -1,5 +1,6 @@
 // What the two products share: a strip's operands of one group, and one group's contribution to the accumulators.
 //   acc = fma(rn(S * float(dot)), sa, acc), then for formats with a minimum acc = fma(M, ms, acc)
+// Instructions are what bounds all but the smallest batches: of a product of 16 x 8 x 32 that is one mma and three fma for each of a lane's four sums.
 // int16 activations go through the same integer products twice, dot = 256 * dot(high) + dot(low); of Q6_K each half of the group then has an fma of its own.
 // Accumulator i of a lane belongs to row g + 8 (i / 2) of the strip and token 2t + i mod 2 of the tile; g = lane / 4, t = lane % 4.
 #pragma once
@@ -12,7 +13,8 @@ namespace shardmesh::cuda {
 template <typename F>
 struct StripGroup {
   uint32_t a[4];
-  float s[2], m[2];
+  float s[2], m[2];  // s: S, or S / 16 where `a` holds 16 times the weights
+  float unbias[2];   // -kBias * s: exact, since S has at most 17 significant bits, and so fma(S, kBias + dot, -kBias * S) is rn(S * dot)
   int half_scale[2][2];  // [row][half], Scales::Halves only
 };
 
@@ -24,10 +26,17 @@ __device__ __forceinline__ StripGroup<F> load_strip_group(const uint8_t* record,
   StripGroup<F> w;
   if constexpr (F::bits == 4) {
     const uint2 packed = *reinterpret_cast<const uint2*>(record + 8 * lane);
-    w.a[0] = packed.x & 0x0f0f0f0fu;
-    w.a[1] = packed.y & 0x0f0f0f0fu;
-    w.a[2] = packed.x >> 4 & 0x0f0f0f0fu;
-    w.a[3] = packed.y >> 4 & 0x0f0f0f0fu;
+    if constexpr (F::zero == 8) {  // 16 (w - 8), signed: a nibble in the upper half of its byte with the sign turned round
+      w.a[0] = (packed.x << 4 & 0xf0f0f0f0u) ^ 0x80808080u;
+      w.a[1] = (packed.y << 4 & 0xf0f0f0f0u) ^ 0x80808080u;
+      w.a[2] = (packed.x & 0xf0f0f0f0u) ^ 0x80808080u;
+      w.a[3] = (packed.y & 0xf0f0f0f0u) ^ 0x80808080u;
+    } else {
+      w.a[0] = packed.x & 0x0f0f0f0fu;
+      w.a[1] = packed.y & 0x0f0f0f0fu;
+      w.a[2] = packed.x >> 4 & 0x0f0f0f0fu;
+      w.a[3] = packed.y >> 4 & 0x0f0f0f0fu;
+    }
   } else {
     const uint4 packed = *reinterpret_cast<const uint4*>(record + 16 * lane);
     w.a[0] = packed.x;
@@ -38,8 +47,9 @@ __device__ __forceinline__ StripGroup<F> load_strip_group(const uint8_t* record,
   const uint8_t* scales = record + F::weight_bytes + lane / 4 * F::scale_bytes;
   if constexpr (F::scales == Scales::Half) {
     const uint32_t d = *reinterpret_cast<const uint32_t*>(scales);
-    w.s[0] = low_half(d);
-    w.s[1] = high_half(d);
+    constexpr float unit = F::zero == 8 ? 0.0625f : 1.0f;
+    w.s[0] = __fmul_rn(low_half(d), unit);
+    w.s[1] = __fmul_rn(high_half(d), unit);
   } else if constexpr (F::scales == Scales::HalfMin) {
     const uint2 dm = *reinterpret_cast<const uint2*>(scales);
     w.s[0] = low_half(dm.x);
@@ -59,6 +69,7 @@ __device__ __forceinline__ StripGroup<F> load_strip_group(const uint8_t* record,
     w.s[0] = low_half(d);
     w.s[1] = high_half(d);
   }
+  for (int i = 0; i < 2; i++) w.unbias[i] = __fmul_rn(-kBias, w.s[i]);
   return w;
 }
 
@@ -71,13 +82,14 @@ __device__ __forceinline__ void prefetch_groups(const uint8_t* records, const ui
   }
 }
 
-// The integer products of 32 columns, on top of `dot`; for Scales::Halves of each half by itself.
+// `c` and the integer products of 32 columns.
 template <typename F>
-__device__ __forceinline__ void add_dots(int (&dot)[4], const StripGroup<F>& w, const LaneWords& q) {
+__device__ __forceinline__ void add_dots(int (&dot)[4], const int (&c)[4], const StripGroup<F>& w, const LaneWords& q) {
   const uint32_t b[2] = {q.x, q.y};
-  if constexpr (F::bits == 4) mma_u8s8_k32(dot, w.a, b);
-  else mma_s8s8_k32(dot, w.a, b);
+  if constexpr (F::bits == 4 && F::zero == 0) mma_u8s8_k32_onto(dot, c, w.a, b);
+  else mma_s8s8_k32_onto(dot, c, w.a, b);
 }
+// Of each half of the columns by itself, for Scales::Halves.
 template <typename F>
 __device__ __forceinline__ void half_dots(int (&first)[4], int (&second)[4], const StripGroup<F>& w, const LaneWords& q) {
   const uint32_t a0[2] = {w.a[0], w.a[1]}, a1[2] = {w.a[2], w.a[3]}, b0[1] = {q.x}, b1[1] = {q.y};
@@ -85,37 +97,20 @@ __device__ __forceinline__ void half_dots(int (&first)[4], int (&second)[4], con
   mma_s8s8_k16(first, a0, b0);
   mma_s8s8_k16(second, a1, b1);
 }
-// sum of (w - zero) q = sum of w q - zero * sum of q: what the sum of w q begins with, on top of `start`.
-template <typename F>
-__device__ __forceinline__ void begin_dots(int (&dot)[4], int start, const ActivationGroup& x, int lane) {
-  if constexpr (F::zero != 0) {
-    const int2 sum = *reinterpret_cast<const int2*>(&x.sum[lane % 4 * 2]);
-    dot[0] = dot[2] = start - F::zero * sum.x;
-    dot[1] = dot[3] = start - F::zero * sum.y;
-  } else {
-    for (int i = 0; i < 4; i++) dot[i] = start;
-  }
-}
-
-// Conversions of integers have a quarter or less of the rate of additions. A sum that begins at the bits of 1.5 * 2^23 is, read as fp32, that plus `dot` while
-// |dot| < 2^22, exactly.
-constexpr float kBias = 12582912.0f;
-constexpr int kBiasBits = 0x4b400000;
-
 // `biased`: the integers are the bits of kBias + dot.
 template <bool biased, typename F>
 __device__ __forceinline__ void add_scaled(float (&acc)[4], const int (&dot)[4], const StripGroup<F>& w, const ActivationGroup& x, int lane) {
-  const float2 sa = *reinterpret_cast<const float2*>(&x.sa[lane % 4 * 2]);
+  const float4 scales = *reinterpret_cast<const float4*>(&x.scale[lane % 4 * 2]);  // sa, ms of two tokens
   for (int i = 0; i < 4; i++) {
-    const float value = biased ? __fadd_rn(__int_as_float(dot[i]), -kBias) : __int2float_rn(dot[i]);
-    acc[i] = __fmaf_rn(__fmul_rn(w.s[i / 2], value), i % 2 ? sa.y : sa.x, acc[i]);
+    const float scaled = biased ? __fmaf_rn(w.s[i / 2], __int_as_float(dot[i]), w.unbias[i / 2]) : __fmul_rn(w.s[i / 2], __int2float_rn(dot[i]));
+    acc[i] = __fmaf_rn(scaled, i % 2 ? scales.z : scales.x, acc[i]);
   }
 }
 template <typename F>
 __device__ __forceinline__ void add_minimum(float (&acc)[4], const StripGroup<F>& w, const ActivationGroup& x, int lane) {
   if constexpr (F::minimum) {
-    const float2 ms = *reinterpret_cast<const float2*>(&x.ms[lane % 4 * 2]);
-    for (int i = 0; i < 4; i++) acc[i] = __fmaf_rn(w.m[i / 2], i % 2 ? ms.y : ms.x, acc[i]);
+    const float4 scales = *reinterpret_cast<const float4*>(&x.scale[lane % 4 * 2]);
+    for (int i = 0; i < 4; i++) acc[i] = __fmaf_rn(w.m[i / 2], i % 2 ? scales.w : scales.y, acc[i]);
   }
 }
 
@@ -129,8 +124,8 @@ __device__ __forceinline__ void add_group(float (&acc)[4], const StripGroup<F>& 
     for (int i = 0; i < 4; i++) dot[i] = w.half_scale[i / 2][0] * first[i] + w.half_scale[i / 2][1] * second[i];
     add_scaled<false>(acc, dot, w, x, lane);
   } else {
-    begin_dots<F>(dot, kBiasBits, x, lane);
-    add_dots(dot, w, q);
+    constexpr int bias[4] = {kBiasBits, kBiasBits, kBiasBits, kBiasBits};
+    add_dots(dot, bias, w, q);
     add_scaled<true>(acc, dot, w, x, lane);
   }
   add_minimum(acc, w, x, lane);
@@ -150,11 +145,11 @@ __device__ __forceinline__ void add_group(float (&acc)[4], const StripGroup<F>& 
     add_scaled<false>(acc, first, w, x.high, lane);
     add_scaled<false>(acc, second, w, x.high, lane);
   } else {
-    int upper[4] = {0, 0, 0, 0}, dot[4];
-    add_dots(upper, w, high);
-    begin_dots<F>(dot, 0, x.high, lane);
-    for (int i = 0; i < 4; i++) dot[i] += 256 * upper[i];
-    add_dots(dot, w, low);
+    constexpr int zeros[4] = {0, 0, 0, 0};
+    int upper[4], dot[4];
+    add_dots(upper, zeros, w, high);
+    for (int i = 0; i < 4; i++) upper[i] *= 256;
+    add_dots(dot, upper, w, low);
     add_scaled<false>(acc, dot, w, x.high, lane);
   }
   add_minimum(acc, w, x.high, lane);

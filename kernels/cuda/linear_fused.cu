@@ -39,7 +39,7 @@ __device__ __forceinline__ void multiply(const ProductPlan& plan, int strip, int
   const int begin = plan.segment_begin(segment), end = plan.segment_end[segment];
   prefetch_groups<F>(records, heads, plan.phase, begin, end, lane);
   grid_dependency_wait();
-#pragma unroll 4
+#pragma unroll 8
   for (int group = begin; group < end; group++)
     add_group(acc, load_strip_group<F>(records + group * F::record_bytes, heads + (plan.phase + group) / 8 * F::head_bytes, lane), plan.in[group], lane);
 }

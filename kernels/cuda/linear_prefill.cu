@@ -22,14 +22,19 @@ constexpr int kTileStageBytes = kStageGroups * static_cast<int>(sizeof(X));
 template <typename F, typename X>
 constexpr int kStageBytes = kBlockStrips * kStripStageBytes<F> + kBlockTiles * kTileStageBytes<X>;
 
-// Copies the groups [first, first + count) of `parts` arrays of groups, `part_bytes` apart; places in shared memory are `stage_bytes` apart.
-__device__ __forceinline__ void copy_groups(uint8_t* shared, int stage_bytes, const uint8_t* global, int64_t part_bytes, int parts, int bytes) {
-  const int pieces = bytes / 16;
-  for (int i = static_cast<int>(threadIdx.x); i < parts * pieces; i += kThreads) {
-    const int part = i / pieces, at = i % pieces * 16;
-    copy_async<16>(shared + part * stage_bytes + at, global + part * part_bytes + at);
-  }
-}
+// Pieces of 16 bytes of a stage in shared memory: those of its strips, then those of its tiles. Piece i is thread i % kThreads's.
+template <typename F>
+constexpr int kStripPieces = kStripStageBytes<F> / 16;
+template <typename X>
+constexpr int kTilePieces = kTileStageBytes<X> / 16;
+template <typename F, typename X>
+constexpr int kThreadPieces = (kBlockStrips * kStripPieces<F> + kBlockTiles * kTilePieces<X> + kThreads - 1) / kThreads;
+
+// Where a thread's pieces of stage 0 lie; null: of no strip or tile.
+template <typename F, typename X>
+struct Sources {
+  const uint8_t* piece[kThreadPieces<F, X>];
+};
 
 template <typename F, typename X>
 __global__ void __launch_bounds__(kThreads) linear_prefill_kernel(const ProductPlan plan) {
@@ -43,13 +48,27 @@ __global__ void __launch_bounds__(kThreads) linear_prefill_kernel(const ProductP
   const uint8_t* activations = reinterpret_cast<const uint8_t*>(reinterpret_cast<const X*>(plan.in) + static_cast<int64_t>(first_tile) * plan.groups);
   const int stage_count = (plan.groups + kStageGroups - 1) / kStageGroups;
 
+  constexpr int strip_pieces = kStripPieces<F>, tile_pieces = kTilePieces<X>, of_strips = kBlockStrips * strip_pieces, all = of_strips + kBlockTiles * tile_pieces;
+  Sources<F, X> sources;
+#pragma unroll
+  for (int k = 0; k < kThreadPieces<F, X>; k++) {
+    const int i = static_cast<int>(threadIdx.x) + k * kThreads, strip = i / strip_pieces, tile = (i - of_strips) / tile_pieces;
+    if (i < of_strips) sources.piece[k] = strip < strips ? records + strip * plan.strip_bytes + i % strip_pieces * 16 : nullptr;
+    else sources.piece[k] = i < all && tile < tiles ? activations + tile * plan.groups * static_cast<int64_t>(sizeof(X)) + (i - of_strips) % tile_pieces * 16 : nullptr;
+  }
   const auto copy_stage = [&](int stage) {
     if (stage < stage_count) {
-      uint8_t* to = shared + stage % kStages * kStageBytes<F, X>;
-      const int first = stage * kStageGroups, count = min(kStageGroups, plan.groups - first);
-      copy_groups(to, kStripStageBytes<F>, records + first * F::record_bytes, plan.strip_bytes, strips, count * F::record_bytes);
-      copy_groups(to + kBlockStrips * kStripStageBytes<F>, kTileStageBytes<X>, activations + first * sizeof(X),
-                  plan.groups * static_cast<int64_t>(sizeof(X)), tiles, count * static_cast<int>(sizeof(X)));
+      uint8_t* to = shared + stage % kStages * kStageBytes<F, X> + threadIdx.x * 16;
+      const int count = min(kStageGroups, plan.groups - stage * kStageGroups);
+#pragma unroll
+      for (int k = 0; k < kThreadPieces<F, X>; k++) {
+        const int i = static_cast<int>(threadIdx.x) + k * kThreads;
+        const bool of_strip = (k + 1) * kThreads <= of_strips || (k * kThreads < of_strips && i < of_strips);
+        const int from = stage * (of_strip ? kStripStageBytes<F> : kTileStageBytes<X>);
+        // The last stage may hold fewer groups; of the others every piece is whole.
+        const bool there = count == kStageGroups || (of_strip ? i % strip_pieces * 16 < count * F::record_bytes : (i - of_strips) % tile_pieces * 16 < count * static_cast<int>(sizeof(X)));
+        if (sources.piece[k] && there) copy_async<16>(to + k * kThreads * 16, sources.piece[k] + from);
+      }
     }
     commit_copies();  // an empty group too, so that counting them stays simple
   };
@@ -57,6 +76,14 @@ __global__ void __launch_bounds__(kThreads) linear_prefill_kernel(const ProductP
 
   // Strips and tiles of this warp; what lies behind the matrix or the batch is computed from whatever the stage holds and not stored.
   const int own_strip = warp % 2 * kWarpStrips, own_tile = warp / 2 * kWarpTiles;
+  int strip_at[kWarpStrips], tile_at[kWarpTiles];  // in a stage
+  const uint8_t* head_of[kWarpStrips];
+  for (int s = 0; s < kWarpStrips; s++) {
+    const int strip = own_strip + s < strips ? own_strip + s : 0;
+    strip_at[s] = strip * kStripStageBytes<F>;
+    head_of[s] = heads + strip * plan.strip_bytes;
+  }
+  for (int t = 0; t < kWarpTiles; t++) tile_at[t] = kBlockStrips * kStripStageBytes<F> + (own_tile + t < tiles ? own_tile + t : 0) * kTileStageBytes<X>;
   float acc[kWarpStrips][kWarpTiles][4] = {};
   float stack[kStackDepth][kValues];
   int depth = 0, segment = 0;
@@ -70,14 +97,11 @@ __global__ void __launch_bounds__(kThreads) linear_prefill_kernel(const ProductP
       const int group = stage * kStageGroups + j;
       StripGroup<F> w[kWarpStrips];
 #pragma unroll
-      for (int s = 0; s < kWarpStrips; s++) {
-        const int strip = own_strip + s < strips ? own_strip + s : 0;
-        w[s] = load_strip_group<F>(from + strip * kStripStageBytes<F> + j * F::record_bytes, heads + strip * plan.strip_bytes + (plan.phase + group) / 8 * F::head_bytes, lane);
-      }
+      for (int s = 0; s < kWarpStrips; s++)
+        w[s] = load_strip_group<F>(from + strip_at[s] + j * F::record_bytes, head_of[s] + (plan.phase + group) / 8 * F::head_bytes, lane);
 #pragma unroll
       for (int t = 0; t < kWarpTiles; t++) {
-        const int tile = own_tile + t < tiles ? own_tile + t : 0;
-        const X& x = *reinterpret_cast<const X*>(from + kBlockStrips * kStripStageBytes<F> + tile * kTileStageBytes<X> + j * sizeof(X));
+        const X& x = *reinterpret_cast<const X*>(from + tile_at[t] + j * sizeof(X));
 #pragma unroll
         for (int s = 0; s < kWarpStrips; s++) add_group(acc[s][t], w[s], x, lane);
       }

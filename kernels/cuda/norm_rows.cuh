@@ -12,10 +12,7 @@ namespace shardmesh::cuda {
 __device__ __forceinline__ void norm_rows(const NormAfter& norm, const float* x, int64_t x_stride, int width, int rows, float* shared) {
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x), groups = width / 32;
   for (int i = thread; i < rows * kPartials; i += threads) {
-    const float* row = x + i / kPartials * x_stride;
-    float partial = 0.0f;
-    for (int k = i % kPartials; k < width; k += kPartials) partial = __fmaf_rn(row[k], row[k], partial);
-    shared[i] = partial;
+    shared[i] = partial_of_squares(x + i / kPartials * x_stride, i % kPartials, width);
   }
   for (int distance = kPartials / 2; distance; distance /= 2) {
     __syncthreads();
@@ -25,6 +22,7 @@ __device__ __forceinline__ void norm_rows(const NormAfter& norm, const float* x,
     }
   }
   __syncthreads();
+#pragma unroll 4
   for (int i = thread / 32; i < rows * groups; i += threads / 32) {
     const int row = i / groups, group = i % groups, lane = thread % 32, k = group * 32 + lane;
     const float mean = __fdiv_rn(shared[row * kPartials], __ll2float_rn(width));

@@ -158,7 +158,8 @@ struct RopeStore {
 };
 Problem rope_store_kv(const RopeStore& step, Stream stream);
 
-// One piece of attention: the query heads of `run` for rows [row, row + rows) of one sequence; rows * heads of the run is at most 16.
+// One piece of attention: the query heads of `run` for rows [row, row + rows) of one sequence; rows * heads of the run is at most kPairsMax, of a single span kSplitPairsMax.
+constexpr int kPairsMax = 16, kSplitPairsMax = 8;
 // span >= 0: only that span of 256 positions, the partial result goes to the rows' slots. span < 0: all spans, the result goes to `out`.
 struct AttentionWork {
   int32_t row, rows, run, span;
@@ -185,15 +186,16 @@ struct AttentionStep {
   float* partials;               // [slots][heads][D + 2]: values, then maximum and sum of weights
   const int32_t* first_slot;     // [T + 1]: the slots of row t, a span each; none for rows that are done in one piece
 };
-// `blocks` of one warp (int8 K and V, attention.cu) or four (attention_f16.cu).
-Problem attention(const AttentionStep& step, int blocks, Stream stream);
+// warps: that share the list, in blocks of four.
+Problem attention(const AttentionStep& step, int warps, Stream stream);
+// blocks: of four warps.
 Problem attention_f16(const AttentionStep& step, int blocks, Stream stream);
 // Joins the spans of every row that has slots.
 Problem attention_join(const AttentionStep& step, Stream stream);
 
 // As attention() where every piece is one span, with the join: the last piece of a row and run of heads folds their spans, and quantises the result into `quantized`
 // [T, heads * D], whose values `check` looks at. `arrivals`: T * runs counters, 0 before and after.
-Problem attention_fused(const AttentionStep& step, int runs, ActivationGroup* quantized, uint32_t* arrivals, int blocks, Stream stream, const FiniteCheck& check);
+Problem attention_fused(const AttentionStep& step, int runs, ActivationGroup* quantized, uint32_t* arrivals, int warps, Stream stream, const FiniteCheck& check);
 
 // ---------------------------------------------------------------- products with what comes before or after them, for few tokens
 
@@ -226,9 +228,16 @@ struct HeadRow {
   float temperature;      // 0: greedy
   uint32_t noise_low, noise_high;  // noise_key() of the row's seed, choice and position
 };
+// What blocks of one row leave for the one that comes last: head_part_count() of each for every row, and an arrival counter a row, 0 before and after.
+struct HeadParts {
+  Candidate* candidates;
+  float* maxima;
+  uint32_t* arrivals;
+};
+size_t head_part_count(int64_t count);
 // The best candidate of each row among the tokens [first_token, first_token + count), ties to the lower id, and the largest logit. Token -1: a logit of the row is
 // not finite.
-Problem head_candidates(const float* logits, int64_t stride, int rows, int64_t count, int32_t first_token, const HeadRow* settings, Candidate* best, float* maximum, Stream stream);
+Problem head_candidates(const float* logits, int64_t stride, int rows, int64_t count, int32_t first_token, const HeadRow* settings, Candidate* best, float* maximum, const HeadParts& parts, Stream stream);
 // sums[row, s] = sum of exp(logit - maximum[row]) over slice s of 1,024 tokens, as SamplerLoops::sum_exp makes it.
 Problem head_sums(const float* logits, int64_t stride, int rows, int64_t count, const float* maximum, float* sums, int64_t sums_stride, Stream stream);
 

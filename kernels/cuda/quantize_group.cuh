@@ -27,9 +27,7 @@ __device__ __forceinline__ void quantize_group(float x, int token, int64_t group
   }
   if (lane == 0) {
     const float sa = quantized_scale(amax, largest);
-    target->sa[column] = sa;
-    target->ms[column] = __fmul_rn(sa, __int2float_rn(sum));
-    target->sum[column] = sum;
+    target->scale[column] = {sa, __fmul_rn(sa, __int2float_rn(sum))};
   }
 }
 

@@ -1,8 +1,9 @@
 // out[t, i] = (x[t, i] * r) * w[i], r = 1 / sqrt(sum of x[t]^2 / width + epsilon)        RMSNorm: Zhang & Sennrich 2019, section 4
 //   x [T, width] fp32    w [width]    out [T, width] fp32, or the quantised activations of it; out may be x
-// The sum is 128 interleaved partial sums by fma ascending, then halving; a block of 128 threads is one token, a thread one partial sum. A group of 32 to
-// be quantised is a warp's 32 values of one pass, so it never leaves the registers.
-// Limits: width any for fp32, a multiple of 32 for quantised output.
+// The sum is 128 interleaved partial sums by fma ascending, then halving; a block is one token, each of its first 128 threads one partial sum. All warps scale: a group of 32 to
+// be quantised is a warp's 32 values of one pass, so it never leaves the registers. One block has to do it all for a single token, and what it waits for is memory: 16 loads
+// of a partial sum are under way at once (4,096 values: one load after the other took 14 us on an H200, where all else is 2).
+// Limits: width any below 2^24 for fp32, a multiple of 32 for quantised output.
 #include "device.cuh"
 #include "finite.cuh"
 #include "operations.h"
@@ -11,16 +12,18 @@
 namespace shardmesh::cuda {
 namespace {
 
-__global__ void __launch_bounds__(kPartials) rms_norm_kernel(const float* x, int64_t x_stride, const float* w, float epsilon, int64_t width, float* out, int64_t out_stride,
+constexpr int kThreadsMax = 512;
+
+__global__ void __launch_bounds__(kThreadsMax) rms_norm_kernel(const float* x, int64_t x_stride, const float* w, float epsilon, int width, float* out, int64_t out_stride,
                                                              const ActivationTiles quantized_out, const FiniteCheck check) {
   grid_dependency_wait();
-  const int token = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+  const int token = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x), lane = thread % 32;
   const float* row = x + token * x_stride;
-  float partial = 0.0f;
-  for (int64_t i = thread; i < width; i += kPartials) partial = __fmaf_rn(row[i], row[i], partial);
-  const float mean = __fdiv_rn(halving_sum_128(partial, reinterpret_cast<float*>(dynamic_shared())), __ll2float_rn(width));
+  const float partial = thread < kPartials ? partial_of_squares(row, thread, width) : 0.0f;
+  const float mean = __fdiv_rn(halving_sum_128(partial, reinterpret_cast<float*>(dynamic_shared())), __int2float_rn(width));
   const float r = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, epsilon)));
-  for (int64_t i = thread; i < width; i += kPartials) {
+#pragma unroll 4
+  for (int i = thread; i < width; i += threads) {
     const float y = __fmul_rn(__fmul_rn(row[i], r), w[i]);
     if (quantized_out.groups) {  // whole warps come here: width is a multiple of 32
       note_unless_finite(y, check, token);
@@ -35,10 +38,12 @@ __global__ void __launch_bounds__(kPartials) rms_norm_kernel(const float* x, int
 
 Problem rms_norm(const float* x, int64_t x_stride, const float* w, float epsilon, int64_t width, int tokens, float* out, int64_t out_stride, ActivationTiles quantized, Stream stream,
                  const FiniteCheck& check) {
-  if (width < 1 || tokens < 1) return "rms_norm: width and tokens must be positive";
+  if (width < 1 || width >= 1 << 24 || tokens < 1) return "rms_norm: width must be in 1..2^24 - 1, tokens positive";
   if ((out == nullptr) == (quantized.groups == nullptr)) return "rms_norm: one output, fp32 or quantised";
   if (quantized.groups && width % 32 != 0) return "rms_norm: the width of quantised output must be a multiple of 32";
-  return launch(rms_norm_kernel, static_cast<unsigned>(tokens), kPartials, (kPartials + 1) * 4, stream, x, x_stride, w, epsilon, width, out, out_stride, quantized, check);
+  // Whole warps, a group each in a pass or two.
+  const int threads = width < 2 * kPartials ? kPartials : width < kThreadsMax ? static_cast<int>(width) / 32 * 32 : kThreadsMax;
+  return launch(rms_norm_kernel, static_cast<unsigned>(tokens), static_cast<unsigned>(threads), (kPartials + 1) * 4, stream, x, x_stride, w, epsilon, static_cast<int>(width), out, out_stride, quantized, check);
 }
 
 }  // namespace shardmesh::cuda

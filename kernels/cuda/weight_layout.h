@@ -90,18 +90,20 @@ bool with_float_format(TensorType type, const Use& use) {
 struct alignas(8) LaneWords {
   uint32_t x, y;
 };
-struct ActivationGroup {
-  LaneWords q[32];   // lane l: word 0 is columns 4t.. of token g, word 1 is columns 16 + 4t..
-  float sa[8], ms[8];
-  int32_t sum[8];    // of q
+struct TokenScale {
+  float sa, ms;
 };
-static_assert(sizeof(ActivationGroup) == 352);
+struct alignas(16) ActivationGroup {
+  LaneWords q[32];   // lane l: word 0 is columns 4t.. of token g, word 1 is columns 16 + 4t..
+  TokenScale scale[8];
+};
+static_assert(sizeof(ActivationGroup) == 320);
 // int16 activations, q = 256 * high + low with both halves int8: `high.q` and `low` are the halves, the rest of `high` is that of the whole q.
 struct WideGroup {
   ActivationGroup high;
   LaneWords low[32];
 };
-static_assert(sizeof(WideGroup) == 608);
+static_assert(sizeof(WideGroup) == 576);
 // Activations rounded to bf16: 32 columns of 8 tokens, row after row, so that lane l finds columns 8t .. 8t+7 of token g at 16 l.
 struct Bf16Group {
   uint32_t x[8][16];  // pairs of columns

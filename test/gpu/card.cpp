@@ -1,5 +1,5 @@
 // machine.h and guarded.h of test/kernels/simt for a real card: the same test programs, linked with this file, run their kernels there.
-// Buffers are managed memory with marks before and behind them; a schedule means nothing, since the card has its own.
+// Buffers are host memory that the card reads and writes in place, with marks before and behind them; a schedule means nothing, since the card has its own.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -45,8 +45,8 @@ std::string finish() {
 GuardedBytes::GuardedBytes(const char* name, size_t bytes) : bytes_(bytes) {
   map_bytes_ = bytes + 2 * kMarkBytes;
   void* memory = nullptr;
-  if (cudaMallocManaged(&memory, map_bytes_) != cudaSuccess) {
-    std::fprintf(stderr, "no managed memory for %zu bytes of %s\n", bytes, name);
+  if (cudaHostAlloc(&memory, map_bytes_, cudaHostAllocMapped) != cudaSuccess) {
+    std::fprintf(stderr, "no mapped memory for %zu bytes of %s\n", bytes, name);
     std::abort();
   }
   map_ = static_cast<uint8_t*>(memory);
@@ -58,7 +58,7 @@ GuardedBytes::GuardedBytes(const char* name, size_t bytes) : bytes_(bytes) {
 
 GuardedBytes::~GuardedBytes() {
   cudaDeviceSynchronize();
-  cudaFree(map_);
+  cudaFreeHost(map_);
 }
 
 bool GuardedBytes::intact() const {

@@ -1,6 +1,7 @@
 // Speed of the CUDA kernels and of whole decode steps on a card, beside what the card does at most, measured in the same run. Without Node.
 //
-//   gpu_bench [--json FILE] [--tries N] [--quick] [--tiny] [FILE...]      FILE: exported models (step-*.jsonl) whose decode steps are measured
+//   gpu_bench [--json FILE] [--tries N] [--only PARTS] [--quick] [--tiny] [FILE...]      FILE: exported models (step-*.jsonl) whose decode steps are measured
+//     --only PARTS  of products, attention, others, steps, with commas
 //     --quick     one format, fewer batches
 //     --tiny      shapes for the emulated machine: shows that it runs, measures nothing
 //     --floors    prints the floors' names and limits, needs no card
@@ -40,7 +41,7 @@ using cuda::Stream;
 namespace {
 
 struct Options {
-  std::string json, tune, tuning;  // tuning: the file's text
+  std::string json, tune, tuning, only = "products,attention,others,steps";  // tuning: the file's text
   int tries = 9;
   bool quick = false, tiny = false, floors = false, memory = false;
   std::vector<std::string> models;
@@ -370,10 +371,10 @@ void Bench::others() {
     const double rows = T;
     const auto h = static_cast<double>(H), f = static_cast<double>(F);
     const auto what = [&](const char* of, int64_t width) { return text("%s, %d x %lld", of, T, static_cast<long long>(width)); };
-    row({"other", what("norm, quantised", H), 0, rows * h * (4 + 352.0 / 256), 0, Limit::None, ""}, [&] {
+    row({"other", what("norm, quantised", H), 0, rows * h * (4 + 320.0 / 256), 0, Limit::None, ""}, [&] {
       return time_us(count, options_.tries, [&](int, Stream s) { return cuda::rms_norm(x.as<float>(), H, w.as<float>(), 1e-5f, H, T, nullptr, 0, quantized, s); });
     });
-    row({"other", what("gated activation, quantised", F), 0, rows * f * (8 + 352.0 / 256), 0, Limit::None, ""}, [&] {
+    row({"other", what("gated activation, quantised", F), 0, rows * f * (8 + 320.0 / 256), 0, Limit::None, ""}, [&] {
       return time_us(count, options_.tries, [&](int, Stream s) { return cuda::gated_activation(gate.as<float>(), F, x.as<float>(), F, F, T, 0, nullptr, 0, quantized, s); });
     });
     row({"other", what("end of a reduction, 2 nodes", H), 0, rows * h * 16, 0, Limit::None, ""}, [&] {
@@ -388,9 +389,13 @@ void Bench::others() {
     if (T > 32) continue;
     const Memory settings = on_card(std::vector<cuda::HeadRow>(static_cast<size_t>(T), {0.8f, 1, 2}));
     Memory best(Place::Card, static_cast<size_t>(T) * sizeof(cuda::Candidate), "the benchmark"), maximum(Place::Card, static_cast<size_t>(T) * 4, "the benchmark");
+    const size_t part_count = static_cast<size_t>(T) * cuda::head_part_count(V);
+    Memory candidates(Place::Card, part_count * sizeof(cuda::Candidate), "the benchmark"), maxima(Place::Card, part_count * 4, "the benchmark");
+    const Memory arrivals = on_card(std::vector<uint32_t>(static_cast<size_t>(T), 0));
+    const cuda::HeadParts parts{candidates.as<cuda::Candidate>(), maxima.as<float>(), arrivals.as<uint32_t>()};
     row({"other", text("best candidates, %d x %lld", T, static_cast<long long>(V)), 0, 4.0 * T * static_cast<double>(V), 0, Limit::None, ""}, [&] {
       return time_us(count, options_.tries,
-                     [&](int, Stream s) { return cuda::head_candidates(logits.as<float>(), V, T, V, 0, settings.as<cuda::HeadRow>(), best.as<cuda::Candidate>(), maximum.as<float>(), s); });
+                     [&](int, Stream s) { return cuda::head_candidates(logits.as<float>(), V, T, V, 0, settings.as<cuda::HeadRow>(), best.as<cuda::Candidate>(), maximum.as<float>(), parts, s); });
     });
   }
 }
@@ -743,11 +748,12 @@ Options parse(int argc, char** argv) {
     else if (given == "--tries") options.tries = std::stoi(value());
     else if (given == "--tune") options.tune = value();
     else if (given == "--tuning") options.tuning = text_of_file(value());
+    else if (given == "--only") options.only = value();
     else if (given == "--quick") options.quick = true;
     else if (given == "--tiny") options.tiny = true;
     else if (given == "--floors") options.floors = true;
     else if (given == "--memory") options.memory = true;
-    else if (given[0] == '-') throw std::runtime_error("unknown option " + given + "; options: --json FILE --tries N --quick --tiny --floors --tune FILE --tuning FILE");
+    else if (given[0] == '-') throw std::runtime_error("unknown option " + given + "; options: --json FILE --tries N --only PARTS --quick --tiny --floors --tune FILE --tuning FILE");
     else options.models.push_back(given);
   }
   if (options.tries < 1) throw std::runtime_error("--tries must be above 0");
@@ -783,10 +789,11 @@ int main(int argc, char** argv) {
         return 0;
       }
       bench.ceilings();
-      bench.products();
-      bench.attention();
-      bench.others();
-      bench.steps();
+      const auto wanted = [&](const char* part) { return ("," + options.only + ",").find(std::string(",") + part + ",") != std::string::npos; };
+      if (wanted("products")) bench.products();
+      if (wanted("attention")) bench.attention();
+      if (wanted("others")) bench.others();
+      if (wanted("steps")) bench.steps();
     }
     hold_floors(&report);
     report.print_floors();

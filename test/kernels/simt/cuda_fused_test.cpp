@@ -155,9 +155,7 @@ std::string tree_and_norm(int tokens, size_t type, uint64_t seed) {
       const int row = static_cast<int>(g / (width / 32)) * cuda::kTileTokens + t;
       if (row < first || row >= first + tokens) continue;
       for (int lane = 4 * t; lane < 4 * t + 4; lane++) to[g].q[lane] = from[g].q[lane];
-      to[g].sa[t] = from[g].sa[t];
-      to[g].ms[t] = from[g].ms[t];
-      to[g].sum[t] = from[g].sum[t];
+      to[g].scale[t] = from[g].scale[t];
     }
   return first_of({problem, simt::difference(want_residual.values(), found_residual), simt::difference(want, found), simt::difference(std::vector<uint32_t>(1, 0), arrivals)});
 }

@@ -404,6 +404,14 @@ SIMT_MMA(mma_s8s8_k16, int, 2, 1, (simt::mma_k16_bytes<int8_t, int8_t>))
 SIMT_MMA(mma_f16_k16, float, 4, 2, (simt::mma_k16<half_to_float>))
 SIMT_MMA(mma_bf16_k16, float, 4, 2, (simt::mma_k16<bfloat_to_float>))
 #undef SIMT_MMA
+inline void mma_s8s8_k32_onto(int (&d)[4], const int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SIMT_SITE) {
+  for (int i = 0; i < 4; i++) d[i] = c[i];
+  mma_s8s8_k32(d, a, b, site);
+}
+inline void mma_u8s8_k32_onto(int (&d)[4], const int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SIMT_SITE) {
+  for (int i = 0; i < 4; i++) d[i] = c[i];
+  mma_u8s8_k32(d, a, b, site);
+}
 
 template <int count, bool transposed = false>
 void load_matrix(uint32_t (&registers)[count], const void* shared_row, SIMT_SITE) {

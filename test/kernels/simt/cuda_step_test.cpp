@@ -293,7 +293,7 @@ std::string compare_attention(const Shape& shape, Values values, const cuda::Spl
   Random same = random;
   const Scene whole(shape, true, random), scene(shape, false, same);  // one seed: the same block tables
   const int D = shape.head_size, heads = static_cast<int>(shape.kv_head.size());
-  const int64_t kv_stride = scene.layout.heads * D, q_stride = heads * D + 4, out_stride = heads * D + 3;
+  const int64_t kv_stride = scene.layout.heads * D, q_stride = heads * D + 4, out_stride = heads * D + 8;
   std::vector<uint8_t> pool = scene.fresh_pool(random);
   {
     const std::vector<float> k = make_activations(static_cast<size_t>(kv_stride * whole.rows.tokens), values, random);
@@ -496,7 +496,7 @@ std::string check_finite_keys_and_values() {
 // ---------------------------------------------------------------- head
 
 std::string check_candidates() {
-  constexpr int kRows = 3, kCount = 1500, kStride = 1501, kFirst = 2048;
+  constexpr int kRows = 3, kCount = 9500, kStride = 9501, kFirst = 2048;  // three parts, the last one not whole
   Random random(77);
   std::vector<float> logits(kRows * kStride);
   for (float& x : logits) x = static_cast<float>(static_cast<int>(random.below(64)) - 32) * 0.25f;  // many ties
@@ -507,8 +507,11 @@ std::string check_candidates() {
   }
   const Guarded<float> x("logits", logits), maximum("maximum", kRows);
   const Guarded<cuda::HeadRow> rows("settings", settings);
-  const Guarded<cuda::Candidate> best("best", kRows);
-  if (const char* problem = cuda::head_candidates(x.data(), kStride, kRows, kCount, kFirst, rows.data(), best.data(), maximum.data(), nullptr)) return failed(problem);
+  const Guarded<cuda::Candidate> best("best", kRows), part_candidates("candidates of parts", kRows * cuda::head_part_count(kCount));
+  const Guarded<float> part_maxima("maxima of parts", kRows * cuda::head_part_count(kCount));
+  const Guarded<uint32_t> arrivals("arrivals", std::vector<uint32_t>(kRows, 0));
+  const cuda::HeadParts parts{part_candidates.data(), part_maxima.data(), arrivals.data()};
+  if (const char* problem = cuda::head_candidates(x.data(), kStride, kRows, kCount, kFirst, rows.data(), best.data(), maximum.data(), parts, nullptr)) return failed(problem);
   if (const std::string problem = simt::finish(); !problem.empty()) return problem;
   for (int r = 0; r < kRows; r++) {
     const cuda::HeadRow& row = settings[static_cast<size_t>(r)];
@@ -526,7 +529,7 @@ std::string check_candidates() {
   // A value that is not finite, wherever it stands, leaves its row without a token, and no other row.
   for (const float bad : {NAN, INFINITY, -INFINITY}) {
     x.data()[kStride + 700] = bad;
-    if (const char* problem = cuda::head_candidates(x.data(), kStride, kRows, kCount, kFirst, rows.data(), best.data(), maximum.data(), nullptr)) return failed(problem);
+    if (const char* problem = cuda::head_candidates(x.data(), kStride, kRows, kCount, kFirst, rows.data(), best.data(), maximum.data(), parts, nullptr)) return failed(problem);
     if (const std::string problem = simt::finish(); !problem.empty()) return problem;
     if (best.data()[1].token != -1 || best.data()[0].token < kFirst || best.data()[2].token < kFirst) return "a row that is not finite has a token, or another row has none; ";
   }
