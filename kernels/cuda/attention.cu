@@ -1,6 +1,6 @@
 // Attention over the paged int8 cache, decode and prefill.        Online softmax: Milakov & Gimelshein 2018; the arithmetic: ARCHITECTURE.md
 //   q [T, heads * D] fp32 after rope    cache: kernels/include/kernel_set.h, int8 K    out [T, heads * D] fp32
-// A piece of work is up to 16 pairs (row, query head) that share a sequence and a KV head, rows of an mma. So the query heads of a group share each load of K and V,
+// A piece of work is up to 64 pairs (row, query head) that share a sequence and a KV head, rows of an mma. So the query heads of a group share each load of K and V,
 // and so do the rows of a prefill chunk. Work is a list in device memory that a fixed grid walks: no launch depends on contexts.
 //
 // One step is 64 keys, four subblocks of 16. g = lane / 4, t = lane % 4; a lane has rows g and g + 8, or g alone (`rows`) in pieces of one span, which have 8 pairs.
@@ -8,8 +8,8 @@
 //           after them lane t holds keys 4t .. 4t + 3, which is what the second product wants of it: nothing moves between lanes.
 //   values  A: softmax weights u8, B: V words of four tokens. Column g of product n stands for value 4g + n of 32: four products read 16 bytes a lane.
 // Decode splits a context: a piece is one span of 256 positions, a block of four warps takes one, each warp a step of it. Steps meet twice in shared memory: their maxima,
-// then their sums, which are folded in order. attention_join folds the spans, or, in steps of few rows, whichever piece comes last. In prefill a piece is all spans of its rows
-// and one warp's, which folds them in the same order; the warps of a block take pieces side by side in the list, whose K and V are the same.
+// then their sums, which are folded in order. attention_join folds the spans, or, in steps of few rows, whichever piece comes last. In prefill a piece is all spans of up to 64
+// pairs, 16 a warp, which folds them in the same order. K and V come through shared memory: a span's whole, a prefill's step by step, one ahead.
 // A cache with f16 in it is for attention_f16.cu.
 // Limits: D = 32, 64, 96, 128 or 256; strides of q and out multiples of 4, both 16-byte aligned.
 #include "arrivals.cuh"
@@ -40,23 +40,53 @@ struct PieceRows {
   int all_from, all_to;             // keys that every row of the piece sees
 };
 
+// Pairs [first, first + 8 * rows) of a piece that has more than `first`.
 template <int rows>
-__device__ __forceinline__ PieceRows<rows> rows_of(const AttentionStep& step, const AttentionWork& work, const HeadRun& run, int lane) {
+__device__ __forceinline__ PieceRows<rows> rows_of(const AttentionStep& step, const AttentionWork& work, const HeadRun& run, int first, int lane) {
   PieceRows<rows> of;
   for (int i = 0; i < rows; i++) {
-    const int index = lane / 4 + 8 * i, row = index / run.count;
+    const int index = first + lane / 4 + 8 * i, row = index / run.count;
     const bool exists = row < work.rows;
     of.row[i] = exists ? work.row + row : -1;
     of.head[i] = run.first + index % run.count;
     of.position[i] = exists ? step.rows.positions[work.row + row] : -1;
     of.oldest[i] = oldest_key(of.position[i], step.window);
   }
-  const int first = step.rows.positions[work.row], last = step.rows.positions[work.row + work.rows - 1];
-  of.lowest = oldest_key(first, step.window);
-  of.highest = last;
-  of.all_from = oldest_key(last, step.window);
-  of.all_to = first;
+  const int nearest = step.rows.positions[work.row + first / run.count], farthest = step.rows.positions[work.row + min(work.rows - 1, (first + 8 * rows - 1) / run.count)];
+  of.lowest = oldest_key(nearest, step.window);
+  of.highest = farthest;
+  of.all_from = oldest_key(farthest, step.window);
+  of.all_to = nearest;
   return of;
+}
+
+// A step's K, V and scales in shared memory, as they lie in the cache, subblock after subblock: all K, then all V, whose rows are 32 bytes farther apart so that the lanes of a
+// load find different banks, then scales of keys and values. Where no row of a piece has a key anything may be: it meets weights of 0.
+template <int D, int dims>
+struct StepPlace {
+  static constexpr int key_bytes = 16 * D, value_row = 4 * dims + 32, value_bytes = 4 * value_row, scale_bytes = 128;
+  static constexpr int values = kSubblocks * key_bytes, scales = values + kSubblocks * value_bytes, bytes = scales + kSubblocks * scale_bytes;
+};
+
+// Asks for subblocks [first, first + count) of the step at `base`, of those that some of the keys lowest..highest are in. A warp calls it.
+template <int D, int dims>
+__device__ __forceinline__ void copy_step(const AttentionStep& step, const int32_t* table, int kv_head, int base, int lowest, int highest, int first_dim, int first, int count, uint8_t* place, int lane) {
+  using At = StepPlace<D, dims>;
+#pragma unroll
+  for (int b = first; b < first + count; b++) {
+    const int from = base + 16 * b;
+    if (from > highest || from + 16 <= lowest) continue;  // its block may not exist
+    const uint8_t* subblock = step.cache + subblock_offset(step.layout, table, from, kv_head);
+#pragma unroll
+    for (int i = 0; i < D / 32; i++) copy_async<16>(place + b * At::key_bytes + (32 * i + lane) * 16, subblock + (32 * i + lane) * 16);
+    const uint8_t* values = subblock + At::key_bytes + first_dim * 4;
+#pragma unroll
+    for (int i = 0; i < dims / 32; i++) {
+      const int piece = 32 * i + lane, row = piece / (dims / 4), at = piece % (dims / 4) * 16;
+      copy_async<16>(place + At::values + b * At::value_bytes + row * At::value_row + at, values + row * D * 4 + at);
+    }
+    if (lane < At::scale_bytes / 16) copy_async<16>(place + At::scales + b * At::scale_bytes + lane * 16, subblock + 2 * At::key_bytes + lane * 16);
+  }
 }
 
 // q of the lane's rows as operand A: chunk c is values 32 c and up. scale[i] = rn(amax / 127 * step.scale).
@@ -90,47 +120,33 @@ template <int rows>
 struct StepScores {
   float s[rows][kSubblocks][4];
   float largest[rows];  // of the row's unmasked scores, in its four lanes
-  const uint8_t* subblock[kSubblocks];  // null where no row of the piece has a key: such slots may hold anything, and their blocks may not exist
 };
 
 // masked: some row of the piece does not see all of the keys.
-template <int D, int rows, bool masked>
-__device__ __forceinline__ void score_keys(const AttentionStep& step, const PieceRows<rows>& of, const int32_t* table, int kv_head, int base, int lane, const uint32_t (&q)[D / 32][4],
-                                           const float (&q_scale)[rows], StepScores<rows>& scores) {
+template <int D, int dims, int rows, bool masked>
+__device__ __forceinline__ void score_keys(const PieceRows<rows>& of, const uint8_t* place, int base, int lane, const uint32_t (&q)[D / 32][4], const float (&q_scale)[rows], StepScores<rows>& scores) {
+  using At = StepPlace<D, dims>;
   const int g = lane / 4, t = lane % 4;
   constexpr int bias[4] = {kBiasBits, kBiasBits, kBiasBits, kBiasBits};
-#pragma unroll
-  for (int b = 0; b < kSubblocks; b++) {
-    const int from = base + 16 * b;
-    const bool some = !masked || (from <= of.highest && from + 16 > of.lowest);
-    scores.subblock[b] = some ? step.cache + subblock_offset(step.layout, table, from, kv_head) : nullptr;
-  }
 #pragma unroll
   for (int r = 0; r < rows; r++) scores.largest[r] = kNegativeInfinity;
 #pragma unroll
   for (int b = 0; b < kSubblocks; b++) {
     int dot[2][4];
-    float4 scale = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (!masked || scores.subblock[b]) {  // the same for the whole warp
-      const uint2* keys = reinterpret_cast<const uint2*>(scores.subblock[b]) + g;
-      uint2 k[D / 16];
+    const uint2* keys = reinterpret_cast<const uint2*>(place + b * At::key_bytes) + g;
 #pragma unroll
-      for (int c = 0; c < D / 16; c++) k[c] = keys[(4 * c + t) * 8];
-#pragma unroll
-      for (int c = 0; c < D / 32; c++) {
-        const uint32_t first[2] = {k[2 * c].x, k[2 * c + 1].x}, second[2] = {k[2 * c].y, k[2 * c + 1].y};
-        if (c == 0) {
-          mma_s8s8_k32_onto(dot[0], bias, q[c], first);
-          mma_s8s8_k32_onto(dot[1], bias, q[c], second);
-        } else {
-          mma_s8s8_k32(dot[0], q[c], first);
-          mma_s8s8_k32(dot[1], q[c], second);
-        }
+    for (int c = 0; c < D / 32; c++) {
+      const uint2 near = keys[(8 * c + t) * 8], far = keys[(8 * c + 4 + t) * 8];
+      const uint32_t first[2] = {near.x, far.x}, second[2] = {near.y, far.y};
+      if (c == 0) {
+        mma_s8s8_k32_onto(dot[0], bias, q[c], first);
+        mma_s8s8_k32_onto(dot[1], bias, q[c], second);
+      } else {
+        mma_s8s8_k32(dot[0], q[c], first);
+        mma_s8s8_k32(dot[1], q[c], second);
       }
-      scale = *reinterpret_cast<const float4*>(scores.subblock[b] + step.layout.key_bytes + step.layout.value_bytes + 16 * t);
-    } else {
-      for (int i = 0; i < 4; i++) dot[0][i] = dot[1][i] = kBiasBits;
     }
+    const float4 scale = *reinterpret_cast<const float4*>(place + At::scales + b * At::scale_bytes + 16 * t);
     const float scale_of[4] = {scale.x, scale.y, scale.z, scale.w};
 #pragma unroll
     for (int r = 0; r < rows; r++)
@@ -149,15 +165,14 @@ __device__ __forceinline__ void score_keys(const AttentionStep& step, const Piec
 
 // Softmax weights times value scales as bytes, for the second product. m: the largest score so far, of the row. sum: of the weights; unit: what one of a byte stands for, 0 where the
 // row gets no values.
-template <int rows, bool masked>
-__device__ __forceinline__ void weigh_keys(const AttentionStep& step, const PieceRows<rows>& of, int base, int lane, const float (&m)[rows], const bool (&active)[rows], StepScores<rows>& scores,
+template <int D, int dims, int rows, bool masked>
+__device__ __forceinline__ void weigh_keys(const PieceRows<rows>& of, const uint8_t* place, int base, int lane, const float (&m)[rows], const bool (&active)[rows], StepScores<rows>& scores,
                                            uint32_t (&u)[kSubblocks][2], float (&sum)[rows], float (&unit)[rows]) {
   const int t = lane % 4;
   float scale_of[kSubblocks][4];
 #pragma unroll
   for (int b = 0; b < kSubblocks; b++) {
-    float4 scale = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (!masked || scores.subblock[b]) scale = *reinterpret_cast<const float4*>(scores.subblock[b] + step.layout.key_bytes + step.layout.value_bytes + 64 + 16 * t);
+    const float4 scale = *reinterpret_cast<const float4*>(place + StepPlace<D, dims>::scales + b * StepPlace<D, dims>::scale_bytes + 64 + 16 * t);
     scale_of[b][0] = scale.x;
     scale_of[b][1] = scale.y;
     scale_of[b][2] = scale.z;
@@ -202,13 +217,13 @@ __device__ __forceinline__ void weigh_keys(const AttentionStep& step, const Piec
   }
 }
 
-// The four words of V that a lane has of a subblock's values [first, first + 32).
-__device__ __forceinline__ uint4 value_words(const AttentionStep& step, const uint8_t* subblock, int D, int first, int lane) {
-  return *reinterpret_cast<const uint4*>(subblock + step.layout.key_bytes + (lane % 4 * D + first + lane / 4 * 4) * 4);
-}
-
-// Values times bytes of weights: bits of kBias + the sum of row r at value first + 8t + 4e + n in sum[n][2r + e].
-__device__ __forceinline__ void weigh_values(const uint4 (&v)[kSubblocks], const uint32_t (&u)[kSubblocks][2], int (&sum)[4][4]) {
+// Values [32 d, 32 d + 32) of the step times bytes of weights: bits of kBias + the sum of row r at value 32 d + 8t + 4e + n in sum[n][2r + e].
+template <int D, int dims>
+__device__ __forceinline__ void weigh_values(const uint8_t* place, int d, int lane, const uint32_t (&u)[kSubblocks][2], int (&sum)[4][4]) {
+  using At = StepPlace<D, dims>;
+  uint4 v[kSubblocks];
+#pragma unroll
+  for (int b = 0; b < kSubblocks; b++) v[b] = *reinterpret_cast<const uint4*>(place + At::values + b * At::value_bytes + lane % 4 * At::value_row + 128 * d + lane / 4 * 16);
   constexpr int bias[4] = {kBiasBits, kBiasBits, kBiasBits, kBiasBits};
   const uint32_t a0[4] = {u[0][0], u[0][1], u[1][0], u[1][1]}, a1[4] = {u[2][0], u[2][1], u[3][0], u[3][1]};
   const auto add = [&](int n, uint32_t v0, uint32_t v1, uint32_t v2, uint32_t v3) {
@@ -221,46 +236,35 @@ __device__ __forceinline__ void weigh_values(const uint4 (&v)[kSubblocks], const
   add(2, v[0].z, v[1].z, v[2].z, v[3].z);
   add(3, v[0].w, v[1].w, v[2].w, v[3].w);
 }
-template <bool masked, int rows>
-__device__ __forceinline__ void load_values(const AttentionStep& step, const StepScores<rows>& scores, int D, int first, int lane, uint4 (&v)[kSubblocks]) {
-#pragma unroll
-  for (int b = 0; b < kSubblocks; b++) v[b] = !masked || scores.subblock[b] ? value_words(step, scores.subblock[b], D, first, lane) : make_uint4(0, 0, 0, 0);
-}
-
 __device__ __forceinline__ bool sees_none(int base, int oldest, int position) { return max(base, oldest) >= min(base + kStep, position + 1); }
 
 // ---------------------------------------------------------------- one span a block
 
-// In shared memory: of each step and row its maximum, factor of what came before, sum of weights and unit, then its sums of values.
-template <int dims>
-constexpr int kValuesStride = dims + 4;  // floats of a row; 4 more keep the rows of a store on different banks
+// What a row's step leaves in shared memory for the fold: maximum, factor of what came before, sum of weights and unit, [step][row]; behind them the places of the steps, where
+// sums of values take the place of keys.
 constexpr int kStepFloats = 4 * kWarps * kSplitPairsMax;
 template <int dims>
-constexpr size_t kSpanBytes = (kStepFloats + kWarps * kSplitPairsMax * kValuesStride<dims>) * 4 + 16;
-
-// What a row's step leaves in shared memory beside its sums of values.
+constexpr int kValuesStride = dims + 4;  // floats of a row; 4 more keep the rows of a store on different banks
+template <int D, int dims>
+constexpr size_t kSpanBytes = 16 + kStepFloats * 4 + kWarps * StepPlace<D, dims>::bytes;
 struct StepFacts {
-  float *maxima, *factors, *sums, *units;  // [step][row]
-  float* values;                           // [step][row][kValuesStride]
+  float *maxima, *factors, *sums, *units;
 };
 __device__ __forceinline__ StepFacts facts_in(float* shared) {
   constexpr int each = kWarps * kSplitPairsMax;
-  return {shared, shared + each, shared + 2 * each, shared + 3 * each, shared + kStepFloats};
+  return {shared, shared + each, shared + 2 * each, shared + 3 * each};
 }
-
-constexpr int kHeld = 2;  // of V, parts of 32 values that are asked for before the steps meet; registers allow no more
 
 // A warp's step behind the meeting of maxima.
 template <int D, int dims, bool masked>
-__device__ __forceinline__ void finish_step_of_span(const AttentionStep& step, const PieceRows<1>& of, int base, int first_dim, StepScores<1>& scores, uint4 (&v)[kHeld][kSubblocks],
-                                                    const StepFacts& facts) {
+__device__ __forceinline__ void finish_step_of_span(const PieceRows<1>& of, uint8_t* place, int base, StepScores<1>& scores, const StepFacts& facts) {
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32), g = lane / 4, t = lane % 4, at = warp * kSplitPairsMax + g;
   float before = kNegativeInfinity, sum[1], unit[1];
   for (int w = 0; w < warp; w++) before = fmaxf(before, facts.maxima[w * kSplitPairsMax + g]);
   const float m[1] = {fmaxf(before, scores.largest[0])};
   const bool active[1] = {!masked || !sees_none(base, of.oldest[0], of.position[0])};
   uint32_t u[kSubblocks][2];
-  weigh_keys<1, masked>(step, of, base, lane, m, active, scores, u, sum, unit);
+  weigh_keys<D, dims, 1, masked>(of, place, base, lane, m, active, scores, u, sum, unit);
   if (t == 0) {
     facts.factors[at] = active[0] && m[0] > before ? exp_not_positive(__fsub_rn(before, m[0])) : 1.0f;
     facts.sums[at] = active[0] ? sum[0] : 0.0f;
@@ -269,11 +273,10 @@ __device__ __forceinline__ void finish_step_of_span(const AttentionStep& step, c
 #pragma unroll
   for (int d = 0; d < dims / 32; d++) {
     int sum_of[4][4];
-    if (d >= kHeld) load_values<masked>(step, scores, D, first_dim + 32 * d, lane, v[d % kHeld]);
-    weigh_values(v[d % kHeld], u, sum_of);
+    weigh_values<D, dims>(place, d, lane, u, sum_of);
 #pragma unroll
     for (int e = 0; e < 2; e++)
-      *reinterpret_cast<float4*>(facts.values + at * kValuesStride<dims> + 32 * d + 8 * t + 4 * e) =
+      *reinterpret_cast<float4*>(reinterpret_cast<float*>(place) + g * kValuesStride<dims> + 32 * d + 8 * t + 4 * e) =
           make_float4(__fadd_rn(__int_as_float(sum_of[0][e]), -kBias), __fadd_rn(__int_as_float(sum_of[1][e]), -kBias), __fadd_rn(__int_as_float(sum_of[2][e]), -kBias),
                       __fadd_rn(__int_as_float(sum_of[3][e]), -kBias));
   }
@@ -285,27 +288,29 @@ __device__ __forceinline__ void attend_span(const AttentionStep& step, const Att
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32), g = lane / 4, t = lane % 4, first_dim = static_cast<int>(blockIdx.y) * dims;
   const HeadRun run = step.runs[work.run];
   const StepFacts facts = facts_in(shared);
-  const PieceRows<1> of = rows_of<1>(step, work, run, lane);
+  const PieceRows<1> of = rows_of<1>(step, work, run, 0, lane);
+  uint8_t* place = reinterpret_cast<uint8_t*>(shared + kStepFloats) + warp * StepPlace<D, dims>::bytes;
   const int base = work.span * kSpan + warp * kStep;
   const bool some = base <= of.highest && base + kStep > of.lowest, all = base >= of.all_from && base + kStep <= of.all_to + 1;  // the same for the whole warp
-  uint4 v[kHeld][kSubblocks];
   StepScores<1> scores;
   scores.largest[0] = kNegativeInfinity;
   if (some) {
     const int32_t* table = step.rows.block_tables + step.rows.block_offsets[step.rows.row_sequence[work.row]];
+    copy_step<D, dims>(step, table, run.kv_head, base, of.lowest, of.highest, first_dim, 0, kSubblocks, place, lane);
+    commit_copies();
     uint32_t q[D / 32][4];
     float q_scale[1];
     quantize_query<D, 1>(step, of, lane, q, q_scale);
-    if (all) score_keys<D, 1, false>(step, of, table, run.kv_head, base, lane, q, q_scale, scores);
-    else score_keys<D, 1, true>(step, of, table, run.kv_head, base, lane, q, q_scale, scores);
-#pragma unroll
-    for (int d = 0; d < kHeld && d < dims / 32; d++) load_values<true>(step, scores, D, first_dim + 32 * d, lane, v[d]);
+    wait_copies<0>();
+    __syncwarp();
+    if (all) score_keys<D, dims, 1, false>(of, place, base, lane, q, q_scale, scores);
+    else score_keys<D, dims, 1, true>(of, place, base, lane, q, q_scale, scores);
   }
   if (t == 0) facts.maxima[warp * kSplitPairsMax + g] = scores.largest[0];
   __syncthreads();
   if (some) {
-    if (all) finish_step_of_span<D, dims, false>(step, of, base, first_dim, scores, v, facts);
-    else finish_step_of_span<D, dims, true>(step, of, base, first_dim, scores, v, facts);
+    if (all) finish_step_of_span<D, dims, false>(of, place, base, scores, facts);
+    else finish_step_of_span<D, dims, true>(of, place, base, scores, facts);
   } else if (t == 0) {
     facts.factors[warp * kSplitPairsMax + g] = 1.0f;
     facts.sums[warp * kSplitPairsMax + g] = facts.units[warp * kSplitPairsMax + g] = 0.0f;
@@ -323,7 +328,7 @@ __device__ __forceinline__ void attend_span(const AttentionStep& step, const Att
       const float factor = facts.factors[at], unit = facts.units[at];
       o = make_float4(__fmul_rn(o.x, factor), __fmul_rn(o.y, factor), __fmul_rn(o.z, factor), __fmul_rn(o.w, factor));
       if (unit == 0.0f) continue;
-      const float4 v = *reinterpret_cast<const float4*>(facts.values + at * kValuesStride<dims> + d);
+      const float4 v = *reinterpret_cast<const float4*>(reinterpret_cast<const float*>(reinterpret_cast<const uint8_t*>(shared + kStepFloats) + w * StepPlace<D, dims>::bytes) + pair * kValuesStride<dims> + d);
       o = make_float4(__fmaf_rn(v.x, unit, o.x), __fmaf_rn(v.y, unit, o.y), __fmaf_rn(v.z, unit, o.z), __fmaf_rn(v.w, unit, o.w));
     }
     float* partial = step.partials + (static_cast<int64_t>(step.first_slot[row] + work.span - oldest / kSpan) * step.heads + head) * (D + 2);
@@ -343,9 +348,9 @@ __device__ __forceinline__ void attend_span(const AttentionStep& step, const Att
   __syncthreads();  // before the next piece
 }
 
-// ---------------------------------------------------------------- all spans a warp
+// ---------------------------------------------------------------- all spans a block
 
-// What a lane has of its rows' running softmax: maximum and sum, and of the values sums [n][2r + e] of each 32, as weigh_values() has them.
+// What a lane has of its rows' running softmax in a span: maximum and sum, and of the values sums [n][2r + e] of each 32, as weigh_values() has them.
 template <int dims>
 struct Softmax {
   float m[2], l[2];
@@ -353,10 +358,9 @@ struct Softmax {
 };
 
 template <int D, int dims, bool masked>
-__device__ __forceinline__ void attend_step(const AttentionStep& step, const PieceRows<2>& of, const int32_t* table, int kv_head, int base, int first_dim, int lane, const uint32_t (&q)[D / 32][4],
-                                            const float (&q_scale)[2], Softmax<dims>& state) {
+__device__ __forceinline__ void attend_step(const PieceRows<2>& of, const uint8_t* place, int base, int lane, const uint32_t (&q)[D / 32][4], const float (&q_scale)[2], Softmax<dims>& state) {
   StepScores<2> scores;
-  score_keys<D, 2, masked>(step, of, table, kv_head, base, lane, q, q_scale, scores);
+  score_keys<D, dims, 2, masked>(of, place, base, lane, q, q_scale, scores);
   float m[2], sum[2], unit[2];
   bool active[2];
 #pragma unroll
@@ -375,16 +379,14 @@ __device__ __forceinline__ void attend_step(const AttentionStep& step, const Pie
     }
   }
   uint32_t u[kSubblocks][2];
-  weigh_keys<2, masked>(step, of, base, lane, m, active, scores, u, sum, unit);
+  weigh_keys<D, dims, 2, masked>(of, place, base, lane, m, active, scores, u, sum, unit);
 #pragma unroll
   for (int r = 0; r < 2; r++)
     if (active[r]) state.l[r] = __fadd_rn(state.l[r], sum[r]);
 #pragma unroll
   for (int d = 0; d < dims / 32; d++) {
-    uint4 v[kSubblocks];
     int sum_of[4][4];
-    load_values<masked>(step, scores, D, first_dim + 32 * d, lane, v);
-    weigh_values(v, u, sum_of);
+    weigh_values<D, dims>(place, d, lane, u, sum_of);
 #pragma unroll
     for (int n = 0; n < 4; n++)
 #pragma unroll
@@ -393,70 +395,102 @@ __device__ __forceinline__ void attend_step(const AttentionStep& step, const Pie
   }
 }
 
-// total: of the spans before, this warp's place in shared memory: value i of a lane at total[32 i + lane].
-template <int D, int dims>
-__device__ __forceinline__ void attend(const AttentionStep& step, const AttentionWork& work, float* total) {
-  const int lane = static_cast<int>(threadIdx.x % 32), t = lane % 4, first_dim = static_cast<int>(blockIdx.y) * dims;
-  const HeadRun run = step.runs[work.run];
-  const PieceRows<2> of = rows_of<2>(step, work, run, lane);
-  const int32_t* table = step.rows.block_tables + step.rows.block_offsets[step.rows.row_sequence[work.row]];
-  uint32_t q[D / 32][4];
-  float q_scale[2];
-  quantize_query<D, 2>(step, of, lane, q, q_scale);
+// What a warp's rows have of the spans before: values in shared memory, value i of a lane at values[32 i + lane].
+struct SpansBefore {
+  float* values;
+  float m[2], l[2];
+  bool started[2];
+};
 
-  Softmax<dims> state;
-  float total_m[2] = {0.0f, 0.0f}, total_l[2] = {0.0f, 0.0f};
-  bool started[2] = {false, false};
-  for (int span = of.lowest / kSpan; span <= of.highest / kSpan; span++) {
-    for (int r = 0; r < 2; r++) {
-      state.m[r] = kNegativeInfinity;
-      state.l[r] = 0.0f;
+// Folds a span that has ended into those before; behind a row's last one its result is written.
+template <int D, int dims>
+__device__ __forceinline__ void fold_span(const AttentionStep& step, const PieceRows<2>& of, int span, int first_dim, int lane, const Softmax<dims>& state, SpansBefore& before) {
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    if (of.row[r] < 0 || span < of.oldest[r] / kSpan || span > of.position[r] / kSpan) continue;  // no key of this row
+    const bool last = span == of.position[r] / kSpan;
+    float a = 0.0f, b = 1.0f, inverse = 1.0f;
+    if (before.started[r]) {
+      const float larger_m = larger(before.m[r], state.m[r]);
+      a = exp_fixed(__fsub_rn(before.m[r], larger_m));
+      b = exp_fixed(__fsub_rn(state.m[r], larger_m));
+      before.l[r] = __fadd_rn(__fmul_rn(before.l[r], a), __fmul_rn(state.l[r], b));
+      before.m[r] = larger_m;
+    } else {
+      before.l[r] = state.l[r];
+      before.m[r] = state.m[r];
     }
+    if (last) inverse = __fdiv_rn(1.0f, before.l[r]);
+    float* out = step.out + of.row[r] * step.out_stride + of.head[r] * D + first_dim + 8 * (lane % 4);
 #pragma unroll
     for (int d = 0; d < dims / 32; d++)
 #pragma unroll
-      for (int n = 0; n < 4; n++)
+      for (int e = 0; e < 2; e++) {
+        float y[4];
 #pragma unroll
-        for (int i = 0; i < 4; i++) state.o[d][n][i] = 0.0f;
-    for (int base = span * kSpan; base < (span + 1) * kSpan; base += kStep) {
-      if (base > of.highest || base + kStep <= of.lowest) continue;
-      if (base >= of.all_from && base + kStep <= of.all_to + 1) attend_step<D, dims, false>(step, of, table, run.kv_head, base, first_dim, lane, q, q_scale, state);
-      else attend_step<D, dims, true>(step, of, table, run.kv_head, base, first_dim, lane, q, q_scale, state);
-    }
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      if (of.row[r] < 0 || span < of.oldest[r] / kSpan || span > of.position[r] / kSpan) continue;  // no key of this row
-      const bool last = span == of.position[r] / kSpan;
-      float a = 0.0f, b = 1.0f, inverse = 1.0f;
-      if (started[r]) {
-        const float larger_m = larger(total_m[r], state.m[r]);
-        a = exp_fixed(__fsub_rn(total_m[r], larger_m));
-        b = exp_fixed(__fsub_rn(state.m[r], larger_m));
-        total_l[r] = __fadd_rn(__fmul_rn(total_l[r], a), __fmul_rn(state.l[r], b));
-        total_m[r] = larger_m;
-      } else {
-        total_l[r] = state.l[r];
-        total_m[r] = state.m[r];
-      }
-      if (last) inverse = __fdiv_rn(1.0f, total_l[r]);
-      float* out = step.out + max(of.row[r], 0) * step.out_stride + of.head[r] * D + first_dim + 8 * t;
-#pragma unroll
-      for (int d = 0; d < dims / 32; d++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-          float y[4];
-#pragma unroll
-          for (int n = 0; n < 4; n++) {
-            float* const before = total + ((d * 4 + n) * 4 + 2 * r + e) * 32 + lane;
-            y[n] = started[r] ? __fadd_rn(__fmul_rn(*before, a), __fmul_rn(state.o[d][n][2 * r + e], b)) : state.o[d][n][2 * r + e];
-            if (!last) *before = y[n];
-          }
-          if (last)
-            *reinterpret_cast<float4*>(out + 32 * d + 4 * e) = make_float4(__fmul_rn(y[0], inverse), __fmul_rn(y[1], inverse), __fmul_rn(y[2], inverse), __fmul_rn(y[3], inverse));
+        for (int n = 0; n < 4; n++) {
+          float* const value = before.values + ((d * 4 + n) * 4 + 2 * r + e) * 32 + lane;
+          y[n] = before.started[r] ? __fadd_rn(__fmul_rn(*value, a), __fmul_rn(state.o[d][n][2 * r + e], b)) : state.o[d][n][2 * r + e];
+          if (!last) *value = y[n];
         }
-      started[r] = true;
-    }
+        if (last) *reinterpret_cast<float4*>(out + 32 * d + 4 * e) = make_float4(__fmul_rn(y[0], inverse), __fmul_rn(y[1], inverse), __fmul_rn(y[2], inverse), __fmul_rn(y[3], inverse));
+      }
+    before.started[r] = true;
   }
+}
+
+template <int dims>
+constexpr size_t kBeforeBytes = 16 * dims * 4;  // of a warp
+template <int D, int dims>
+constexpr size_t kWholeBytes = kWarps * kBeforeBytes<dims> + 2 * StepPlace<D, dims>::bytes;
+
+// All spans of a piece of up to kWholePairsMax pairs, 16 a warp. The step after the one that is computed is on its way to the other of two places. A whole block calls it.
+template <int D, int dims>
+__device__ __forceinline__ void attend(const AttentionStep& step, const AttentionWork& work, uint8_t* shared) {
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32), first_dim = static_cast<int>(blockIdx.y) * dims;
+  const HeadRun run = step.runs[work.run];
+  const bool has_rows = 16 * warp < work.rows * run.count;
+  const PieceRows<2> of = rows_of<2>(step, work, run, has_rows ? 16 * warp : 0, lane);
+  const int32_t* table = step.rows.block_tables + step.rows.block_offsets[step.rows.row_sequence[work.row]];
+  const int lowest = oldest_key(step.rows.positions[work.row], step.window), highest = step.rows.positions[work.row + work.rows - 1];
+  uint8_t* places[2] = {shared + kWarps * kBeforeBytes<dims>, shared + kWarps * kBeforeBytes<dims> + StepPlace<D, dims>::bytes};
+  const auto copy = [&](int base, uint8_t* place) {
+    if (base <= highest) copy_step<D, dims>(step, table, run.kv_head, base, lowest, highest, first_dim, warp, 1, place, lane);
+    commit_copies();
+  };
+  const int first = lowest / kStep * kStep;
+  copy(first, places[0]);
+  uint32_t q[D / 32][4];
+  float q_scale[2];
+  quantize_query<D, 2>(step, of, lane, q, q_scale);
+  SpansBefore before{reinterpret_cast<float*>(shared + warp * kBeforeBytes<dims>), {}, {}, {}};
+  Softmax<dims> state;
+  for (int base = first; base <= highest; base += kStep) {
+    wait_copies<0>();
+    __syncthreads();  // the step is here for all, and the one before has been read by all
+    copy(base + kStep, places[1]);
+    if (has_rows) {
+      if (base == first || base % kSpan == 0) {
+        for (int r = 0; r < 2; r++) {
+          state.m[r] = kNegativeInfinity;
+          state.l[r] = 0.0f;
+        }
+#pragma unroll
+        for (int d = 0; d < dims / 32; d++)
+#pragma unroll
+          for (int n = 0; n < 4; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) state.o[d][n][i] = 0.0f;
+      }
+      if (base >= of.all_from && base + kStep <= of.all_to + 1) attend_step<D, dims, false>(of, places[0], base, lane, q, q_scale, state);
+      else if (base <= of.highest && base + kStep > of.lowest) attend_step<D, dims, true>(of, places[0], base, lane, q, q_scale, state);
+      if ((base + kStep) % kSpan == 0 || base + kStep > highest) fold_span<D, dims>(step, of, base / kSpan, first_dim, lane, state, before);
+    }
+    uint8_t* const other = places[1];
+    places[1] = places[0];
+    places[0] = other;
+  }
+  __syncthreads();  // before the next piece
 }
 
 // ---------------------------------------------------------------- kernels
@@ -472,17 +506,13 @@ __global__ void __launch_bounds__(kWarps * 32, D <= 64 ? 4 : 3) attention_spans_
   }
 }
 
-template <int dims>
-constexpr size_t kTotalBytes = kPairsMax * dims * 4;  // of a warp
-
 template <int D, int dims>
 __global__ void __launch_bounds__(kWarps * 32, 3) attention_kernel(const AttentionStep step) {
   grid_dependency_wait();
-  const int count = step.work_count[0], first = step.work_count[1], warp = static_cast<int>(threadIdx.x / 32);
-  float* total = reinterpret_cast<float*>(dynamic_shared() + warp * kTotalBytes<dims>);
-  for (int i = static_cast<int>(blockIdx.x) * kWarps + warp; i < count; i += static_cast<int>(gridDim.x) * kWarps) {
+  const int count = step.work_count[0], first = step.work_count[1];
+  for (int i = static_cast<int>(blockIdx.x); i < count; i += static_cast<int>(gridDim.x)) {
     const AttentionWork work = step.work[first + i];
-    if (work.span < 0) attend<D, dims>(step, work, total);
+    if (work.span < 0) attend<D, dims>(step, work, dynamic_shared());
   }
 }
 
@@ -561,13 +591,13 @@ int blocks_of(int warps) { return (warps + kWarps - 1) / kWarps; }
 template <int D, int dims>
 Problem launch_both(const AttentionStep& step, int warps, Stream stream) {
   const dim3 grid(static_cast<unsigned>(blocks_of(warps)), D / dims);
-  if (const Problem problem = launch(attention_spans_kernel<D, dims>, grid, kWarps * 32, kSpanBytes<dims>, stream, step)) return problem;
-  return launch(attention_kernel<D, dims>, grid, kWarps * 32, kWarps * kTotalBytes<dims>, stream, step);
+  if (const Problem problem = launch(attention_spans_kernel<D, dims>, grid, kWarps * 32, kSpanBytes<D, dims>, stream, step)) return problem;
+  return launch(attention_kernel<D, dims>, grid, kWarps * 32, kWholeBytes<D, dims>, stream, step);
 }
 
 template <int D, int dims>
 Problem launch_fused(const AttentionStep& step, int runs, ActivationGroup* quantized, uint32_t* arrivals, int warps, Stream stream, const FiniteCheck& check) {
-  return launch(attention_fused_kernel<D, dims>, dim3(static_cast<unsigned>(blocks_of(warps)), D / dims), kWarps * 32, kSpanBytes<dims>, stream, step, runs, quantized, arrivals, check);
+  return launch(attention_fused_kernel<D, dims>, dim3(static_cast<unsigned>(blocks_of(warps)), D / dims), kWarps * 32, kSpanBytes<D, dims>, stream, step, runs, quantized, arrivals, check);
 }
 
 template <int value_>

@@ -24,6 +24,7 @@ struct SplitLimits {
                   // fills the card. With more rows than that, the rows themselves fill it, and each piece folds its spans
   int slots_max;  // partial results that there is room for: sequences beyond it are not split
   bool all = false;  // every sequence is split, also one that a single span holds: for attention_fused(), which needs slots for all
+  int whole_pairs_max = kWholePairsMax;  // of a piece that is not split
 };
 
 // A plan keeps its memory from step to step: with room for most_work() and T + 1 slots it allocates nothing.
@@ -51,7 +52,7 @@ inline void plan_attention(const StepRows& rows, const std::vector<HeadRun>& run
       if (split) slots += last_span(row) - first_span(row) + 1;
     }
     for (int r = 0; r < static_cast<int>(runs.size()); r++) {
-      const int rows_max = (split ? kSplitPairsMax : kPairsMax) / runs[static_cast<size_t>(r)].count;
+      const int rows_max = (split ? kSplitPairsMax : limits.whole_pairs_max) / runs[static_cast<size_t>(r)].count;
       for (int row = begin; row < end; row += rows_max) {
         const int count = end - row < rows_max ? end - row : rows_max;
         if (!split) plan->work.push_back({row, count, r, -1});

@@ -296,8 +296,9 @@ void CudaDevice::plan_step(const StepRows& rows, const StepGraphs* graphs, int64
     std::memcpy(host + at, rows.block_tables + rows.block_offsets[s], needed * 4);
     at += needed * 4;
   }
+  const int whole_pairs_max = has_integer_kv() ? kWholePairsMax : kHalfPairsMax;
   for (AttentionShape& shape : shapes_) {
-    plan_attention(rows, shape.host_runs, shape.like->window, {shape.tuning.split_rows_max, slots_, graphs && fuses(graphs->rows)}, &shape.plan);
+    plan_attention(rows, shape.host_runs, shape.like->window, {shape.tuning.split_rows_max, slots_, graphs && fuses(graphs->rows), whole_pairs_max}, &shape.plan);
     const std::vector<AttentionWork>& work = shape.plan.work;
     at = (at + 15) / 16 * 16;
     std::memcpy(host + at, work.data(), work.size() * sizeof work[0]);

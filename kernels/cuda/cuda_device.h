@@ -186,10 +186,8 @@ class CudaDevice final : public Device {
   bool are_quantized(const std::vector<int>& operations) const;
   bool norms(size_t index) const;
   NormAfter norm_after(size_t action, int first_row) const;
-  bool fuses(int rows) const {
-    const Program& p = program();
-    return rows <= fused_tokens_max_ && p.activations == ActivationType::Int8 && p.kv.key == KeyType::Int8 && p.kv.value == ValueType::Int8;
-  }
+  bool has_integer_kv() const { return program().kv.key == KeyType::Int8 && program().kv.value == ValueType::Int8; }
+  bool fuses(int rows) const { return rows <= fused_tokens_max_ && program().activations == ActivationType::Int8 && has_integer_kv(); }
   const Action* action_of(size_t index, ActionKind kind) const;
   void send_tokens(const int32_t* tokens);
   void look_up(const Operation& o);

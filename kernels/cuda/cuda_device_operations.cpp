@@ -271,8 +271,7 @@ AttentionStep CudaDevice::attention_step(const Operation& o) const {
 void CudaDevice::attention(const Operation& o) {
   if (broken()) return;
   const AttentionStep step = attention_step(o);
-  const bool integer = program().kv.key == KeyType::Int8 && program().kv.value == ValueType::Int8;
-  if (integer) queue(cuda::attention(step, card_facts_.multiprocessors * shape_of(o).tuning.warps, to_));
+  if (has_integer_kv()) queue(cuda::attention(step, card_facts_.multiprocessors * shape_of(o).tuning.warps, to_));
   else queue(attention_f16(step, card_facts_.multiprocessors * kHalfAttentionBlocks, to_));
   if (!broken() && (building_ || shape_of(o).plan.first_slot.back() > 0)) queue(attention_join(step, to_));
 }

@@ -76,6 +76,9 @@ __device__ __forceinline__ void mma_bf16_k16(float (&d)[4], const uint32_t (&a)[
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Keeps the compiler from computing a value anew where it could keep it.
+__device__ __forceinline__ void keep(int& value) { asm volatile("" : "+r"(value)); }
+
 // c + sum of four products of bytes, unsigned and signed.
 __device__ __forceinline__ int dp4a_u8s8(uint32_t a, uint32_t b, int c) {
   int d;

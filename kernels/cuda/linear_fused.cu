@@ -4,6 +4,7 @@
 //   What follows is done by the block that comes last of those it needs (arrivals.cuh): the strips of a head, two strips of gate and of up, all strips for a norm.
 // Limits: up to 3 products with as many segments each, whole trees; 1 to 8 tokens.
 #include "arrivals.cuh"
+#include "decode_walk.cuh"
 #include "device.cuh"
 #include "finite.cuh"
 #include "gated_value.cuh"
@@ -32,43 +33,45 @@ struct FusedPlan {
   uint32_t* arrivals;
 };
 
-template <typename F>
-__device__ __forceinline__ void multiply(const ProductPlan& plan, int strip, int segment, int lane, float (&acc)[4]) {
-  const uint8_t* heads = plan.weight + strip * plan.strip_bytes;
-  const uint8_t* records = heads + plan.heads * F::head_bytes;
+template <typename F, int stages>
+__device__ __forceinline__ void multiply(const ProductPlan& plan, int strip, int segment, int lane, uint8_t* ring, float (&acc)[1][1][4]) {
+  const uint8_t* const heads[1] = {plan.weight + strip * plan.strip_bytes};
+  const uint8_t* const records[1] = {heads[0] + plan.heads * F::head_bytes};
+  const ActivationGroup* const x[1] = {plan.in};
   const int begin = plan.segment_begin(segment), end = plan.segment_end[segment];
-  prefetch_groups<F>(records, heads, plan.phase, begin, end, lane);
+  prefetch_groups<F>(records[0], heads[0], plan.phase, begin, end, lane);
   grid_dependency_wait();
-#pragma unroll 8
-  for (int group = begin; group < end; group++)
-    add_group(acc, load_strip_group<F>(records + group * F::record_bytes, heads + (plan.phase + group) / 8 * F::head_bytes, lane), plan.in[group], lane);
+  walk_groups<F, ActivationGroup, 1, 1, stages>(records, heads, plan.phase, x, begin, end, ring, lane, acc);
 }
 
 // The formats of with_format().
-__device__ __forceinline__ void multiply(TensorType type, const ProductPlan& plan, int strip, int segment, int lane, float (&acc)[4]) {
+template <int stages>
+__device__ __forceinline__ void multiply(TensorType type, const ProductPlan& plan, int strip, int segment, int lane, uint8_t* ring, float (&acc)[1][1][4]) {
   switch (type) {
-    case TensorType::Q4_0: return multiply<Format<4, Scales::Half, 8>>(plan, strip, segment, lane, acc);
-    case TensorType::Q4_1: return multiply<Format<4, Scales::HalfMin, 0>>(plan, strip, segment, lane, acc);
-    case TensorType::Q4_K: return multiply<Format<4, Scales::Super, 0>>(plan, strip, segment, lane, acc);
-    case TensorType::Q5_1: return multiply<Format<8, Scales::HalfMin, 0>>(plan, strip, segment, lane, acc);
-    case TensorType::Q5_K: return multiply<Format<8, Scales::Super, 0>>(plan, strip, segment, lane, acc);
-    case TensorType::Q6_K: return multiply<Format<8, Scales::Halves, 0>>(plan, strip, segment, lane, acc);
-    default: return multiply<Format<8, Scales::Half, 0>>(plan, strip, segment, lane, acc);  // Q5_0, Q8_0
+    case TensorType::Q4_0: return multiply<Format<4, Scales::Half, 8>, stages>(plan, strip, segment, lane, ring, acc);
+    case TensorType::Q4_1: return multiply<Format<4, Scales::HalfMin, 0>, stages>(plan, strip, segment, lane, ring, acc);
+    case TensorType::Q4_K: return multiply<Format<4, Scales::Super, 0>, stages>(plan, strip, segment, lane, ring, acc);
+    case TensorType::Q5_1: return multiply<Format<8, Scales::HalfMin, 0>, stages>(plan, strip, segment, lane, ring, acc);
+    case TensorType::Q5_K: return multiply<Format<8, Scales::Super, 0>, stages>(plan, strip, segment, lane, ring, acc);
+    case TensorType::Q6_K: return multiply<Format<8, Scales::Halves, 0>, stages>(plan, strip, segment, lane, ring, acc);
+    default: return multiply<Format<8, Scales::Half, 0>, stages>(plan, strip, segment, lane, ring, acc);  // Q5_0, Q8_0
   }
 }
 
-__global__ void __launch_bounds__(kSegmentsMax * 32, 1) linear_fused_kernel(const __grid_constant__ FusedPlan plan) {
+// ring_at: where in shared memory the warps' rings begin.
+template <int stages>
+__global__ void __launch_bounds__(kSegmentsMax * 32, 1) linear_fused_kernel(const __grid_constant__ FusedPlan plan, int ring_at) {
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32, block = static_cast<int>(blockIdx.x);
   int number = 0;
   while (number + 1 < plan.count && block >= plan.first_block[number + 1]) number++;
   const ProductPlan& product = plan.product[number];
   const int strip = block - plan.first_block[number];
-  float acc[4] = {};
-  multiply(plan.type[number], product, strip, warp, lane, acc);
+  float acc[1][1][4] = {};
+  multiply<stages>(plan.type[number], product, strip, warp, lane, dynamic_shared() + ring_at + warp * stages * kChunkBytesMax, acc);
 
   uint32_t* flag = reinterpret_cast<uint32_t*>(dynamic_shared());
   float* leaves = reinterpret_cast<float*>(dynamic_shared() + 16);
-  for (int c = 0; c < 4; c++) leaves[warp * kLeafStride + (lane % 4 * 2 + c % 2) * kStripRows + lane / 4 + 8 * (c / 2)] = acc[c];
+  for (int c = 0; c < 4; c++) leaves[warp * kLeafStride + (lane % 4 * 2 + c % 2) * kStripRows + lane / 4 + 8 * (c / 2)] = acc[0][0][c];
   __syncthreads();
   const bool adds = plan.then == Then::Residual || plan.then == Then::ResidualNorm;
   for (int place = thread; place < kStripRows * kTileTokens; place += static_cast<int>(blockDim.x)) {
@@ -150,7 +153,11 @@ Problem linear_fused(const FusedProducts& f, Stream stream) {
   plan.arrivals = f.arrivals;
   const int warps = f.product[0].segment_count;
   const int floats = warps * (f.then == Then::RopeStoreKv && kHeadSizeMax > kLeafStride ? kHeadSizeMax : kLeafStride), of_norm = f.then == Then::ResidualNorm ? kFusedTokensMax * kPartials : 0;
-  return launch(linear_fused_kernel, static_cast<unsigned>(plan.first_block[f.count]), static_cast<unsigned>(warps * 32), static_cast<size_t>(floats > of_norm ? floats : of_norm) * 4 + 16, stream, plan);
+  const int ring_at = (floats > of_norm ? floats : of_norm) * 4 + 16;
+  const auto run = [&](auto kernel) {
+    return launch(kernel, static_cast<unsigned>(plan.first_block[f.count]), static_cast<unsigned>(warps * 32), static_cast<size_t>(ring_at) + ring_bytes(warps), stream, plan, ring_at);
+  };
+  return ring_stages(warps) == 4 ? run(linear_fused_kernel<4>) : run(linear_fused_kernel<2>);
 }
 
 }  // namespace shardmesh::cuda

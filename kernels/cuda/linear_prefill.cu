@@ -83,7 +83,9 @@ __global__ void __launch_bounds__(kThreads) linear_prefill_kernel(const ProductP
     strip_at[s] = strip * kStripStageBytes<F>;
     head_of[s] = heads + strip * plan.strip_bytes;
   }
+  for (int s = 0; s < kWarpStrips; s++) keep(strip_at[s]);
   for (int t = 0; t < kWarpTiles; t++) tile_at[t] = kBlockStrips * kStripStageBytes<F> + (own_tile + t < tiles ? own_tile + t : 0) * kTileStageBytes<X>;
+  for (int t = 0; t < kWarpTiles; t++) keep(tile_at[t]);
   float acc[kWarpStrips][kWarpTiles][4] = {};
   float stack[kStackDepth][kValues];
   int depth = 0, segment = 0;

@@ -85,7 +85,7 @@ struct Product {
   const float* bias;         // [rows] or null
   float* out;                // as LinearArguments::out
   int64_t out_stride, subtree_stride;
-  int decode_tiles = 8;      // tiles of 8 tokens that a block of linear_decode walks at most: 1, 2, 4 or 8 (tuning.h)
+  int decode_tiles = 4;      // tiles of 8 tokens that a block of linear_decode walks at most: 1, 2 or 4 (tuning.h)
   ActivationType activations = ActivationType::Int8;  // of `in`
   const float* x = nullptr;  // [T, x_stride] fp32, for float weights; 16-byte aligned, x_stride a multiple of 4
   int64_t x_stride = 0;
@@ -158,8 +158,9 @@ struct RopeStore {
 };
 Problem rope_store_kv(const RopeStore& step, Stream stream);
 
-// One piece of attention: the query heads of `run` for rows [row, row + rows) of one sequence; rows * heads of the run is at most kPairsMax, of a single span kSplitPairsMax.
-constexpr int kPairsMax = 16, kSplitPairsMax = 8;
+// One piece of attention: the query heads of `run` for rows [row, row + rows) of one sequence; rows * heads of the run is at most kWholePairsMax, with f16 K or V
+// kHalfPairsMax, of a single span kSplitPairsMax.
+constexpr int kWholePairsMax = 64, kHalfPairsMax = 16, kSplitPairsMax = 8;
 // span >= 0: only that span of 256 positions, the partial result goes to the rows' slots. span < 0: all spans, the result goes to `out`.
 struct AttentionWork {
   int32_t row, rows, run, span;

@@ -16,7 +16,7 @@ namespace shardmesh::cuda {
 
 struct ProductTuning {
   int decode_tokens_max;  // for more tokens the prefill product is taken in place of the decode product
-  int decode_tiles;       // tiles of 8 tokens that a block of linear_decode walks at most: 1, 2, 4 or 8
+  int decode_tiles;       // tiles of 8 tokens that a block of linear_decode walks at most: 1, 2 or 4
 };
 struct AttentionTuning {
   int split_rows_max;  // a sequence with at most this many rows in a step has its context split over the card
@@ -24,7 +24,7 @@ struct AttentionTuning {
 };
 
 // What `shardmesh tune` chooses from, and what tests hold against the reference.
-constexpr int kDecodeTokensMaxChoices[] = {8, 16, 32, 64, 128}, kDecodeTilesChoices[] = {1, 2, 4, 8}, kSplitRowsChoices[] = {1, 4, 8, 16, 32}, kAttentionWarpsChoices[] = {4, 8, 16, 32};
+constexpr int kDecodeTokensMaxChoices[] = {8, 16, 32, 64, 128}, kDecodeTilesChoices[] = {1, 2, 4}, kSplitRowsChoices[] = {1, 4, 8, 16, 32}, kAttentionWarpsChoices[] = {4, 8, 16, 32};
 constexpr int kFusedTokensChoices[] = {0, 1, 2, 4, kFusedTokensMax};
 constexpr Edges kEdgesChoices[] = {Edges::Plain, Edges::Programmatic};
 constexpr Products kProducts[] = {Products::Quantised, Products::Float, Products::Bf16};
@@ -68,8 +68,8 @@ inline std::vector<TuningRows> parse_tuning(const std::string& text) {
     const Json& products = card.at("products");
     for (size_t p = 0; p < products.size(); p++) {
       const Json& row = products[p];
-      TuningRows::ProductRow made{{}, {}, optional(row.at("bytesMax"), int64_t{1} << 50), {static_cast<int>(row.at("decodeTokensMax").integer(1, 1024)), static_cast<int>(row.at("decodeTiles").integer(1, 8))}};
-      if (const int tiles = made.tuning.decode_tiles; tiles & (tiles - 1)) row.at("decodeTiles").fail(std::to_string(tiles) + " is not 1, 2, 4 or 8");
+      TuningRows::ProductRow made{{}, {}, optional(row.at("bytesMax"), int64_t{1} << 50), {static_cast<int>(row.at("decodeTokensMax").integer(1, 1024)), static_cast<int>(row.at("decodeTiles").integer(1, 4))}};
+      if (const int tiles = made.tuning.decode_tiles; tiles & (tiles - 1)) row.at("decodeTiles").fail(std::to_string(tiles) + " is not 1, 2 or 4");
       TensorType type;
       if (!row.at("type").is_null()) {
         if (!tensor_type_of(row.at("type").text(), &type)) row.at("type").fail("unknown type '" + row.at("type").text() + "'");

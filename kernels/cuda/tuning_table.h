@@ -14,8 +14,8 @@ constexpr const char* kTuningTable = R"json({
     {
       "sm": null, "card": null, "measured": null,
       "products": [
-        {"type": null, "arithmetic": "float", "bytesMax": null, "decodeTokensMax": 16, "decodeTiles": 8},
-        {"type": null, "arithmetic": null, "bytesMax": null, "decodeTokensMax": 64, "decodeTiles": 8}
+        {"type": null, "arithmetic": "float", "bytesMax": null, "decodeTokensMax": 16, "decodeTiles": 4},
+        {"type": null, "arithmetic": null, "bytesMax": null, "decodeTokensMax": 64, "decodeTiles": 4}
       ],
       "attention": [{"headSize": null, "splitRowsMax": 8, "warps": 16}],
       "fusedTokensMax": 8,

@@ -251,6 +251,7 @@ void copy_async(void* shared, const void* global, int source_bytes = bytes, SIMT
   static_assert(bytes == 4 || bytes == 8 || bytes == 16);
   simt::copy_async(site, shared, global, bytes, static_cast<unsigned>(source_bytes));
 }
+inline void keep(int&) {}
 inline void commit_copies() { simt::commit_copies(); }
 template <int groups_left>
 void wait_copies() { simt::wait_copies(groups_left); }

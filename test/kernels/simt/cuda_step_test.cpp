@@ -308,7 +308,8 @@ std::string compare_attention(const Shape& shape, Values values, const cuda::Spl
 
   const std::vector<cuda::HeadRun> head_runs = cuda::head_runs(heads, kv_head.data());
   cuda::AttentionPlan plan;
-  cuda::plan_attention(scene.rows, head_runs, shape.window, limits, &plan);
+  const bool integer = shape.key == KeyType::Int8 && shape.value == ValueType::Int8;
+  cuda::plan_attention(scene.rows, head_runs, shape.window, {limits.rows_max, limits.slots_max, limits.all, integer ? cuda::kWholePairsMax : cuda::kHalfPairsMax}, &plan);
   if (plan.work.size() > cuda::AttentionPlan::most_work(static_cast<size_t>(scene.rows.tokens), static_cast<size_t>(plan.first_slot.back()), head_runs.size()))
     return "the plan has more work than most_work() says; ";
   if (plan.first_slot.back() > limits.slots_max) return "the plan has more slots than there is room for; ";
@@ -320,7 +321,6 @@ std::string compare_attention(const Shape& shape, Values values, const cuda::Spl
   const Guarded<int32_t> work_count("work_count", std::vector<int32_t>{static_cast<int32_t>(plan.work.size()), 0}), first_slot("first_slot", plan.first_slot);
   const cuda::AttentionStep step{dq.data(),      q_stride,    out.data(),  out_stride,        heads,           scale,            shape.window, scene.layout,
                                  cache.data(),   device.rows(), runs.data(), work.data(), work_count.data(), partials.data(), first_slot.data()};
-  const bool integer = shape.key == KeyType::Int8 && shape.value == ValueType::Int8;
   if (const char* problem = (integer ? cuda::attention : cuda::attention_f16)(step, blocks, nullptr)) return failed(problem);
   if (const char* problem = cuda::attention_join(step, nullptr)) return failed(problem);
   const std::string what = simt::difference(expected, out);
