@@ -188,6 +188,7 @@ class CudaDevice final : public Device {
   NormAfter norm_after(size_t action, int first_row) const;
   bool has_integer_kv() const { return program().kv.key == KeyType::Int8 && program().kv.value == ValueType::Int8; }
   bool fuses(int rows) const { return rows <= fused_tokens_max_ && program().activations == ActivationType::Int8 && has_integer_kv(); }
+  bool fuses_followers(int rows) const { return fuses_followers_ && fuses(rows); }
   const Action* action_of(size_t index, ActionKind kind) const;
   void send_tokens(const int32_t* tokens);
   void look_up(const Operation& o);
@@ -255,6 +256,7 @@ class CudaDevice final : public Device {
   const int32_t *tokens_ = nullptr, *selected_ = nullptr;
   const HeadRow* settings_ = nullptr;
   int fused_tokens_max_ = kFusedTokensMax;  // of the tuning
+  bool fuses_followers_ = true;             // Fusion::Whole
   int slots_ = kSlotsMax;  // of partials_
   size_t step_bytes_ = 0;  // of what the step sends ahead
   int place_ = 0;          // of step_host_, laid down last

@@ -90,7 +90,7 @@ void CudaDevice::build(const Ranks& ranks, int row_count) {
       if (!is_abandoned()) close_graph(g);
     });
     for (CudaDevice* rank : ranks) rank->to_ = stream_of(opened);
-    const bool is_normed = begin > 0 && first.program().ranks > 1 && first.fuses(row_count) && first.norms(begin - 1);  // reduce() does it
+    const bool is_normed = begin > 0 && first.program().ranks > 1 && first.fuses_followers(row_count) && first.norms(begin - 1);  // reduce() does it
     std::vector<int> last(ranks.size(), -1);
     if (!problem) run_actions(ranks, begin + is_normed, end, opened, &last);
     bool reports = false;
@@ -212,6 +212,11 @@ size_t CudaDevice::fuse(size_t index) {
   const auto only_quantized = [&](const Action* action) { return action && action->buffer >= 0 && card(action->buffer).only_groups; };
 
   if (first.kind == ActionKind::Linear && are_quantized(first.products)) {
+    if (!fuses_followers_) {
+      if (first.products.size() < 2 || first.products.size() > static_cast<size_t>(kFusedProductsMax)) return 0;
+      queue(linear_fused(fused(Then::Nothing, first.products, actions.size()), to_));
+      return 1;
+    }
     const Action* store = action_of(index + 3, ActionKind::StoreKv);
     if (first.products.size() == 3 && store && action_of(index + 1, ActionKind::Rope) && action_of(index + 2, ActionKind::Rope)) {
       const Operation &kv = operation(store->operation), &q = operation(store->operation - 2);
@@ -240,7 +245,7 @@ size_t CudaDevice::fuse(size_t index) {
                           card_facts_.multiprocessors * shape.tuning.warps, to_, check_of(index + 1, o.out)));
     return 2;
   }
-  if (first.kind == ActionKind::AllReduce && reduces_with_peers_ && norms(index)) {
+  if (first.kind == ActionKind::AllReduce && reduces_with_peers_ && fuses_followers_ && norms(index)) {
     const NormAfter norm = norm_after(index + 1, 0);
     reduce_with_peers(first.operation, &norm);
     return 2;
@@ -248,7 +253,7 @@ size_t CudaDevice::fuse(size_t index) {
   const Action* reduce = action_of(index + 1, ActionKind::AllReduce);
   if (first.kind == ActionKind::LinearPartial && p.ranks == 1 && reduce && are_quantized({first.operation})) {
     const Operation& sum = operation(reduce->operation);
-    const bool normed = norms(index + 1);
+    const bool normed = fuses_followers_ && norms(index + 1);
     FusedProducts f = fused(normed ? Then::ResidualNorm : Then::Residual, {first.operation}, actions.size());
     f.product[0].out = values(sum.out);
     f.product[0].out_stride = shard_.buffer(sum.out).stride;

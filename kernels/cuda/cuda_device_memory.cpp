@@ -30,6 +30,7 @@ void CudaDevice::plan_memory() {
   const char* const kBuffers = "the buffers of a step (stepTokensMax)";
 
   fused_tokens_max_ = tuning_->fused_tokens_max();
+  fuses_followers_ = tuning_->fusion() == Fusion::Whole;
   matrices_.resize(p.weights.size());
   vectors_.resize(p.weights.size());
   for (size_t i = 0; i < p.weights.size(); i++) {

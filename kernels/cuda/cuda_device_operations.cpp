@@ -193,7 +193,7 @@ void CudaDevice::reduce(int index, int first_row, int rows, const float* const* 
   if (broken()) return;
   float* out = values(o.out, first_row);
   // In front of a graph whose first node would be the norm.
-  const size_t action = program().ranks > 1 && step_graphs_ && fuses(step_graphs_->rows) ? action_of_reduce_[static_cast<size_t>(index)] : 0;
+  const size_t action = program().ranks > 1 && step_graphs_ && fuses_followers(step_graphs_->rows) ? action_of_reduce_[static_cast<size_t>(index)] : 0;
   if (action > 0 && norms(action))
     queue(finish_tree_norm(o.cut.units, count, lo, hi, nodes, strides, vector(o.bias), out, residual.stride, residual.width, rows, norm_after(action + 1, first_row), arrivals_.as<uint32_t>(), to_));
   else queue(finish_tree(o.cut.units, count, lo, hi, nodes, strides, vector(o.bias), out, residual.stride, residual.width, rows, to_));

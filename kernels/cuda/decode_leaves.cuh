@@ -6,7 +6,11 @@
 
 namespace shardmesh::cuda {
 
-constexpr int kLeafStride = kStripRows * kTileTokens + 8;  // floats of one segment's 16 x 8 sums; 8 more keep segments on different banks
+// Floats of a token's 16 sums and of a segment's 8 tokens: 4 more a token and 8 more a segment keep those of a store on different banks.
+constexpr int kLeafToken = kStripRows + 4, kLeafStride = kTileTokens * kLeafToken + 8;
+
+// Where a lane's sum c of a tile goes in its segment's leaves.
+__device__ __forceinline__ int leaf_place(int lane, int c) { return (lane % 4 * 2 + c % 2) * kLeafToken + lane / 4 + 8 * (c / 2); }
 
 inline size_t leaf_bytes(const ProductPlan& plan) { return static_cast<size_t>(plan.segment_count) * kLeafStride * 4; }
 
@@ -17,16 +21,17 @@ __device__ __forceinline__ void join_leaves(const ProductPlan& plan, const float
 #pragma unroll
   for (int i = 0; i < tiles; i++) {
     if (i > 0) __syncthreads();  // the tile before has been read
-    for (int c = 0; c < 4; c++) leaves[segment * kLeafStride + (lane % 4 * 2 + c % 2) * kStripRows + lane / 4 + 8 * (c / 2)] = acc[i][c];
+    for (int c = 0; c < 4; c++) leaves[segment * kLeafStride + leaf_place(lane, c)] = acc[i][c];
     __syncthreads();
-    for (int at = static_cast<int>(threadIdx.x); at < kStripRows * kTileTokens * plan.subtree_count; at += static_cast<int>(blockDim.x)) {
-      const int subtree = at / (kStripRows * kTileTokens), place = at % (kStripRows * kTileTokens);
-      const int token = (first_tile + i) * kTileTokens + place / kStripRows, row = strip * kStripRows + place % kStripRows;
-      if (token >= plan.tokens || row >= plan.rows) continue;
-      float y = tree_sum(leaves + plan.subtree[subtree].first * kLeafStride + place, plan.subtree[subtree].count, kLeafStride);
-      if (plan.bias) y = __fadd_rn(y, plan.bias[row]);
-      plan.out[subtree * plan.subtree_stride + token * plan.out_stride + row] = y;
-    }
+    const int tokens = min(kTileTokens, plan.tokens - (first_tile + i) * kTileTokens), sums = kStripRows * max(tokens, 0);
+    for (int subtree = 0; subtree < plan.subtree_count; subtree++)
+      for (int at = static_cast<int>(threadIdx.x); at < sums; at += static_cast<int>(blockDim.x)) {
+        const int token = (first_tile + i) * kTileTokens + at / kStripRows, row = strip * kStripRows + at % kStripRows;
+        if (row >= plan.rows) continue;
+        float y = tree_sum(leaves + plan.subtree[subtree].first * kLeafStride + at / kStripRows * kLeafToken + at % kStripRows, plan.subtree[subtree].count, kLeafStride);
+        if (plan.bias) y = __fadd_rn(y, plan.bias[row]);
+        plan.out[subtree * plan.subtree_stride + token * plan.out_stride + row] = y;
+      }
   }
 }
 

@@ -1,5 +1,4 @@
-// A warp's walk over the groups of one segment, for the products of few tokens (linear_decode, linear_fused): weights go through shared memory, so that some kilobytes of a
-// warp are on their way at once whatever registers there are; from 9 tokens on activations too, below they come from the first-level cache. A ring is a warp's own: nobody else waits.
+// A warp's walks over the groups of one segment, for the products of few tokens (linear_decode, linear_fused).
 #pragma once
 #include "device.cuh"
 #include "group_product.cuh"
@@ -7,13 +6,30 @@
 
 namespace shardmesh::cuda {
 
+// Straight into registers, some groups at once: for up to 16 tokens, whose operands are few. More groups would take registers that a second block of 16 warps has a better use for.
+// acc[s][i] += the products of strip s and tile i over groups [begin, end). records, heads: of each strip; x: of each tile, group 0.
+template <typename F, typename X, int tiles, int strips, int columns>
+__device__ __forceinline__ void walk_groups(const uint8_t* const (&records)[strips], const uint8_t* const (&heads)[strips], int phase, const X* const (&x)[tiles], int begin, int end, int lane,
+                                            float (&acc)[strips][tiles][4]) {
+#pragma unroll(tiles * strips == 1 ? 4 : 2)
+  for (int group = begin; group < end; group++) {
+    StripGroup<F> w[strips];
+#pragma unroll
+    for (int s = 0; s < strips; s++) w[s] = load_strip_group<F>(records[s] + group * F::record_bytes, heads[s] + (phase + group) / 8 * F::head_bytes, lane);
+#pragma unroll
+    for (int i = 0; i < tiles; i++)
+#pragma unroll
+      for (int s = 0; s < strips; s++) add_group<columns>(acc[s][i], w[s], x[i][group], lane);
+  }
+}
+
+// Through shared memory, which is the warp's own: for more tokens, whose operands would not fit into registers ahead of their products.
 constexpr int kChunkBytesMax = 2560;
 
-// Chunks of whole groups: of each strip, then of each tile where activations are staged.
+// Chunks of whole groups: of each strip, then of each tile.
 template <typename F, typename X, int tiles, int strips>
 struct DecodeChunk {
-  static constexpr bool stages_tiles = tiles > 1;
-  static constexpr int group_bytes = strips * F::record_bytes + (stages_tiles ? tiles * static_cast<int>(sizeof(X)) : 0);
+  static constexpr int group_bytes = strips * F::record_bytes + tiles * static_cast<int>(sizeof(X));
   static constexpr int fitting = kChunkBytesMax / group_bytes;
   static constexpr int groups = fitting >= 8 ? 8 : fitting >= 4 ? 4 : fitting >= 2 ? 2 : 1;
   static_assert(fitting >= 1);
@@ -31,9 +47,9 @@ __device__ __forceinline__ void copy_by_warp(uint8_t* shared, const uint8_t* glo
     if (at + lane * 16 < bytes) copy_async<16>(shared + at + lane * 16, global + at + lane * 16);
 }
 
-// acc[s][i] += the products of strip s and tile i over groups [begin, end). records, heads: of each strip; x: of each tile, group 0. ring: `stages` chunks of the warp's own.
+// As walk_groups(). ring: `stages` chunks.
 template <typename F, typename X, int tiles, int strips, int stages>
-__device__ __forceinline__ void walk_groups(const uint8_t* const (&records)[strips], const uint8_t* const (&heads)[strips], int phase, const X* const (&x)[tiles], int begin, int end, uint8_t* ring,
+__device__ __forceinline__ void walk_staged(const uint8_t* const (&records)[strips], const uint8_t* const (&heads)[strips], int phase, const X* const (&x)[tiles], int begin, int end, uint8_t* ring,
                                             int lane, float (&acc)[strips][tiles][4]) {
   using Chunk = DecodeChunk<F, X, tiles, strips>;
   constexpr int groups = Chunk::groups, strip_bytes = groups * F::record_bytes, tile_bytes = groups * static_cast<int>(sizeof(X));
@@ -42,10 +58,9 @@ __device__ __forceinline__ void walk_groups(const uint8_t* const (&records)[stri
       const int count = min(groups, end - first);
 #pragma unroll
       for (int s = 0; s < strips; s++) copy_by_warp<strip_bytes>(to + s * strip_bytes, records[s] + first * F::record_bytes, count * F::record_bytes, lane);
-      if constexpr (Chunk::stages_tiles)
 #pragma unroll
-        for (int i = 0; i < tiles; i++)
-          copy_by_warp<tile_bytes>(to + strips * strip_bytes + i * tile_bytes, reinterpret_cast<const uint8_t*>(x[i] + first), count * static_cast<int>(sizeof(X)), lane);
+      for (int i = 0; i < tiles; i++)
+        copy_by_warp<tile_bytes>(to + strips * strip_bytes + i * tile_bytes, reinterpret_cast<const uint8_t*>(x[i] + first), count * static_cast<int>(sizeof(X)), lane);
     }
     commit_copies();  // an empty group too, so that counting them stays simple
   };
@@ -65,7 +80,7 @@ __device__ __forceinline__ void walk_groups(const uint8_t* const (&records)[stri
       for (int s = 0; s < strips; s++) w[s] = load_strip_group<F>(from + s * strip_bytes + j * F::record_bytes, heads[s] + (phase + first + j) / 8 * F::head_bytes, lane);
 #pragma unroll
       for (int i = 0; i < tiles; i++) {
-        const X& of_tile = Chunk::stages_tiles ? reinterpret_cast<const X*>(from + strips * strip_bytes + i * tile_bytes)[j] : x[i][first + j];
+        const X& of_tile = reinterpret_cast<const X*>(from + strips * strip_bytes + i * tile_bytes)[j];
 #pragma unroll
         for (int s = 0; s < strips; s++) add_group(acc[s][i], w[s], of_tile, lane);
       }

@@ -76,6 +76,13 @@ __device__ __forceinline__ void mma_bf16_k16(float (&d)[4], const uint32_t (&a)[
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// x > limit ? y : 0, never as a branch around what y is made of: a branch for each of many values leaves nothing to do while one is waited for.
+__device__ __forceinline__ float where_above(float x, float limit, float y) {
+  float selected;
+  asm("{\n .reg .pred above;\n setp.gt.f32 above, %1, %2;\n selp.f32 %0, %3, 0f00000000, above;\n}" : "=f"(selected) : "f"(x), "f"(limit), "f"(y));
+  return selected;
+}
+
 // Keeps the compiler from computing a value anew where it could keep it.
 __device__ __forceinline__ void keep(int& value) { asm volatile("" : "+r"(value)); }
 
@@ -163,7 +170,7 @@ __device__ __forceinline__ float exp_not_positive(float x) {
   p = __fmaf_rn(p, r, 5.0000001201e-1f);
   p = __fmaf_rn(p, __fmul_rn(r, r), r);
   p = __fadd_rn(p, 1.0f);
-  return x > -87.0f ? __fmul_rn(p, __uint_as_float((__float_as_uint(shifted) << 23) + (127u << 23))) : 0.0f;
+  return where_above(x, -87.0f, __fmul_rn(p, __uint_as_float((__float_as_uint(shifted) << 23) + (127u << 23))));
 }
 
 // Largest |x| of the warp's lanes, in every lane. Bits of magnitudes order like the magnitudes; NaN counts as 0, as in the reference.

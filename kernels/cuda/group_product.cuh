@@ -98,23 +98,24 @@ __device__ __forceinline__ void half_dots(int (&first)[4], int (&second)[4], con
   mma_s8s8_k16(second, a1, b1);
 }
 // `biased`: the integers are the bits of kBias + dot.
-template <bool biased, typename F>
+template <bool biased, int columns, typename F>
 __device__ __forceinline__ void add_scaled(float (&acc)[4], const int (&dot)[4], const StripGroup<F>& w, const ActivationGroup& x, int lane) {
   const float4 scales = *reinterpret_cast<const float4*>(&x.scale[lane % 4 * 2]);  // sa, ms of two tokens
-  for (int i = 0; i < 4; i++) {
+  for (int i = 0; i < 4; i += 3 - columns) {
     const float scaled = biased ? __fmaf_rn(w.s[i / 2], __int_as_float(dot[i]), w.unbias[i / 2]) : __fmul_rn(w.s[i / 2], __int2float_rn(dot[i]));
     acc[i] = __fmaf_rn(scaled, i % 2 ? scales.z : scales.x, acc[i]);
   }
 }
-template <typename F>
+template <int columns, typename F>
 __device__ __forceinline__ void add_minimum(float (&acc)[4], const StripGroup<F>& w, const ActivationGroup& x, int lane) {
   if constexpr (F::minimum) {
     const float4 scales = *reinterpret_cast<const float4*>(&x.scale[lane % 4 * 2]);
-    for (int i = 0; i < 4; i++) acc[i] = __fmaf_rn(w.m[i / 2], i % 2 ? scales.w : scales.y, acc[i]);
+    for (int i = 0; i < 4; i += 3 - columns) acc[i] = __fmaf_rn(w.m[i / 2], i % 2 ? scales.w : scales.y, acc[i]);
   }
 }
 
-template <typename F>
+// columns: of a lane's two tokens, those that are wanted: 1 where a batch has a single token.
+template <int columns = 2, typename F>
 __device__ __forceinline__ void add_group(float (&acc)[4], const StripGroup<F>& w, const ActivationGroup& x, int lane) {
   const LaneWords q = x.q[lane];
   int dot[4];
@@ -122,16 +123,16 @@ __device__ __forceinline__ void add_group(float (&acc)[4], const StripGroup<F>& 
     int first[4], second[4];
     half_dots(first, second, w, q);
     for (int i = 0; i < 4; i++) dot[i] = w.half_scale[i / 2][0] * first[i] + w.half_scale[i / 2][1] * second[i];
-    add_scaled<false>(acc, dot, w, x, lane);
+    add_scaled<false, columns>(acc, dot, w, x, lane);
   } else {
     constexpr int bias[4] = {kBiasBits, kBiasBits, kBiasBits, kBiasBits};
     add_dots(dot, bias, w, q);
-    add_scaled<true>(acc, dot, w, x, lane);
+    add_scaled<true, columns>(acc, dot, w, x, lane);
   }
-  add_minimum(acc, w, x, lane);
+  add_minimum<columns>(acc, w, x, lane);
 }
 
-template <typename F>
+template <int columns = 2, typename F>
 __device__ __forceinline__ void add_group(float (&acc)[4], const StripGroup<F>& w, const WideGroup& x, int lane) {
   const LaneWords high = x.high.q[lane], low = x.low[lane];
   if constexpr (F::scales == Scales::Halves) {
@@ -142,17 +143,17 @@ __device__ __forceinline__ void add_group(float (&acc)[4], const StripGroup<F>& 
       first[i] = w.half_scale[i / 2][0] * (256 * first[i] + first_low[i]);
       second[i] = w.half_scale[i / 2][1] * (256 * second[i] + second_low[i]);
     }
-    add_scaled<false>(acc, first, w, x.high, lane);
-    add_scaled<false>(acc, second, w, x.high, lane);
+    add_scaled<false, columns>(acc, first, w, x.high, lane);
+    add_scaled<false, columns>(acc, second, w, x.high, lane);
   } else {
     constexpr int zeros[4] = {0, 0, 0, 0};
     int upper[4], dot[4];
     add_dots(upper, zeros, w, high);
     for (int i = 0; i < 4; i++) upper[i] *= 256;
     add_dots(dot, upper, w, low);
-    add_scaled<false>(acc, dot, w, x.high, lane);
+    add_scaled<false, columns>(acc, dot, w, x.high, lane);
   }
-  add_minimum(acc, w, x.high, lane);
+  add_minimum<columns>(acc, w, x.high, lane);
 }
 
 }  // namespace shardmesh::cuda

@@ -1,7 +1,7 @@
 // The end of a step: the best candidate of each row in this shard's part of the vocabulary, and the sums behind log-probabilities.
 //   candidate: argmax of rn(logit / temperature + noise), ties to the lower id; noise = -log(-log(u)), u a hash of (key, token)      Gumbel-max: Gumbel 1954
 //   sums: of exp(logit - maximum) over slices of 1,024 tokens; 128 interleaved partial sums, halved. Slices are joined by the tree on the host.
-// A block looks at 4,096 tokens of a row; the one that comes last of a row's blocks takes the best of what they have found.
+// A block looks at 2,048 tokens of a row; the one that comes last of a row's blocks takes the best of what they have found.
 // logits [rows, count] fp32, of tokens first_token and up. The arithmetic of noise and logarithm is kernels/runner/sampler_math.h.
 // top-k, top-p, min-p and penalties are not here: such rows go through the host's sampler.
 #include "arrivals.cuh"
@@ -12,7 +12,7 @@
 namespace shardmesh::cuda {
 namespace {
 
-constexpr int kThreads = 256, kSlice = 1024, kPartTokens = 4096;
+constexpr int kThreads = 256, kSlice = 1024, kPartTokens = 2048;
 
 __device__ __forceinline__ float log_core(float r, float e) {
   const float z = __fmul_rn(r, r);

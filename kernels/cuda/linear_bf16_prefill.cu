@@ -22,20 +22,28 @@ __global__ void __launch_bounds__(kThreads) linear_bf16_prefill_kernel(const Pro
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int first_strip = static_cast<int>(blockIdx.x) * kBlockStrips, first_tile = static_cast<int>(blockIdx.y) * kBlockTiles;
 
-  // What lies behind the matrix or the batch repeats the last strip or tile and is not stored.
+  // A thread's pieces of 16 bytes lie at one place of every second strip and of every fourth tile. What lies behind the matrix or the batch is computed from whatever shared memory
+  // holds and not stored.
+  constexpr int kStripsApart = kThreads * 16 / F::record_bytes, kTilesApart = kThreads * 16 / kTileBytes;
+  static_assert(kThreads * 16 % F::record_bytes == 0 && kThreads * 16 % kTileBytes == 0);
+  const int own_first_strip = thread * 16 / F::record_bytes, own_first_tile = thread * 16 / kTileBytes;
+  const uint8_t* weights = plan.weight + (first_strip + own_first_strip) * plan.strip_bytes + thread * 16 % F::record_bytes;
+  const int64_t tile_bytes = plan.groups * static_cast<int64_t>(kTileBytes);
+  const uint8_t* tokens = reinterpret_cast<const uint8_t*>(plan.bf16) + (first_tile + own_first_tile) * tile_bytes + thread * 16 % kTileBytes;
+  const bool whole = first_strip + kBlockStrips <= plan.strips && first_tile + kBlockTiles <= plan.tiles;
   const auto copy_group = [&](int group) {
     if (group < plan.groups) {
-      uint8_t* to = shared + group % kStages * kStageBytes;
-#pragma unroll 2  // more would keep more addresses than there are registers beside the sums
-      for (int i = thread; i < kWeightBytes / 16; i += kThreads) {
-        const int strip = min(first_strip + i * 16 / F::record_bytes, plan.strips - 1);
-        copy_async<16>(to + i * 16, plan.weight + strip * plan.strip_bytes + static_cast<int64_t>(group) * F::record_bytes + i * 16 % F::record_bytes);
-      }
-#pragma unroll 2
-      for (int i = thread; i < kBlockTiles * kTileBytes / 16; i += kThreads) {
-        const int tile = min(first_tile + i * 16 / kTileBytes, plan.tiles - 1);
-        copy_async<16>(to + kWeightBytes + i * 16, reinterpret_cast<const uint8_t*>(plan.bf16 + static_cast<int64_t>(tile) * plan.groups + group) + i * 16 % kTileBytes);
-      }
+      uint8_t* to = shared + group % kStages * kStageBytes + thread * 16;
+      const auto copy = [&](bool all) {
+#pragma unroll
+        for (int k = 0; k < kBlockStrips / kStripsApart; k++)
+          if (all || first_strip + own_first_strip + k * kStripsApart < plan.strips) copy_async<16>(to + k * kThreads * 16, weights + k * kStripsApart * plan.strip_bytes + group * F::record_bytes);
+#pragma unroll
+        for (int k = 0; k < kBlockTiles / kTilesApart; k++)
+          if (all || first_tile + own_first_tile + k * kTilesApart < plan.tiles) copy_async<16>(to + kWeightBytes + k * kThreads * 16, tokens + k * kTilesApart * tile_bytes + group * kTileBytes);
+      };
+      if (whole) copy(true);
+      else copy(false);
     }
     commit_copies();  // an empty one too, so that counting them stays simple
   };

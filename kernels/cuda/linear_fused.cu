@@ -4,6 +4,7 @@
 //   What follows is done by the block that comes last of those it needs (arrivals.cuh): the strips of a head, two strips of gate and of up, all strips for a norm.
 // Limits: up to 3 products with as many segments each, whole trees; 1 to 8 tokens.
 #include "arrivals.cuh"
+#include "decode_leaves.cuh"
 #include "decode_walk.cuh"
 #include "device.cuh"
 #include "finite.cuh"
@@ -18,8 +19,6 @@
 namespace shardmesh::cuda {
 namespace {
 
-constexpr int kLeafStride = kStripRows * kTileTokens + 8;  // floats of one segment's 16 x 8 sums; 8 more keep segments on different banks
-
 struct FusedPlan {
   ProductPlan product[kFusedProductsMax];
   TensorType type[kFusedProductsMax];
@@ -33,56 +32,57 @@ struct FusedPlan {
   uint32_t* arrivals;
 };
 
-template <typename F, int stages>
-__device__ __forceinline__ void multiply(const ProductPlan& plan, int strip, int segment, int lane, uint8_t* ring, float (&acc)[1][1][4]) {
+template <typename F, int columns>
+__device__ __forceinline__ void multiply(const ProductPlan& plan, int strip, int segment, int lane, float (&acc)[1][1][4]) {
   const uint8_t* const heads[1] = {plan.weight + strip * plan.strip_bytes};
   const uint8_t* const records[1] = {heads[0] + plan.heads * F::head_bytes};
   const ActivationGroup* const x[1] = {plan.in};
   const int begin = plan.segment_begin(segment), end = plan.segment_end[segment];
   prefetch_groups<F>(records[0], heads[0], plan.phase, begin, end, lane);
   grid_dependency_wait();
-  walk_groups<F, ActivationGroup, 1, 1, stages>(records, heads, plan.phase, x, begin, end, ring, lane, acc);
+  walk_groups<F, ActivationGroup, 1, 1, columns>(records, heads, plan.phase, x, begin, end, lane, acc);
 }
 
 // The formats of with_format().
-template <int stages>
-__device__ __forceinline__ void multiply(TensorType type, const ProductPlan& plan, int strip, int segment, int lane, uint8_t* ring, float (&acc)[1][1][4]) {
+template <int columns>
+__device__ __forceinline__ void multiply(TensorType type, const ProductPlan& plan, int strip, int segment, int lane, float (&acc)[1][1][4]) {
   switch (type) {
-    case TensorType::Q4_0: return multiply<Format<4, Scales::Half, 8>, stages>(plan, strip, segment, lane, ring, acc);
-    case TensorType::Q4_1: return multiply<Format<4, Scales::HalfMin, 0>, stages>(plan, strip, segment, lane, ring, acc);
-    case TensorType::Q4_K: return multiply<Format<4, Scales::Super, 0>, stages>(plan, strip, segment, lane, ring, acc);
-    case TensorType::Q5_1: return multiply<Format<8, Scales::HalfMin, 0>, stages>(plan, strip, segment, lane, ring, acc);
-    case TensorType::Q5_K: return multiply<Format<8, Scales::Super, 0>, stages>(plan, strip, segment, lane, ring, acc);
-    case TensorType::Q6_K: return multiply<Format<8, Scales::Halves, 0>, stages>(plan, strip, segment, lane, ring, acc);
-    default: return multiply<Format<8, Scales::Half, 0>, stages>(plan, strip, segment, lane, ring, acc);  // Q5_0, Q8_0
+    case TensorType::Q4_0: return multiply<Format<4, Scales::Half, 8>, columns>(plan, strip, segment, lane, acc);
+    case TensorType::Q4_1: return multiply<Format<4, Scales::HalfMin, 0>, columns>(plan, strip, segment, lane, acc);
+    case TensorType::Q4_K: return multiply<Format<4, Scales::Super, 0>, columns>(plan, strip, segment, lane, acc);
+    case TensorType::Q5_1: return multiply<Format<8, Scales::HalfMin, 0>, columns>(plan, strip, segment, lane, acc);
+    case TensorType::Q5_K: return multiply<Format<8, Scales::Super, 0>, columns>(plan, strip, segment, lane, acc);
+    case TensorType::Q6_K: return multiply<Format<8, Scales::Halves, 0>, columns>(plan, strip, segment, lane, acc);
+    default: return multiply<Format<8, Scales::Half, 0>, columns>(plan, strip, segment, lane, acc);  // Q5_0, Q8_0
   }
 }
 
-// ring_at: where in shared memory the warps' rings begin.
-template <int stages>
-__global__ void __launch_bounds__(kSegmentsMax * 32, 1) linear_fused_kernel(const __grid_constant__ FusedPlan plan, int ring_at) {
+// columns: 1 for one token. follows: whether anything but a residual follows.
+template <int columns, bool follows>
+__global__ void __launch_bounds__(kSegmentsMax * 32, follows ? 1 : 2) linear_fused_kernel(const __grid_constant__ FusedPlan plan) {
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32, block = static_cast<int>(blockIdx.x);
   int number = 0;
   while (number + 1 < plan.count && block >= plan.first_block[number + 1]) number++;
   const ProductPlan& product = plan.product[number];
   const int strip = block - plan.first_block[number];
   float acc[1][1][4] = {};
-  multiply<stages>(plan.type[number], product, strip, warp, lane, dynamic_shared() + ring_at + warp * stages * kChunkBytesMax, acc);
+  multiply<columns>(plan.type[number], product, strip, warp, lane, acc);
 
   uint32_t* flag = reinterpret_cast<uint32_t*>(dynamic_shared());
   float* leaves = reinterpret_cast<float*>(dynamic_shared() + 16);
-  for (int c = 0; c < 4; c++) leaves[warp * kLeafStride + (lane % 4 * 2 + c % 2) * kStripRows + lane / 4 + 8 * (c / 2)] = acc[0][0][c];
+  for (int c = 0; c < 4; c++) leaves[warp * kLeafStride + leaf_place(lane, c)] = acc[0][0][c];
   __syncthreads();
   const bool adds = plan.then == Then::Residual || plan.then == Then::ResidualNorm;
-  for (int place = thread; place < kStripRows * kTileTokens; place += static_cast<int>(blockDim.x)) {
-    const int token = place / kStripRows, row = strip * kStripRows + place % kStripRows;
-    if (token >= product.tokens || row >= product.rows) continue;
-    float y = tree_sum(leaves + place, product.segment_count, kLeafStride);
+  for (int at = thread; at < kStripRows * product.tokens; at += static_cast<int>(blockDim.x)) {
+    const int token = at / kStripRows, row = strip * kStripRows + at % kStripRows;
+    if (row >= product.rows) continue;
+    float y = tree_sum(leaves + token * kLeafToken + at % kStripRows, product.segment_count, kLeafStride);
     if (product.bias) y = __fadd_rn(y, product.bias[row]);
     float* out = product.out + token * product.out_stride + row;
     *out = adds ? __fadd_rn(*out, y) : y;
   }
 
+  if constexpr (!follows) return;
   if (plan.then == Then::RopeStoreKv) {
     const int D = plan.rope.layout.head_size, strips = D / kStripRows;
     const int item = strip / strips + (number == 0 ? 0 : number == 1 ? plan.rope.q_heads : plan.rope.q_heads + plan.rope.layout.heads);
@@ -153,11 +153,11 @@ Problem linear_fused(const FusedProducts& f, Stream stream) {
   plan.arrivals = f.arrivals;
   const int warps = f.product[0].segment_count;
   const int floats = warps * (f.then == Then::RopeStoreKv && kHeadSizeMax > kLeafStride ? kHeadSizeMax : kLeafStride), of_norm = f.then == Then::ResidualNorm ? kFusedTokensMax * kPartials : 0;
-  const int ring_at = (floats > of_norm ? floats : of_norm) * 4 + 16;
   const auto run = [&](auto kernel) {
-    return launch(kernel, static_cast<unsigned>(plan.first_block[f.count]), static_cast<unsigned>(warps * 32), static_cast<size_t>(ring_at) + ring_bytes(warps), stream, plan, ring_at);
+    return launch(kernel, static_cast<unsigned>(plan.first_block[f.count]), static_cast<unsigned>(warps * 32), static_cast<size_t>(floats > of_norm ? floats : of_norm) * 4 + 16, stream, plan);
   };
-  return ring_stages(warps) == 4 ? run(linear_fused_kernel<4>) : run(linear_fused_kernel<2>);
+  if (f.then == Then::Nothing || f.then == Then::Residual) return f.product[0].tokens == 1 ? run(linear_fused_kernel<1, false>) : run(linear_fused_kernel<2, false>);
+  return f.product[0].tokens == 1 ? run(linear_fused_kernel<1, true>) : run(linear_fused_kernel<2, true>);
 }
 
 }  // namespace shardmesh::cuda

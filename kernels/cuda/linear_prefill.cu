@@ -60,15 +60,18 @@ __global__ void __launch_bounds__(kThreads) linear_prefill_kernel(const ProductP
     if (stage < stage_count) {
       uint8_t* to = shared + stage % kStages * kStageBytes<F, X> + threadIdx.x * 16;
       const int count = min(kStageGroups, plan.groups - stage * kStageGroups);
+      const auto copy_pieces = [&](const auto& is_there) {
 #pragma unroll
-      for (int k = 0; k < kThreadPieces<F, X>; k++) {
-        const int i = static_cast<int>(threadIdx.x) + k * kThreads;
-        const bool of_strip = (k + 1) * kThreads <= of_strips || (k * kThreads < of_strips && i < of_strips);
-        const int from = stage * (of_strip ? kStripStageBytes<F> : kTileStageBytes<X>);
-        // The last stage may hold fewer groups; of the others every piece is whole.
-        const bool there = count == kStageGroups || (of_strip ? i % strip_pieces * 16 < count * F::record_bytes : (i - of_strips) % tile_pieces * 16 < count * static_cast<int>(sizeof(X)));
-        if (sources.piece[k] && there) copy_async<16>(to + k * kThreads * 16, sources.piece[k] + from);
-      }
+        for (int k = 0; k < kThreadPieces<F, X>; k++) {
+          const int i = static_cast<int>(threadIdx.x) + k * kThreads;
+          const bool of_strip = (k + 1) * kThreads <= of_strips || (k * kThreads < of_strips && i < of_strips);
+          if (((k + 1) * kThreads <= all || i < all) && is_there(k, i, of_strip)) copy_async<16>(to + k * kThreads * 16, sources.piece[k] + stage * (of_strip ? kStripStageBytes<F> : kTileStageBytes<X>));
+        }
+      };
+      if (strips == kBlockStrips && tiles == kBlockTiles && count == kStageGroups) copy_pieces([](int, int, bool) { return true; });
+      else copy_pieces([&](int k, int i, bool of_strip) {
+        return sources.piece[k] && (of_strip ? i % strip_pieces * 16 < count * F::record_bytes : (i - of_strips) % tile_pieces * 16 < count * static_cast<int>(sizeof(X)));
+      });
     }
     commit_copies();  // an empty group too, so that counting them stays simple
   };
@@ -95,19 +98,21 @@ __global__ void __launch_bounds__(kThreads) linear_prefill_kernel(const ProductP
     copy_stage(stage + kStages - 1);
     const uint8_t* from = shared + stage % kStages * kStageBytes<F, X>;
     const int count = min(kStageGroups, plan.groups - stage * kStageGroups);
-    for (int j = 0; j < count; j++) {
-      const int group = stage * kStageGroups + j;
-      StripGroup<F> w[kWarpStrips];
+    for (int j = 0; j < count;) {
+      const int stop = min(count, plan.segment_end[segment] - stage * kStageGroups);  // of the stage or of the segment
+      for (; j < stop; j++) {
+        StripGroup<F> w[kWarpStrips];
 #pragma unroll
-      for (int s = 0; s < kWarpStrips; s++)
-        w[s] = load_strip_group<F>(from + strip_at[s] + j * F::record_bytes, head_of[s] + (plan.phase + group) / 8 * F::head_bytes, lane);
+        for (int s = 0; s < kWarpStrips; s++)
+          w[s] = load_strip_group<F>(from + strip_at[s] + j * F::record_bytes, head_of[s] + (plan.phase + stage * kStageGroups + j) / 8 * F::head_bytes, lane);
 #pragma unroll
-      for (int t = 0; t < kWarpTiles; t++) {
-        const X& x = *reinterpret_cast<const X*>(from + tile_at[t] + j * sizeof(X));
+        for (int t = 0; t < kWarpTiles; t++) {
+          const X& x = *reinterpret_cast<const X*>(from + tile_at[t] + j * sizeof(X));
 #pragma unroll
-        for (int s = 0; s < kWarpStrips; s++) add_group(acc[s][t], w[s], x, lane);
+          for (int s = 0; s < kWarpStrips; s++) add_group(acc[s][t], w[s], x, lane);
+        }
       }
-      if (group + 1 < plan.segment_end[segment]) continue;
+      if (stage * kStageGroups + j < plan.segment_end[segment]) break;
 
       float* sums = &acc[0][0][0];
       for (int m = 0; m < plan.merges[segment]; m++) {

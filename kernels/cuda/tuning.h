@@ -27,9 +27,13 @@ struct AttentionTuning {
 constexpr int kDecodeTokensMaxChoices[] = {8, 16, 32, 64, 128}, kDecodeTilesChoices[] = {1, 2, 4}, kSplitRowsChoices[] = {1, 4, 8, 16, 32}, kAttentionWarpsChoices[] = {4, 8, 16, 32};
 constexpr int kFusedTokensChoices[] = {0, 1, 2, 4, kFusedTokensMax};
 constexpr Edges kEdgesChoices[] = {Edges::Plain, Edges::Programmatic};
+// What launches of few rows do beside products of one input: what follows them too (operations.h, Then), in the block that comes last, or only the sum of a residual.
+enum class Fusion { Whole, Products };
+constexpr Fusion kFusionChoices[] = {Fusion::Whole, Fusion::Products};
 constexpr Products kProducts[] = {Products::Quantised, Products::Float, Products::Bf16};
 
 inline const char* name_of(Edges edges) { return edges == Edges::Programmatic ? "programmatic" : "plain"; }
+inline const char* name_of(Fusion fusion) { return fusion == Fusion::Whole ? "whole" : "products"; }
 inline const char* name_of(Products products) { return products == Products::Quantised ? "quantised" : products == Products::Float ? "float" : "bf16"; }
 
 struct TuningRows {
@@ -49,6 +53,7 @@ struct TuningRows {
   std::vector<ProductRow> products;
   std::vector<AttentionRow> attention;
   std::optional<int> fused_tokens_max;  // decode steps of at most so many rows take launches that do several operations; none: the next card's
+  std::optional<Fusion> fusion;         // of those launches; none: the next card's
   std::optional<Edges> edges;  // of the graphs of steps, where the card knows others than plain ones; none: the next card's
 };
 
@@ -90,6 +95,11 @@ inline std::vector<TuningRows> parse_tuning(const std::string& text) {
       rows.attention.push_back(made);
     }
     if (const Json* fused = card.find("fusedTokensMax"); fused && !fused->is_null()) rows.fused_tokens_max = static_cast<int>(fused->integer(0, kFusedTokensMax));
+    if (const Json* fusion = card.find("fusion"); fusion && !fusion->is_null()) {
+      for (const Fusion choice : kFusionChoices)
+        if (fusion->text() == name_of(choice)) rows.fusion = choice;
+      if (!rows.fusion) fusion->fail("'" + fusion->text() + "' is neither whole nor products");
+    }
     if (const Json* edges = card.find("graphEdges"); edges && !edges->is_null()) {
       for (const Edges choice : kEdgesChoices)
         if (edges->text() == name_of(choice)) rows.edges = choice;
@@ -128,6 +138,11 @@ class Tuning {
     for (const TuningRows& rows : fitting_)
       if (rows.fused_tokens_max) return *rows.fused_tokens_max;
     return kFusedTokensMax;
+  }
+  Fusion fusion() const {
+    for (const TuningRows& rows : fitting_)
+      if (rows.fusion) return *rows.fusion;
+    return Fusion::Whole;
   }
   Edges edges() const {
     for (const TuningRows& rows : fitting_)

@@ -97,7 +97,7 @@ class Bench {
 
   void products_of(const std::string& matrix_name, TensorType type, int64_t rows, int64_t columns, const std::vector<int>& decode, const std::vector<int>& prefill);
   std::string tune_product(TensorType type, cuda::Products arithmetic, int64_t columns, int64_t rows, int64_t bytes_max);
-  int tune_fused();
+  std::pair<int, cuda::Fusion> tune_fused();
   std::string tune_attention(int head_size);
   cuda::Edges tune_edges();
   void paged_decode(int head_size, int heads, int kv_heads, int sequences, int context);
@@ -535,41 +535,52 @@ std::string Bench::tune_product(TensorType type, cuda::Products arithmetic, int6
   return text("{\"type\": \"%s\", \"arithmetic\": \"%s\", \"bytesMax\": %s, \"decodeTokensMax\": %d, \"decodeTiles\": %d}", name_of(type), cuda::name_of(arithmetic), bytes_max ? std::to_string(bytes_max).c_str() : "null", tokens_max, tiles);
 }
 
-// For how many rows gate, up, activation and quantising in one launch stay ahead of three launches.
-int Bench::tune_fused() {
+// For how many rows gate and up in one launch stay ahead of two launches, and whether the activation behind them, quantised, had better be done by the block that comes last.
+std::pair<int, cuda::Fusion> Bench::tune_fused() {
   const int64_t columns = options_.tiny ? 128 : 4096, rows = options_.tiny ? 64 : 4096;
   constexpr TensorType type = TensorType::Q4_1;
   const size_t bytes = cuda::packed_bytes({type, rows, columns, 0, 0, nullptr});
   const ProductScene gate(type, rows, columns, copies(bytes), cuda::kFusedTokensMax), up(type, rows, columns, copies(bytes), cuda::kFusedTokensMax);
   const Memory quantized(Place::Card, cuda::activation_bytes(cuda::kFusedTokensMax, rows), "the benchmark"), arrivals = on_card(std::vector<uint32_t>(static_cast<size_t>(rows / 32), 0));
   const Subtree tree = gate.whole();
-  const auto tiles = [&](cuda::Products products) { return tuning_.product(type, products, static_cast<int64_t>(bytes)).decode_tiles; };
-  int most = 0;
-  for (const int tokens : cuda::kFusedTokensChoices) {
-    if (tokens == 0) continue;
-    const auto products_of = [&](int i) { return std::array{gate.product(tokens, tiles(cuda::Products::Quantised), i, &tree), up.product(tokens, tiles(cuda::Products::Quantised), i, &tree)}; };
-    const double fused = time_us(repetitions(2 * bytes), options_.tries, [&](int i, Stream s) {
-      const auto products = products_of(i);
+  const int tiles = tuning_.product(type, cuda::Products::Quantised, static_cast<int64_t>(bytes)).decode_tiles;
+  const auto activation = [&](int tokens, Stream s) {
+    return cuda::gated_activation(gate.out.as<float>(), rows, up.out.as<float>(), rows, rows, tokens, 0, nullptr, 0, quantized.as<cuda::ActivationGroup>(), s);
+  };
+  const auto time = [&](int tokens, const auto& queue) {
+    return time_us(repetitions(2 * bytes), options_.tries, [&](int i, Stream s) { return queue(std::array{gate.product(tokens, tiles, i, &tree), up.product(tokens, tiles, i, &tree)}, tokens, s); });
+  };
+  const auto one_launch = [&](cuda::Then then) {
+    return [&, then](const std::array<cuda::Product, 2>& products, int tokens, Stream s) -> Problem {
       cuda::FusedProducts f{};
       f.count = 2;
       f.product[0] = products[0];
       f.product[1] = products[1];
       f.product[1].in = f.product[0].in;
-      f.then = cuda::Then::Activation;
+      f.then = then;
       f.quantized = quantized.as<cuda::ActivationGroup>();
       f.arrivals = arrivals.as<uint32_t>();
-      return cuda::linear_fused(f, s);
-    });
-    const double single = time_us(repetitions(2 * bytes), options_.tries, [&](int i, Stream s) -> Problem {
-      for (const cuda::Product& product : products_of(i))
-        if (const Problem problem = cuda::linear_decode(product, s)) return problem;
-      return cuda::gated_activation(gate.out.as<float>(), rows, up.out.as<float>(), rows, rows, tokens, 0, nullptr, 0, quantized.as<cuda::ActivationGroup>(), s);
-    });
-    std::printf("gate, up and activation of %s: %.2f us in one launch, %.2f us in three\n", tokens_text(tokens).c_str(), fused, single);
-    if (fused > single) break;
+      if (const Problem problem = cuda::linear_fused(f, s)) return problem;
+      return then == cuda::Then::Nothing ? activation(tokens, s) : nullptr;
+    };
+  };
+  const auto launch_each = [&](const std::array<cuda::Product, 2>& products, int tokens, Stream s) -> Problem {
+    for (const cuda::Product& product : products)
+      if (const Problem problem = cuda::linear_decode(product, s)) return problem;
+    return activation(tokens, s);
+  };
+  int most = 0;
+  double by_products = 0, by_whole = 0;
+  for (const int tokens : cuda::kFusedTokensChoices) {
+    if (tokens == 0) continue;
+    const double whole = time(tokens, one_launch(cuda::Then::Activation)), products = time(tokens, one_launch(cuda::Then::Nothing)), each = time(tokens, launch_each);
+    std::printf("gate, up and activation of %s: %.2f us in one launch, %.2f us in two, %.2f us in three\n", tokens_text(tokens).c_str(), whole, products, each);
+    if (std::min(whole, products) > each) break;
     most = tokens;
+    by_whole += whole;
+    by_products += products;
   }
-  return most;
+  return {most, by_products < by_whole ? cuda::Fusion::Products : cuda::Fusion::Whole};
 }
 
 // A row of "attention": warps by one long and many short contexts, then how many rows of a sequence splitting pays for.
@@ -662,7 +673,7 @@ void Bench::tune(const std::string& path) {
     attentions.push_back(tune_attention(head_size));
     std::printf("%s\n", attentions.back().c_str());
   }
-  const int fused = tune_fused();
+  const auto [fused, fusion] = tune_fused();
   const cuda::Edges edges = tune_edges();
   const auto joined = [](const std::vector<std::string>& rows) {
     std::string all;
@@ -671,8 +682,8 @@ void Bench::tune(const std::string& path) {
   };
   FILE* file = std::fopen(path.c_str(), "w");
   if (!file) throw std::runtime_error(path + ": cannot be written");
-  std::fprintf(file, "{\"version\": 1, \"cards\": [{\n  \"sm\": %d, \"card\": \"%s\", \"measured\": \"%s\",\n  \"products\": [\n%s\n  ],\n  \"attention\": [\n%s\n  ],\n  \"fusedTokensMax\": %d,\n  \"graphEdges\": \"%s\"\n}]}\n",
-               report_.card.sm, report_.card.name.c_str(), today().c_str(), joined(products).c_str(), joined(attentions).c_str(), fused, cuda::name_of(edges));
+  std::fprintf(file, "{\"version\": 1, \"cards\": [{\n  \"sm\": %d, \"card\": \"%s\", \"measured\": \"%s\",\n  \"products\": [\n%s\n  ],\n  \"attention\": [\n%s\n  ],\n  \"fusedTokensMax\": %d,\n  \"fusion\": \"%s\",\n  \"graphEdges\": \"%s\"\n}]}\n",
+               report_.card.sm, report_.card.name.c_str(), today().c_str(), joined(products).c_str(), joined(attentions).c_str(), fused, cuda::name_of(fusion), cuda::name_of(edges));
   if (std::fclose(file) != 0) throw std::runtime_error(path + ": cannot be written");
 }
 

@@ -193,17 +193,18 @@ std::string check_kill(const std::string& file, const ExportedModel& model, cons
 
 // ---------------------------------------------------------------- tuning
 
-std::string tuning_text(const cuda::ProductTuning& product, const cuda::AttentionTuning& attention, int fused_tokens_max, cuda::Edges edges) {
+std::string tuning_text(const cuda::ProductTuning& product, const cuda::AttentionTuning& attention, int fused_tokens_max, cuda::Fusion fusion, cuda::Edges edges) {
   return "{\"version\": 1, \"cards\": [{\"sm\": null, \"card\": null, \"measured\": null, \"products\": [{\"type\": null, \"bytesMax\": null, \"decodeTokensMax\": " +
          std::to_string(product.decode_tokens_max) + ", \"decodeTiles\": " + std::to_string(product.decode_tiles) + "}], \"attention\": [{\"headSize\": null, \"splitRowsMax\": " +
          std::to_string(attention.split_rows_max) + ", \"warps\": " + std::to_string(attention.warps) + "}], \"fusedTokensMax\": " + std::to_string(fused_tokens_max) +
-         ", \"graphEdges\": \"" + cuda::name_of(edges) + "\"}]}";
+         ", \"fusion\": \"" + cuda::name_of(fusion) + "\", \"graphEdges\": \"" + cuda::name_of(edges) + "\"}]}";
 }
 
 struct TuningCase {
   cuda::ProductTuning product;
   cuda::AttentionTuning attention;
   int fused_tokens_max;
+  cuda::Fusion fusion;
   cuda::Edges edges;
 };
 
@@ -213,13 +214,13 @@ std::vector<TuningCase> tuning_cases(const std::string& file) {
   const auto pick = [](const auto& choices, size_t i) { return choices[i % std::size(choices)]; };
   for (size_t i = 0; i < 5; i++)
     cases.push_back({{pick(cuda::kDecodeTokensMaxChoices, i), pick(cuda::kDecodeTilesChoices, i)}, {pick(cuda::kSplitRowsChoices, 4 - i), pick(cuda::kAttentionWarpsChoices, i)},
-                     pick(cuda::kFusedTokensChoices, 4 - i), pick(cuda::kEdgesChoices, i)});
+                     pick(cuda::kFusedTokensChoices, 4 - i), pick(cuda::kFusionChoices, i / 2), pick(cuda::kEdgesChoices, i)});
   for (const std::string& text : {std::string(cuda::kTuningTable), file}) {
     if (text.empty()) continue;
     for (const cuda::TuningRows& rows : cuda::parse_tuning(text))
       for (size_t i = 0; i < std::max(rows.products.size(), rows.attention.size()); i++)
         cases.push_back({rows.products[std::min(i, rows.products.size() - 1)].tuning, rows.attention[std::min(i, rows.attention.size() - 1)].tuning,
-                         rows.fused_tokens_max.value_or(cuda::kFusedTokensMax), rows.edges.value_or(cuda::Edges::Plain)});
+                         rows.fused_tokens_max.value_or(cuda::kFusedTokensMax), rows.fusion.value_or(cuda::Fusion::Whole), rows.edges.value_or(cuda::Edges::Plain)});
   }
   return cases;
 }
@@ -237,9 +238,9 @@ void check_tuning(const std::string& model_file, const std::string& tuning_file,
   const std::vector<uint8_t> want = results_of(model, model.cuts.front(), all_of("reference"), workload, 1000);
   for (const TuningCase& c : tuning_cases(file))
     test_case(model.name + " - decode products up to " + std::to_string(c.product.decode_tokens_max) + " tokens in blocks of " + std::to_string(c.product.decode_tiles) + " tiles, contexts split for " +
-                  std::to_string(c.attention.split_rows_max) + " rows, " + std::to_string(c.attention.warps) + " warps of attention, fused for " + std::to_string(c.fused_tokens_max) + " rows, " +
+                  std::to_string(c.attention.split_rows_max) + " rows, " + std::to_string(c.attention.warps) + " warps of attention, fused for " + std::to_string(c.fused_tokens_max) + " rows (" + cuda::name_of(c.fusion) + "), " +
                   cuda::name_of(c.edges) + " edges: the reference's bits",
-              [&] { return difference(want, results_of(model, model.cuts.front(), all_of("cuda"), workload, 27, tuning_text(c.product, c.attention, c.fused_tokens_max, c.edges))); });
+              [&] { return difference(want, results_of(model, model.cuts.front(), all_of("cuda"), workload, 27, tuning_text(c.product, c.attention, c.fused_tokens_max, c.fusion, c.edges))); });
   if (!file.empty()) test_case(model.name + " - the file's own choices: the reference's bits", [&] { return difference(want, results_of(model, model.cuts.front(), all_of("cuda"), workload, 27, file)); });
 }
 

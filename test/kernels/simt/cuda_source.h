@@ -251,6 +251,7 @@ void copy_async(void* shared, const void* global, int source_bytes = bytes, SIMT
   static_assert(bytes == 4 || bytes == 8 || bytes == 16);
   simt::copy_async(site, shared, global, bytes, static_cast<unsigned>(source_bytes));
 }
+inline float where_above(float x, float limit, float y) { return x > limit ? y : 0.0f; }
 inline void keep(int&) {}
 inline void commit_copies() { simt::commit_copies(); }
 template <int groups_left>

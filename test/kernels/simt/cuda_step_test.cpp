@@ -496,7 +496,7 @@ std::string check_finite_keys_and_values() {
 // ---------------------------------------------------------------- head
 
 std::string check_candidates() {
-  constexpr int kRows = 3, kCount = 9500, kStride = 9501, kFirst = 2048;  // three parts, the last one not whole
+  constexpr int kRows = 3, kCount = 9500, kStride = 9501, kFirst = 2048;  // five parts, the last one not whole
   Random random(77);
   std::vector<float> logits(kRows * kStride);
   for (float& x : logits) x = static_cast<float>(static_cast<int>(random.below(64)) - 32) * 0.25f;  // many ties
