@@ -6,6 +6,8 @@
 
 namespace shardmesh::cuda {
 
+constexpr int kManyStrips = 1536;  // from here on blocks of two strips leave enough of them for every card
+
 // Straight into registers, some groups at once: for up to 16 tokens, whose operands are few. More groups would take registers that a second block of 16 warps has a better use for.
 // acc[s][i] += the products of strip s and tile i over groups [begin, end). records, heads: of each strip; x: of each tile, group 0.
 template <typename F, typename X, int tiles, int strips, int columns>

@@ -16,8 +16,6 @@
 namespace shardmesh::cuda {
 namespace {
 
-constexpr int kManyStrips = 1536;  // from here on blocks of two strips leave enough of them for every card
-
 // Blocks of 16 warps that a multiprocessor has registers for: two where that takes no registers that products need.
 template <typename F, typename X, int tiles, int strips>
 constexpr int kBlocksOfCard = tiles == 1 && sizeof(X) == sizeof(ActivationGroup) && (strips == 1 || F::scales != Scales::Halves) ? 2 : 1;

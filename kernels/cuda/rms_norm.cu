@@ -16,7 +16,7 @@ constexpr int kThreadsMax = 512;
 
 // own: values of a thread in registers; 0: rows that are too wide for that are read twice.
 template <int own>
-__global__ void __launch_bounds__(kThreadsMax) rms_norm_kernel(const float* x, int64_t x_stride, const float* w, float epsilon, int width, float* out, int64_t out_stride,
+__global__ void __launch_bounds__(kThreadsMax, 1) rms_norm_kernel(const float* x, int64_t x_stride, const float* w, float epsilon, int width, float* out, int64_t out_stride,
                                                                const ActivationTiles quantized_out, const FiniteCheck check) {
   grid_dependency_wait();
   const int token = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x), lane = thread % 32;

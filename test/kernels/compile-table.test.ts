@@ -25,13 +25,13 @@ describe.skipIf(!existsSync(resources) && !couldNotBeCompiled)('compile table (s
 
   const over = (isOver: (k: Resources) => boolean) => kernels.filter(isOver).map((k) => `${k.architecture} ${k.kernel}`);
   /** Prefill kernels may use local memory: the stack of the tree, or values of a whole row of attention. */
-  const isPrefill = (k: Resources) => /^linear_((float|bf16)_)?prefill|^attention_kernel<.*true>/.test(k.kernel);
+  const isPrefill = (k: Resources) => /^linear_((float|bf16)_)?prefill|^attention_kernel</.test(k.kernel);
 
   it('compile table - has every kernel for sm_80 and sm_90', () => {
-    // Products of 7 quantised formats: 28 for decode (4 widths) and 7 for prefill, with int16 activations 14 (2 widths) and 7; of 3 float types 6 (2 widths) and 3, of bf16
-    // 6 (3 widths by 2 layouts) and 1. 15 attention kernels of int8, 5 of f16; 10 of embedding rows; one that products share, 17 others.
+    // Products of 7 quantised formats: 42 for decode (6 by tokens, strips and ring) and 7 for prefill, with int16 activations 14 (2 widths) and 7; of 3 float types 6 (2 widths)
+    // and 3, of bf16 6 (3 widths by 2 layouts) and 1. 15 attention kernels of int8, 5 of f16; 10 of embedding rows; 5 that products share, 4 norms, 16 others.
     for (const architecture of ['sm_80', 'sm_90'])
-      expect(kernels.filter((k) => k.architecture === architecture)).toHaveLength(120);
+      expect(kernels.filter((k) => k.architecture === architecture)).toHaveLength(141);
   });
 
   it('compile table - no kernel of a decode step spills', () => {

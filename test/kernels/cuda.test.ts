@@ -17,6 +17,9 @@ const cases = {
   cuda_linear_test: [
     ...['F32', 'F16', 'BF16', ...quantised].flatMap((type) => ofEachType.map((check) => `cuda linear ${type} - ${check}`)),
     ...quantised.map(
+      (type) => `cuda linear ${type} - the decode product of one token has the reference's bits where a block has two strips`,
+    ),
+    ...quantised.map(
       (type) => `cuda linear ${type} - both products have the reference's bits with int16 activations, in any order`,
     ),
     'cuda linear - the decode products make every tree of 1 to 16 segments',
@@ -46,6 +49,7 @@ const cases = {
   ],
   cuda_fused_test: [
     'cuda fused - products of a gate and their activation have the bits of single launches',
+    'cuda fused - products side by side have the bits of single launches',
     'cuda fused - a product into the residual has the bits of single launches',
     'cuda fused - a product into the residual and the norm behind it have the bits of single launches',
     'cuda fused - the end of a reduction and the norm behind it have the bits of single launches',

@@ -2,6 +2,8 @@
 // bit; those are held against the reference by cuda_linear_test and cuda_step_test.
 //
 //   cuda_fused_test    runs all; prints "ok NAME" or "FAIL NAME: what", a line each
+#include <deque>
+
 #include "../../../kernels/cuda/attention_plan.h"
 #include "../../../kernels/cuda/operations.h"
 #include "../../../kernels/cuda/weight_layout.h"
@@ -69,6 +71,32 @@ std::string run(std::initializer_list<cuda::Problem> problems) {
 }
 
 Floats values(const char* name, size_t count, Random& random) { return Floats(name, make_activations(count, Values::Random, random)); }
+
+// Products side by side, of which nothing follows; `many`: of so many strips that a block has two.
+std::string side_by_side(int tokens, int segments, size_t type, bool many, uint64_t seed) {
+  Random random(seed);
+  const int64_t columns = many ? 64 : 512;
+  const Input in(tokens, columns, segments, random);
+  const int64_t rows[] = {many ? 24'581 : 48, many ? 33 : 83, 16};
+  const int count = 2 + static_cast<int>(seed % 2);
+  std::vector<Matrix> matrices;
+  std::deque<Floats> want, found;
+  cuda::FusedProducts f{};
+  f.count = count;
+  f.then = cuda::Then::Nothing;
+  std::string problem = run({in.problem});
+  for (int i = 0; i < count; i++) {
+    matrices.emplace_back(kQuantized[(type + static_cast<size_t>(i)) % kQuantizedCount], rows[i], columns, random);
+    for (std::deque<Floats>* all : {&want, &found}) all->emplace_back("product", static_cast<size_t>(rows[i] * tokens));
+  }
+  for (size_t i = 0; i < matrices.size() && problem.empty(); i++) {
+    f.product[i] = in.product(matrices[i], nullptr, found[i].data(), rows[i]);
+    problem = run({cuda::linear_decode(in.product(matrices[i], nullptr, want[i].data(), rows[i]), nullptr)});
+  }
+  if (problem.empty()) problem = run({cuda::linear_fused(f, nullptr)});
+  for (size_t i = 0; i < matrices.size() && problem.empty(); i++) problem = simt::difference(want[i].values(), found[i]);
+  return problem;
+}
 
 std::string gate_and_up(int tokens, int segments, size_t type, int activation, uint64_t seed) {
   Random random(seed);
@@ -296,6 +324,10 @@ int main() {
   flush_denormals();
   simt::test_case("cuda fused - products of a gate and their activation have the bits of single launches", [] {
     return each([](int tokens, int segments, size_t type, uint64_t seed) { return gate_and_up(tokens, segments, type, static_cast<int>(seed % 2), seed); });
+  });
+  simt::test_case("cuda fused - products side by side have the bits of single launches", [] {
+    const std::string what = each([](int tokens, int segments, size_t type, uint64_t seed) { return side_by_side(tokens, segments, type, false, seed); });
+    return what.empty() ? side_by_side(1, 2, 1, true, 1) : what;
   });
   simt::test_case("cuda fused - a product into the residual has the bits of single launches", [] {
     return each([](int tokens, int segments, size_t type, uint64_t seed) { return into_residual(tokens, segments, type, false, seed); });

@@ -235,6 +235,12 @@ std::string compare_orders(Launcher launcher, TensorType type, int tokens, Activ
   return "";
 }
 
+// So many strips that blocks have two of them for one token; their number is odd.
+std::string compare_many_strips(TensorType type) {
+  const Case c{64, 24581, 0, 1, {1, 2}, {{0, 1}, {1, 1}}, true};
+  return compare(cuda::linear_decode, type, Values::Random, c, 900 + static_cast<uint64_t>(type));
+}
+
 // Each tree of 1 to 16 segments.
 std::string compare_trees(Launcher launcher, TensorType type, int tokens) {
   for (int n = 1; n <= kSegmentsMax; n++) {
@@ -309,6 +315,7 @@ int main() {
     simt::test_case(name + " - the prefill product has the reference's bits for any shape, batch and segments", [&] { return compare_shapes(prefill, type, {1, 31, 64, 90}); });
     simt::test_case(name + " - the prefill product does not depend on the order of threads and blocks", [&] { return compare_orders(prefill, type, 66); });
     if (floats) continue;
+    simt::test_case(name + " - the decode product of one token has the reference's bits where a block has two strips", [&] { return compare_many_strips(type); });
     constexpr ActivationType kInt16 = ActivationType::Int16;
     simt::test_case(name + " - both products have the reference's bits with int16 activations, in any order", [&] {
       std::string what = compare_shapes(decode, type, {1, 7, 9, 33}, kInt16);

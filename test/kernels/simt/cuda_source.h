@@ -22,6 +22,7 @@
 #define __constant__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __maxnreg__(...)
 #define __grid_constant__
 #define threadIdx (simt::place->thread)
 #define blockIdx (simt::place->block)
