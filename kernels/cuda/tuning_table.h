@@ -11,6 +11,36 @@ constexpr const char* kTuningTable = R"json({
   "version": 1,
   "cards": [
     {
+      "sm": 90, "card": "NVIDIA H200", "measured": "2026-11-27",
+      "products": [
+        {"type": null, "arithmetic": "bf16", "bytesMax": null, "decodeTokensMax": 128, "decodeTiles": 4},
+        {"type": null, "arithmetic": "float", "bytesMax": 16777216, "decodeTokensMax": 128, "decodeTiles": 4},
+        {"type": "F32", "arithmetic": "float", "bytesMax": null, "decodeTokensMax": 64, "decodeTiles": 4},
+        {"type": null, "arithmetic": "float", "bytesMax": null, "decodeTokensMax": 32, "decodeTiles": 4},
+        {"type": "Q4_K", "arithmetic": null, "bytesMax": 4194304, "decodeTokensMax": 128, "decodeTiles": 2},
+        {"type": "Q5_K", "arithmetic": null, "bytesMax": 16777216, "decodeTokensMax": 128, "decodeTiles": 2},
+        {"type": null, "arithmetic": null, "bytesMax": 4194304, "decodeTokensMax": 128, "decodeTiles": 1},
+        {"type": "Q4_1", "arithmetic": null, "bytesMax": 16777216, "decodeTokensMax": 128, "decodeTiles": 1},
+        {"type": "Q5_1", "arithmetic": null, "bytesMax": 16777216, "decodeTokensMax": 128, "decodeTiles": 1},
+        {"type": "Q4_K", "arithmetic": null, "bytesMax": 16777216, "decodeTokensMax": 128, "decodeTiles": 4},
+        {"type": null, "arithmetic": null, "bytesMax": 16777216, "decodeTokensMax": 128, "decodeTiles": 2},
+        {"type": "Q5_K", "arithmetic": null, "bytesMax": null, "decodeTokensMax": 64, "decodeTiles": 4},
+        {"type": "Q6_K", "arithmetic": null, "bytesMax": null, "decodeTokensMax": 64, "decodeTiles": 2},
+        {"type": "Q4_1", "arithmetic": null, "bytesMax": null, "decodeTokensMax": 32, "decodeTiles": 4},
+        {"type": "Q4_K", "arithmetic": null, "bytesMax": null, "decodeTokensMax": 32, "decodeTiles": 4},
+        {"type": null, "arithmetic": null, "bytesMax": null, "decodeTokensMax": 32, "decodeTiles": 2}
+      ],
+      "attention": [
+        {"headSize": 64, "splitRowsMax": 32, "warps": 16},
+        {"headSize": 128, "splitRowsMax": 16, "warps": 32},
+        {"headSize": 256, "splitRowsMax": 4, "warps": 8},
+        {"headSize": null, "splitRowsMax": 16, "warps": 16}
+      ],
+      "fusedTokensMax": 8,
+      "fusion": "products",
+      "graphEdges": "programmatic"
+    },
+    {
       "sm": null, "card": null, "measured": null,
       "products": [
         {"type": null, "arithmetic": "float", "bytesMax": null, "decodeTokensMax": 16, "decodeTiles": 4},

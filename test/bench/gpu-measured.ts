@@ -86,7 +86,7 @@ export function renderPage(measurements: readonly BenchReport[], floors: readonl
   const cell = (report: BenchReport, name: string): string => {
     const found = report.floors.find((floor) => floor.name === name);
     if (!found || found.value === null) return 'not measured';
-    return `${digits(found.value)}${found.met ? '' : ' (below the floor)'}`;
+    return `${digits(found.value)}${found.met ? '' : ' (misses the floor)'}`;
   };
   const none = cards.length === 0;
   const lines = floors.map(({ name, unit, atLeast, floor, aim }) => [
@@ -102,7 +102,7 @@ Written by \`npm run bench:gpu\` from the files in \`measured/\`; nothing here i
 On a machine with a card: \`npm run bench:gpu\` (nvcc 12.8 or later). On one without Node: carry \`build/cuda/card\` there, \`sh card/run.sh\`, and bring its results back:
 \`npm run bench:gpu -- --from results/bench.json --rivals results/rivals.json\`. On no card at all: \`npm run bench:gpu -- --emulated\` shows that the benchmark runs, and measures nothing.
 
-Weights and caches are taken in turns so that each repetition finds the L2 cache cold (\`other\` rows find there what the kernel before them left, as in a step), values are random, a row is the middle one of nine runs of a graph of repetitions, and shares are of what two kernels
+Weights and caches are taken in turns so that each repetition finds the L2 cache cold (\`other\` rows find there what the kernel before them left, as in a step), values are random, a row is the middle one of nine runs of a graph of repetitions (of five, for the H200), and shares are of what two kernels
 of the same run reach: copying memory, and int8 products from registers (\`test/gpu/ceilings.cu\`). Floors are aims for an H100.
 
 ## Floors
