@@ -44,7 +44,7 @@ export interface MachineSpeed {
   link: LinkSpeed;
   /** A step's time that depends neither on bytes nor on the split: sampling, hand-over. */
   stepSeconds: number;
-  /** From a message to the moment a thread that sleeps for it runs: in every hop to a stage that has nothing else to do, and several times over in every exchange when workers outnumber cores. */
+  /** From a message to the moment a thread that sleeps for it runs: in every hop to a stage that has nothing else to do. */
   wakeSeconds: number;
   service: ServiceCost;
 }
@@ -108,7 +108,7 @@ export function predictSpeed(load: PlacementLoad, machine: MachineSpeed, workloa
   const hops =
     load.stages.length === 1
       ? 0
-      : load.stages.length * (exchange(machine, shared.workers, tokens * load.hiddenSize * load.wireBytes) + machine.wakeSeconds);
+      : load.stages.length * (exchange(machine, shared.workers, tokens * load.hiddenSize * load.wireBytes) + machine.wakeSeconds + coldHopSeconds);
   const service = serviceTime(
     machine,
     { workers: workersOfOne, streams, microBatches },
@@ -200,12 +200,18 @@ function reductionTime(stage: StageLoad, vectorBytes: number, machine: MachineSp
 }
 
 /** One message of `bytes`. */
-function exchange({ link, cores, wakeSeconds }: MachineSpeed, workers: number, bytes: number): number {
-  return link.seconds + bytes / link.bytesPerSecond + (workers > cores ? crowdedWakes * wakeSeconds : 0);
+function exchange({ link, cores }: MachineSpeed, workers: number, bytes: number): number {
+  return link.seconds + bytes / link.bytesPerSecond + (workers > cores ? crowdedSeconds : 0);
 }
 
-/** With more workers than cores nobody spins, and whoever is woken waits for a core as well: fitted to placements of three and four workers on two cores. */
-const crowdedWakes = 8;
+/**
+ * With more workers than cores nobody spins, and whoever is woken waits for a core that others compute on. Fitted to placements of three and four workers on two cores of a Xeon
+ * and of an EPYC, which differ little here, while a core that sleeps (`wakeSeconds`) took 10 us to wake on the one and 35 to 80 on the other.
+ */
+const crowdedSeconds = 75e-6;
+
+/** What a stage loses that begins after it had nothing to do, besides being woken: caches, clock. Fitted to pipelines of two and three stages on the same machines. */
+const coldHopSeconds = 250e-6;
 
 /**
  * Bytes of matrices a second at any number of threads and tokens, from the measured points: straight lines between them, in speed over threads (through the origin

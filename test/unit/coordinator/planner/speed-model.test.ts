@@ -96,15 +96,15 @@ describe('speed model', () => {
   });
 
   test('speed model - one stream through two stages uses one core at a time', () => {
-    // Twice 40 MB at 10 GB/s, and two hops of 14 us to a stage that sleeps.
-    expect(predictSpeed(piped, machine, one).tokenSeconds).toBeCloseTo(0.008 + 2 * 64e-6, 9);
+    // Twice 40 MB at 10 GB/s, and two hops of 14 us to a stage that sleeps: 50 us to wake it, 250 us for what it has lost.
+    expect(predictSpeed(piped, machine, one).tokenSeconds).toBeCloseTo(0.008 + 2 * 314e-6, 9);
   });
 
   test('speed model - several streams fill both stages with micro-batches', () => {
     // 4 tokens a micro-batch; both cores busy: 16 GB/s falls to 1 / (1/16 + (1/12.8 - 1/16) * 3/7), each gets half; two rounds of a stage.
     const bytesPerSecond = 1e9 / (1 / 16 + ((1 / 12.8 - 1 / 16) * 3) / 7);
     expect(predictSpeed(piped, machine, eight).tokenSeconds).toBeCloseTo(
-      (2 * 40e6) / (bytesPerSecond / 2) + 2 * (10e-6 + 16e-6 + 50e-6),
+      (2 * 40e6) / (bytesPerSecond / 2) + 2 * (10e-6 + 16e-6 + 50e-6 + 250e-6),
       9,
     );
   });
@@ -129,14 +129,14 @@ describe('speed model', () => {
 
   test('speed model - more workers than cores wait to be scheduled in, and one core has two of three ranks', () => {
     const three = { hiddenSize: 1_000, wireBytes: 4, stages: [{ layers: 10, ranks: [rank(30e6), rank(25e6), rank(25e6)] }] };
-    // One core reads 30 MB, the other 50. Two vectors of the others: 10 + 8 us, and 8 times 50 us to wake.
-    expect(predictSpeed(three, machine, one).tokenSeconds).toBeCloseTo(50e6 / 8e9 + 20 * 418e-6, 9);
+    // One core reads 30 MB, the other 50. Two vectors of the others: 10 + 8 us, and 75 us to get a core.
+    expect(predictSpeed(three, machine, one).tokenSeconds).toBeCloseTo(50e6 / 8e9 + 20 * 93e-6, 9);
   });
 
   test('speed model - unequal ranks are laid on cores so that the fullest has least', () => {
     const ranks = [rank(10e6), rank(30e6), rank(20e6)];
     const uneven = { hiddenSize: 1_000, wireBytes: 4, stages: [{ layers: 10, ranks }] };
-    expect(predictSpeed(uneven, machine, one).tokenSeconds).toBeCloseTo(30e6 / 8e9 + 20 * 418e-6, 9);
+    expect(predictSpeed(uneven, machine, one).tokenSeconds).toBeCloseTo(30e6 / 8e9 + 20 * 93e-6, 9);
   });
 
   describe('with a coordinator that takes CPU', () => {
