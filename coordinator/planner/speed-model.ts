@@ -108,7 +108,8 @@ export function predictSpeed(load: PlacementLoad, machine: MachineSpeed, workloa
   const hops =
     load.stages.length === 1
       ? 0
-      : load.stages.length * (exchange(machine, shared.workers, tokens * load.hiddenSize * load.wireBytes) + machine.wakeSeconds + coldHopSeconds);
+      : load.stages.length *
+        (exchange(machine, shared.workers, tokens * load.hiddenSize * load.wireBytes) + machine.wakeSeconds + coldHopSeconds);
   const service = serviceTime(
     machine,
     { workers: workersOfOne, streams, microBatches },
