@@ -65,6 +65,9 @@ const surelyShare = 0.75;
  * driven out of the caches of cores that compute.
  */
 const resultsMs = unnoticedMs;
+/** Two steps may take this long together: tokens still come 30 times a second. */
+const twoResultsMs = 32;
+const mayTravelTogether = (steps: number, ms: number): boolean => ms <= resultsMs || (steps === 2 && ms <= twoResultsMs);
 
 export class StepPipeline {
   /** Stages a step passes through. */
@@ -163,7 +166,10 @@ export class StepPipeline {
   roomToJoin(steps: number): boolean {
     const last = this.#inFlight.slice(-steps).map((step) => this.#times.stepMs(step));
     if (last.includes(null)) return false;
-    return last.reduce<number>((sum, ms) => sum + ms!, last.at(-1)!) <= resultsMs;
+    return mayTravelTogether(
+      steps + 1,
+      last.reduce<number>((sum, ms) => sum + ms!, last.at(-1)!),
+    );
   }
 
   /** Marks which of these plans, the last that were published, have results that may wait for the next one's. First tokens never wait. */
@@ -171,14 +177,16 @@ export class StepPipeline {
     if (this.#ppSize > 1) return;
     const steps = this.#inFlight.slice(-plans.length);
     let joinedMs = 0;
+    let joined = 0;
     for (let i = 0; i + 1 < plans.length; i++) {
       const ms = this.#times.stepMs(steps[i]!);
       const nextMs = this.#times.stepMs(steps[i + 1]!);
       if (ms === null || nextMs === null) return;
       joinedMs += ms;
-      const waits = steps[i]!.prefillTokens === 0 && joinedMs + nextMs <= resultsMs;
+      joined++;
+      const waits = steps[i]!.prefillTokens === 0 && mayTravelTogether(joined + 1, joinedMs + nextMs);
       steps[i]!.resultWaits = plans[i]!.resultWaits = waits;
-      if (!waits) joinedMs = 0;
+      if (!waits) joined = joinedMs = 0;
     }
   }
 

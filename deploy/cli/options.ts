@@ -169,7 +169,7 @@ const options = {
   stepsInFlight: () =>
     new Option(
       '--steps-in-flight <n>',
-      'most steps in flight (default: the running one and the next, short ones in two groups of up to 20 ms; with stages as many as keep all of them busy)',
+      'most steps in flight (default: the running one and the next, short ones in two groups of up to 32 ms; with stages as many as keep all of them busy)',
     ).argParser(integer(1, 128)),
   itlTargetMs: () =>
     new Option(

@@ -135,6 +135,23 @@ describe('step pipeline', () => {
     expect(waits(publish(stages, [makePlan(1, 1), makePlan(2, 1)]))).toEqual([false, false]);
   });
 
+  it('step pipeline - joins the results of two steps that together take up to 32 ms, of three no more than 20', () => {
+    const ofMs = (ms: number): StepPipeline => {
+      const pipeline = new StepPipeline();
+      for (const step of [1, 2]) {
+        pipeline.published(makePlan(step, 1), 0, 0);
+        pipeline.completed(makeResult(step, { totalUs: 1_000 * ms }), 1, 0);
+      }
+      return pipeline;
+    };
+    const plans = (): StepPlan[] => [3, 4, 5, 6].map((step) => makePlan(step, 1));
+    expect(waits(publish(ofMs(16), plans()))).toEqual([true, false, true, false]);
+    expect(waits(publish(ofMs(17), plans()))).toEqual([false, false, false, false]);
+    const pairs = ofMs(16);
+    publish(pairs, plans());
+    expect([1, 2].map((steps) => pairs.roomToJoin(steps))).toEqual([true, false]);
+  });
+
   it('step pipeline - lets no first token wait, and no result for a step with a prompt', () => {
     const pipeline = measured();
     pipeline.published(makePlan(3, 10), 10, 0);
