@@ -25,6 +25,12 @@ export const programmaticEdges = JSON.stringify({
   cards: [{ sm: null, card: null, measured: null, products: [], attention: [], graphEdges: 'programmatic' }],
 });
 
+/** The same, where launches of few rows had better do products alone. */
+const productsAlone = JSON.stringify({
+  version: 1,
+  cards: [{ sm: null, card: null, measured: null, products: [], attention: [], fusion: 'products', graphEdges: 'programmatic' }],
+});
+
 /** @param load  the addon that has the CUDA executor, and a card to go with it */
 export function describeCudaPrograms(load: () => Promise<Addon>): void {
   const weights = tinyWeights();
@@ -371,6 +377,8 @@ export function describeCudaPrograms(load: () => Promise<Addon>): void {
       ['one worker whose steps are small', wholeCut, { stepTokensMax: 150 }],
       ['one worker, programmatic edges', wholeCut, { cudaTuning: programmaticEdges }],
       ['two ranks, programmatic edges', twoRankCut, { cudaTuning: programmaticEdges }],
+      ['one worker, products alone in a launch', wholeCut, { cudaTuning: productsAlone }],
+      ['two ranks, products alone in a launch', twoRankCut, { cudaTuning: productsAlone }],
     ] as const)(
       'cuda program - steps of any number of rows pad to those of a graph and keep their bits: %s',
       async ([, cut, options]) => {
@@ -393,6 +401,13 @@ export function describeCudaPrograms(load: () => Promise<Addon>): void {
       // Embed, of few rows the first norm, and of the tail: look at the rows, select them, norm, head, candidates, report.
       for (const { rows, nodes } of graphs!)
         expect(nodes, `${rows} rows`).toEqual([rows <= 8 ? 8 + 5 * layers : 7 + 17 * layers]);
+    });
+
+    it('cuda program - nine nodes a layer where launches of few rows do products alone', async () => {
+      const [, [graphs]] = await decode({ ...cuda, cudaTuning: productsAlone }, [1]);
+      const layers = 2;
+      for (const { rows, nodes } of graphs!)
+        expect(nodes, `${rows} rows`).toEqual([rows <= 8 ? 7 + 9 * layers : 7 + 17 * layers]);
     });
 
     it('cuda program - where output rows take several passes, the layers are a graph and the tail is not', async () => {

@@ -74,6 +74,7 @@ describe.skipIf(process.platform !== 'linux' || process.arch !== 'x64')('benchma
     expect(tunedAt(text, 'emulated CUDA machine')).toMatch(/^20\d\d-\d\d-\d\d$/);
     expect(tunedAt(text, 'a card that is not here')).toBeNull();
     expect(text).toMatch(/"graphEdges": "(plain|programmatic)"/);
+    expect(text).toMatch(/"fusion": "(whole|products)"/);
 
     const model = join(folder, 'tuned.jsonl');
     const shape = testModels[1]!;
