@@ -25,6 +25,9 @@ namespace {
 
 constexpr int kSpan = kSpanTokens, kStep = kAttentionStep, kSubblocks = 4, kWarps = 4;
 
+// The lowest bytes of four words, as one.
+__device__ __forceinline__ uint32_t lowest_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) { return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410); }
+
 // Of the four lanes that share a row.
 __device__ __forceinline__ float quad_largest(float v) {
   v = fmaxf(v, __shfl_xor_sync(kWholeWarp, v, 1));
@@ -110,7 +113,7 @@ __device__ __forceinline__ void quantize_query(const AttentionStep& step, const 
     const auto byte_of = [&](float v) { return static_cast<uint32_t>(__float2int_rn(__fmul_rn(v, inverse))); };
 #pragma unroll
     for (int j = 0; j < D / 16; j++)
-      a[j / 2][i + 2 * (j % 2)] = __byte_perm(__byte_perm(byte_of(x[j].x), byte_of(x[j].y), 0x0040), __byte_perm(byte_of(x[j].z), byte_of(x[j].w), 0x0040), 0x5410);
+      a[j / 2][i + 2 * (j % 2)] = lowest_bytes(byte_of(x[j].x), byte_of(x[j].y), byte_of(x[j].z), byte_of(x[j].w));
   }
 }
 
@@ -211,7 +214,7 @@ __device__ __forceinline__ void weigh_keys(const PieceRows<rows>& of, const uint
       uint32_t rounded[4];  // the integer in the lowest byte
 #pragma unroll
       for (int i = 0; i < 4; i++) rounded[i] = __float_as_uint(__fadd_rn(__fmul_rn(s[b][i], inverse), kBias));
-      u[b][r] = __byte_perm(__byte_perm(rounded[0], rounded[1], 0x0040), __byte_perm(rounded[2], rounded[3], 0x0040), 0x5410);
+      u[b][r] = lowest_bytes(rounded[0], rounded[1], rounded[2], rounded[3]);
     }
   }
 }
@@ -235,6 +238,7 @@ __device__ __forceinline__ void weigh_values(const uint8_t* place, int d, int la
   add(2, v[0].z, v[1].z, v[2].z, v[3].z);
   add(3, v[0].w, v[1].w, v[2].w, v[3].w);
 }
+
 __device__ __forceinline__ bool sees_none(int base, int oldest, int position) { return max(base, oldest) >= min(base + kStep, position + 1); }
 
 // ---------------------------------------------------------------- one span a block
@@ -288,7 +292,8 @@ __device__ __forceinline__ void attend_span(const AttentionStep& step, const Att
   const HeadRun run = step.runs[work.run];
   const StepFacts facts = facts_in(shared);
   const PieceRows<1> of = rows_of<1>(step, work, run, 0, lane);
-  uint8_t* place = reinterpret_cast<uint8_t*>(shared + kStepFloats) + warp * StepPlace<D, dims>::bytes;
+  const auto place_of = [&](int w) { return reinterpret_cast<uint8_t*>(shared + kStepFloats) + w * StepPlace<D, dims>::bytes; };
+  uint8_t* place = place_of(warp);
   const int base = work.span * kSpan + warp * kStep;
   const bool some = base <= of.highest && base + kStep > of.lowest, all = base >= of.all_from && base + kStep <= of.all_to + 1;  // the same for the whole warp
   StepScores<1> scores;
@@ -327,7 +332,7 @@ __device__ __forceinline__ void attend_span(const AttentionStep& step, const Att
       const float factor = facts.factors[at], unit = facts.units[at];
       o = make_float4(__fmul_rn(o.x, factor), __fmul_rn(o.y, factor), __fmul_rn(o.z, factor), __fmul_rn(o.w, factor));
       if (unit == 0.0f) continue;
-      const float4 v = *reinterpret_cast<const float4*>(reinterpret_cast<const float*>(reinterpret_cast<const uint8_t*>(shared + kStepFloats) + w * StepPlace<D, dims>::bytes) + pair * kValuesStride<dims> + d);
+      const float4 v = *reinterpret_cast<const float4*>(reinterpret_cast<const float*>(place_of(w)) + pair * kValuesStride<dims> + d);
       o = make_float4(__fmaf_rn(v.x, unit, o.x), __fmaf_rn(v.y, unit, o.y), __fmaf_rn(v.z, unit, o.z), __fmaf_rn(v.w, unit, o.w));
     }
     float* partial = step.partials + (static_cast<int64_t>(step.first_slot[row] + work.span - oldest / kSpan) * step.heads + head) * (D + 2);

@@ -6,7 +6,6 @@
 
 namespace shardmesh::cuda {
 
-
 // Runs of query heads that share a KV head, each small enough for a piece of one span; kv_head: of each query head, equal ones adjacent.
 inline std::vector<HeadRun> head_runs(int heads, const int32_t* kv_head) {
   std::vector<HeadRun> runs;

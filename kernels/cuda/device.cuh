@@ -138,39 +138,33 @@ constexpr int kBiasBits = 0x4b400000;
 // Not fmaxf: this one keeps the first of equal values, as the reference does.
 __device__ __forceinline__ float larger(float a, float b) { return a < b ? b : a; }
 
+// exp of x - n ln 2, where n is the integer next to x / ln 2.
+__device__ __forceinline__ float exp_of_rest(float x, float n) {
+  float r = __fmaf_rn(n, -0.693145751953125f, x);
+  r = __fmaf_rn(n, -1.42860682030941723e-6f, r);
+  float p = 1.9875691500e-4f;
+  p = __fmaf_rn(p, r, 1.3981999507e-3f);
+  p = __fmaf_rn(p, r, 8.3334519073e-3f);
+  p = __fmaf_rn(p, r, 4.1665795894e-2f);
+  p = __fmaf_rn(p, r, 1.6666665459e-1f);
+  p = __fmaf_rn(p, r, 5.0000001201e-1f);
+  p = __fmaf_rn(p, __fmul_rn(r, r), r);
+  return __fadd_rn(p, 1.0f);
+}
+
 // exp_fixed of arithmetic.h, step by step.
 __device__ __forceinline__ float exp_fixed(float x) {
   if (!(x > -87.0f)) return 0.0f;
   if (x > 88.0f) x = 88.0f;
   const int n_int = __float2int_rn(__fmul_rn(x, 1.44269504088896341f));
   const float n = __int2float_rn(n_int);
-  float r = __fmaf_rn(n, -0.693145751953125f, x);
-  r = __fmaf_rn(n, -1.42860682030941723e-6f, r);
-  float p = 1.9875691500e-4f;
-  p = __fmaf_rn(p, r, 1.3981999507e-3f);
-  p = __fmaf_rn(p, r, 8.3334519073e-3f);
-  p = __fmaf_rn(p, r, 4.1665795894e-2f);
-  p = __fmaf_rn(p, r, 1.6666665459e-1f);
-  p = __fmaf_rn(p, r, 5.0000001201e-1f);
-  p = __fmaf_rn(p, __fmul_rn(r, r), r);
-  p = __fadd_rn(p, 1.0f);
-  return __fmul_rn(p, __int_as_float((n_int + 127) << 23));
+  return __fmul_rn(exp_of_rest(x, n), __int_as_float((n_int + 127) << 23));
 }
 
 // exp_fixed of an x that is at most 0, or NaN: the same bits in fewer instructions. The integer is found by adding 1.5 * 2^23, whose lower bits are zeros: no conversions.
 __device__ __forceinline__ float exp_not_positive(float x) {
   const float shifted = __fadd_rn(__fmul_rn(x, 1.44269504088896341f), kBias), n = __fadd_rn(shifted, -kBias);
-  float r = __fmaf_rn(n, -0.693145751953125f, x);
-  r = __fmaf_rn(n, -1.42860682030941723e-6f, r);
-  float p = 1.9875691500e-4f;
-  p = __fmaf_rn(p, r, 1.3981999507e-3f);
-  p = __fmaf_rn(p, r, 8.3334519073e-3f);
-  p = __fmaf_rn(p, r, 4.1665795894e-2f);
-  p = __fmaf_rn(p, r, 1.6666665459e-1f);
-  p = __fmaf_rn(p, r, 5.0000001201e-1f);
-  p = __fmaf_rn(p, __fmul_rn(r, r), r);
-  p = __fadd_rn(p, 1.0f);
-  return where_above(x, -87.0f, __fmul_rn(p, __uint_as_float((__float_as_uint(shifted) << 23) + (127u << 23))));
+  return where_above(x, -87.0f, __fmul_rn(exp_of_rest(x, n), __uint_as_float((__float_as_uint(shifted) << 23) + (127u << 23))));
 }
 
 // Largest |x| of the warp's lanes, in every lane. Bits of magnitudes order like the magnitudes; NaN counts as 0, as in the reference.

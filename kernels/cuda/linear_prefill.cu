@@ -30,12 +30,6 @@ constexpr int kTilePieces = kTileStageBytes<X> / 16;
 template <typename F, typename X>
 constexpr int kThreadPieces = (kBlockStrips * kStripPieces<F> + kBlockTiles * kTilePieces<X> + kThreads - 1) / kThreads;
 
-// Where a thread's pieces of stage 0 lie; null: of no strip or tile.
-template <typename F, typename X>
-struct Sources {
-  const uint8_t* piece[kThreadPieces<F, X>];
-};
-
 template <typename F, typename X>
 __global__ void __launch_bounds__(kThreads) linear_prefill_kernel(const ProductPlan plan) {
   grid_dependency_wait();
@@ -49,12 +43,12 @@ __global__ void __launch_bounds__(kThreads) linear_prefill_kernel(const ProductP
   const int stage_count = (plan.groups + kStageGroups - 1) / kStageGroups;
 
   constexpr int strip_pieces = kStripPieces<F>, tile_pieces = kTilePieces<X>, of_strips = kBlockStrips * strip_pieces, all = of_strips + kBlockTiles * tile_pieces;
-  Sources<F, X> sources;
+  const uint8_t* sources[kThreadPieces<F, X>];  // of the thread's pieces of stage 0; null: of no strip or tile
 #pragma unroll
   for (int k = 0; k < kThreadPieces<F, X>; k++) {
     const int i = static_cast<int>(threadIdx.x) + k * kThreads, strip = i / strip_pieces, tile = (i - of_strips) / tile_pieces;
-    if (i < of_strips) sources.piece[k] = strip < strips ? records + strip * plan.strip_bytes + i % strip_pieces * 16 : nullptr;
-    else sources.piece[k] = i < all && tile < tiles ? activations + tile * plan.groups * static_cast<int64_t>(sizeof(X)) + (i - of_strips) % tile_pieces * 16 : nullptr;
+    if (i < of_strips) sources[k] = strip < strips ? records + strip * plan.strip_bytes + i % strip_pieces * 16 : nullptr;
+    else sources[k] = i < all && tile < tiles ? activations + tile * plan.groups * static_cast<int64_t>(sizeof(X)) + (i - of_strips) % tile_pieces * 16 : nullptr;
   }
   const auto copy_stage = [&](int stage) {
     if (stage < stage_count) {
@@ -65,12 +59,12 @@ __global__ void __launch_bounds__(kThreads) linear_prefill_kernel(const ProductP
         for (int k = 0; k < kThreadPieces<F, X>; k++) {
           const int i = static_cast<int>(threadIdx.x) + k * kThreads;
           const bool of_strip = (k + 1) * kThreads <= of_strips || (k * kThreads < of_strips && i < of_strips);
-          if (((k + 1) * kThreads <= all || i < all) && is_there(k, i, of_strip)) copy_async<16>(to + k * kThreads * 16, sources.piece[k] + stage * (of_strip ? kStripStageBytes<F> : kTileStageBytes<X>));
+          if (((k + 1) * kThreads <= all || i < all) && is_there(k, i, of_strip)) copy_async<16>(to + k * kThreads * 16, sources[k] + stage * (of_strip ? kStripStageBytes<F> : kTileStageBytes<X>));
         }
       };
       if (strips == kBlockStrips && tiles == kBlockTiles && count == kStageGroups) copy_pieces([](int, int, bool) { return true; });
       else copy_pieces([&](int k, int i, bool of_strip) {
-        return sources.piece[k] && (of_strip ? i % strip_pieces * 16 < count * F::record_bytes : (i - of_strips) % tile_pieces * 16 < count * static_cast<int>(sizeof(X)));
+        return sources[k] && (of_strip ? i % strip_pieces * 16 < count * F::record_bytes : (i - of_strips) % tile_pieces * 16 < count * static_cast<int>(sizeof(X)));
       });
     }
     commit_copies();  // an empty group too, so that counting them stays simple
@@ -84,11 +78,13 @@ __global__ void __launch_bounds__(kThreads) linear_prefill_kernel(const ProductP
   for (int s = 0; s < kWarpStrips; s++) {
     const int strip = own_strip + s < strips ? own_strip + s : 0;
     strip_at[s] = strip * kStripStageBytes<F>;
+    keep(strip_at[s]);
     head_of[s] = heads + strip * plan.strip_bytes;
   }
-  for (int s = 0; s < kWarpStrips; s++) keep(strip_at[s]);
-  for (int t = 0; t < kWarpTiles; t++) tile_at[t] = kBlockStrips * kStripStageBytes<F> + (own_tile + t < tiles ? own_tile + t : 0) * kTileStageBytes<X>;
-  for (int t = 0; t < kWarpTiles; t++) keep(tile_at[t]);
+  for (int t = 0; t < kWarpTiles; t++) {
+    tile_at[t] = kBlockStrips * kStripStageBytes<F> + (own_tile + t < tiles ? own_tile + t : 0) * kTileStageBytes<X>;
+    keep(tile_at[t]);
+  }
   float acc[kWarpStrips][kWarpTiles][4] = {};
   float stack[kStackDepth][kValues];
   int depth = 0, segment = 0;

@@ -11,9 +11,7 @@ namespace shardmesh::cuda {
 // shared: kPartials floats a row. Width: a multiple of 32.
 __device__ __forceinline__ void norm_rows(const NormAfter& norm, const float* x, int64_t x_stride, int width, int rows, float* shared) {
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x), groups = width / 32;
-  for (int i = thread; i < rows * kPartials; i += threads) {
-    shared[i] = partial_of_squares(x + i / kPartials * x_stride, i % kPartials, width);
-  }
+  for (int i = thread; i < rows * kPartials; i += threads) shared[i] = partial_of_squares(x + i / kPartials * x_stride, i % kPartials, width);
   for (int distance = kPartials / 2; distance; distance /= 2) {
     __syncthreads();
     for (int i = thread; i < rows * distance; i += threads) {

@@ -158,9 +158,9 @@ struct RopeStore {
 };
 Problem rope_store_kv(const RopeStore& step, Stream stream);
 
-// One piece of attention: the query heads of `run` for rows [row, row + rows) of one sequence; rows * heads of the run is at most kWholePairsMax, with f16 K or V
-// kHalfPairsMax, of a single span kSplitPairsMax.
+// Most pairs (row, query head) of a piece of attention: of all spans, of all spans with f16 K or V, of a single span.
 constexpr int kWholePairsMax = 64, kHalfPairsMax = 16, kSplitPairsMax = 8;
+// One piece of attention: the query heads of `run` for rows [row, row + rows) of one sequence.
 // span >= 0: only that span of 256 positions, the partial result goes to the rows' slots. span < 0: all spans, the result goes to `out`.
 struct AttentionWork {
   int32_t row, rows, run, span;
