@@ -32,7 +32,7 @@ struct Dots {
       for (int half = 0; half < 4 / V; half++) {
         __m256i acc[L][V];
         clear<L, V>(acc);
-        accumulate<L, V>(keys[b] + 16 * V * half, D / 4, 64, q, D, acc, ahead);
+        for (int row = 0; row < D / 4; row += 4) accumulate_four<L, V>(keys[b] + 16 * V * half + 64 * row, 64, q + 4 * row, D, acc, ahead);
         SHARDMESH_UNROLL
         for (int l = 0; l < L; l++)
           SHARDMESH_UNROLL
@@ -49,7 +49,7 @@ struct Dots {
     for (int d = 0; d < D; d += 4 * V) {
       __m256i acc[L][V];
       clear<L, V>(acc);
-      for (int sub = from; sub < to; sub++) accumulate<L, V>(values[sub] + 4 * d, 4, 4 * D, u + 16 * sub, 64, acc, ahead);
+      for (int sub = from; sub < to; sub++) accumulate_four<L, V>(values[sub] + 4 * d, 4 * D, u + 16 * sub, 64, acc, ahead);
       SHARDMESH_UNROLL
       for (int l = 0; l < L; l++) {
         const __m256 scale = _mm256_set1_ps(sw[l]), decay = _mm256_set1_ps(c[l]);
@@ -75,34 +75,31 @@ struct Dots {
       for (int i = 0; i < V; i++) acc[l][i] = _mm256_setzero_si256();
   }
 
-  // acc[l] += rows * factors: `rows` of 4 * V outputs with four signed bytes each, `stride` bytes apart; factors[l * factor_stride + 4 * row ...].
+  // acc[l] += rows * factors for four rows of 4 * V outputs with four signed bytes each, `stride` bytes apart; factors[l * factor_stride + 4 * row ...].
   template <int L, int V>
-  SHARDMESH_LANES void accumulate(const uint8_t* p, int rows, int stride, const int16_t* factors, int factor_stride, __m256i (&acc)[L][V], LinesAhead* ahead) {
-    _Pragma("GCC unroll 1")  // several at once need more registers than there are
-    for (int row = 0; row < rows; row++, p += stride, factors += 4) {
-      if (row % 4 == 0) ahead->take_four();
+  SHARDMESH_LANES void accumulate_four(const uint8_t* p, int stride, const int16_t* factors, int factor_stride, __m256i (&acc)[L][V], LinesAhead* ahead) {
+    ahead->take_four();
+    SHARDMESH_UNROLL
+    for (int row = 0; row < 4; row++) {
       __m256i x[V];
       SHARDMESH_UNROLL
-      for (int i = 0; i < V; i++) {
-        x[i] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16 * i)));
-        hold(x[i]);
-      }
+      for (int i = 0; i < V; i++) x[i] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + row * stride + 16 * i)));
       SHARDMESH_UNROLL
       for (int l = 0; l < L; l++) {
         int64_t four;
-        std::memcpy(&four, factors + l * factor_stride, 8);
+        std::memcpy(&four, factors + l * factor_stride + 4 * row, 8);
         const __m256i y = _mm256_set1_epi64x(four);
         SHARDMESH_UNROLL
-        for (int i = 0; i < V; i++) {
-          acc[l][i] = _mm256_add_epi32(acc[l][i], _mm256_madd_epi16(x[i], y));
-          hold(acc[l][i]);
-        }
+        for (int i = 0; i < V; i++) add_products(acc[l][i], x[i], y);
       }
     }
   }
 
-  // Keeps a sum in its register, in the written order: gcc otherwise takes all products before all sums, and spills half of them.
-  SHARDMESH_LANES void hold(__m256i& x) { __asm__("" : "+x"(x)); }
+  // acc += x0 * y0 + x1 * y1 of each pair of 16-bit terms. Written out, since gcc takes all products of a row before all sums and spills half of them.
+  SHARDMESH_LANES void add_products(__m256i& acc, __m256i x, __m256i y) {
+    __m256i products;
+    __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(acc), "=&x"(products) : "x"(x), "x"(y));
+  }
 
   // Eight outputs in order from two registers of (half, half) pairs.
   SHARDMESH_LANES __m256i join(__m256i x, __m256i y) { return _mm256_permute4x64_epi64(_mm256_hadd_epi32(x, y), 0xd8); }
