@@ -39,7 +39,7 @@ if (options.includes('--help')) {
 Example: npm run bench:kernels -- --quick --type Q4_1 --threads 2 --json
 
 With --step first, whole steps of the default model instead (build the project first):
-  --engines LIST      ranks x threads of a rank (default 1x1,1x2,2x1), with @avx512 and so on of another kernel set
+  --engines LIST      ranks x threads of a rank (default 1x1,1x2,2x1), /int16 behind it for int16 activations, @avx512 and so on for another kernel set
   --sequences LIST    sequences decoded together (default 1,4,8,16,32); --context N tokens before them (128), --steps N (48)
   --prefill N         tokens of one prompt (512; 0: none);  --rounds N (5);  --model FILE;  --json
   --profile                where the time of a step goes, by action: a prompt, then each number of sequences

@@ -38,7 +38,7 @@ class Engine {
   /** Slots whose context is in the KV cache. */
   filled = 0;
 
-  static async load(path, { ranks, threads, isa, sequences, context, stepTokens }) {
+  static async load(path, { ranks, threads, isa, activations, sequences, context, stepTokens }) {
     const engine = new Engine();
     const { facts } = await openModel(path);
     const cut = cutModel(unitsOfModel(facts), { count: ranks, parts: null }, { count: 1, parts: null });
@@ -48,7 +48,7 @@ class Engine {
         stage: 0,
         rank,
         kvType: 'auto',
-        activations: 'int8',
+        activations,
         contextTokensMax: context,
       });
       const cores = Array.from({ length: threads }, (_, thread) => rank * threads + thread);
@@ -234,18 +234,19 @@ export async function benchSteps(argv) {
   const stepTokens = Math.max(512, ...sequences);
   const engines = [];
   for (const name of options.engines.split(',').filter(Boolean)) {
-    const [shape, isa = null] = name.split('@');
-    const [ranks, threads] = shape.split('x').map(Number);
+    const [, ranks, threads, activations = 'int8', isa = null] = /^(\d+)x(\d+)(?:\/(int8|int16))?(?:@(\w+))?$/.exec(name) ?? [];
+    if (!ranks) throw new Error(`--engines ${name}: ranks x threads, such as 1x2, 2x1/int16 or 1x1@avx2`);
     const size = {
-      ranks,
-      threads,
+      ranks: Number(ranks),
+      threads: Number(threads),
       isa,
+      activations,
       sequences: Math.max(1, ...sequences),
       context: Math.max(context + steps + 2, prefillTokens + 1),
       stepTokens,
     };
     engines.push({
-      name: `shardmesh tp ${ranks}, ${threads} thread${threads > 1 ? 's' : ''} a rank${isa ? `, ${isa}` : ''}`,
+      name: `shardmesh tp ${ranks}, ${threads} thread${size.threads > 1 ? 's' : ''} a rank${activations === 'int8' ? '' : `, ${activations}`}${isa ? `, ${isa}` : ''}`,
       engine: await Engine.load(model, size),
     });
   }
