@@ -266,7 +266,10 @@ export class StepPipeline {
     if (!this.#isFirst) this.#times.observe({ decodeRows, prefillTokens, ms: this.#ppSize === 1 ? result.totalUs / 1e3 : ms });
     this.#isFirst = false;
     if (step.alone && this.#ppSize > 1 && step.tokens < smallStepTokens) {
-      const hopMs = Math.max(0, ms - this.#ppSize * stageMs) / this.#ppSize;
+      // The last stage began with the plan and waited for the stages and links before it. What the whole step took holds the way to the coordinator and back
+      // besides, but no time of a first stage that is longer than the last: the less of both is surely no more than a link takes.
+      const before = this.#ppSize - 1;
+      const hopMs = Math.max(0, Math.min(result.receiveUs / 1e3 / before - stageMs, ms / this.#ppSize - stageMs));
       this.#hopMs = Math.min(this.#hopMs ?? hopMs, hopMs);
     }
 

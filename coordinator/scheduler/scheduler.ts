@@ -432,7 +432,7 @@ export class Scheduler {
     let decoding = 0;
     let remaining = 0;
     let prefilling = 0;
-    const candidates: Sequence[] = [];
+    const decoders: Sequence[] = [];
     for (const sequence of this.#running) {
       if (sequence.paused) continue;
       if (!isDecoding(sequence)) {
@@ -442,14 +442,18 @@ export class Scheduler {
       if (outputIndex(sequence, sequence.planned) >= sequence.outputTokensMax) continue;
       decoding++;
       if (sequence.lastStep < this.#rotation.from) remaining++;
-      if (this.#takesRows(sequence)) candidates.push(sequence);
+      decoders.push(sequence);
     }
+    let candidates = this.#candidates(decoders);
     // Prefill goes on even when there are more decoding sequences than budget; those then take turns.
     const reserved = prefilling > 0 ? Math.min(this.options.prefillChunkMax, Math.ceil(this.options.stepTokensMax / 4)) : 0;
     const room = Math.max(1, Math.min(draft.tokensLeft - reserved, draft.outputsLeft));
     const share = Math.min(room, this.#microBatch(draft, decoding, remaining));
     // Without turns, the oldest come first: the newest are the ones that lose their blocks.
-    if (candidates.length > share) candidates.sort((a, b) => a.lastStep - b.lastStep || a.id - b.id);
+    if (candidates.length > share) candidates.sort(byLastStep);
+    // A part that falls apart stays so, since those that go together come back together: where all parts are under way it waits for the rest of its own.
+    else if (candidates.length < share && this.#inFlight.length >= this.options.microBatches() && this.options.microBatches() > 1)
+      candidates = [];
     let planned = 0;
     for (const sequence of candidates) {
       if (planned === share) break;
@@ -459,6 +463,18 @@ export class Scheduler {
     if (planned > 0) this.#rotation.batches++;
     draft.decoding = decoding;
     draft.decodeRows = planned;
+  }
+
+  /**
+   * Of the decoding sequences, those that may have a row in this step. With micro-batches strictly in turn, none before one whose last step is longer ago: a row waits
+   * on the workers for its sequence's token, and every step behind it waits too. A second step of one sequence in front of another's first would hold up all for
+   * a round, and so would the next, since results come, and make room, in the order of the steps.
+   */
+  #candidates(decoders: Sequence[]): Sequence[] {
+    if (this.options.microBatches() === 1) return decoders.filter((sequence) => this.#takesRows(sequence));
+    decoders.sort(byLastStep);
+    const busy = decoders.findIndex((sequence) => !this.#takesRows(sequence));
+    return busy < 0 ? decoders : decoders.slice(0, busy);
   }
 
   /**
@@ -838,6 +854,8 @@ type Order = (a: Sequence, b: Sequence) => number;
 const byArrival: Order = (a, b) => a.id - b.id;
 
 const byTurn: Order = (a, b) => a.turn - b.turn || a.id - b.id;
+
+const byLastStep: Order = (a, b) => a.lastStep - b.lastStep || a.id - b.id;
 
 function insertInOrder(sequences: Sequence[], sequence: Sequence, order: Order): void {
   let at = sequences.length;

@@ -70,17 +70,19 @@ describe('step pipeline', () => {
     expect(pipeline.microBatches).toBe(1);
     pipeline.begin(2);
     expect(pipeline.microBatches).toBe(2);
-    // Alone in the mesh: two stages of 3 ms in 6.4 ms leave 0.2 ms a hop, in 10.4 ms 2.2 ms a hop.
-    const alone = (step: number, ms: number) => {
+    // Alone in the mesh: two stages of 3 ms each. The last one waits for the first and a link.
+    const alone = (step: number, ms: number, receiveMs: number) => {
       pipeline.published(makePlan(step, 1), 0, step * 1_000);
-      pipeline.completed(makeResult(step, { totalUs: 3_000 }), 1, step * 1_000 + ms);
+      const receiveUs = 1_000 * receiveMs;
+      pipeline.completed(makeResult(step, { totalUs: 3_000 + receiveUs, receiveUs }), 1, step * 1_000 + ms);
     };
-    alone(1, 10.4);
-    // 2 * 2.2 / 3 = 1.47
+    // 2.2 ms a hop, 2 * 2.2 / 3 = 1.47; the way to the coordinator and back is no hop.
+    alone(1, 50, 5.2);
     expect(pipeline.microBatches).toBe(3);
-    alone(2, 11.4);
+    alone(2, 11.4, 6.4);
     expect(pipeline.microBatches).toBe(3);
-    alone(3, 6.4);
+    // A first stage of 5.8 ms is no hop of 2.8: the whole step leaves 1.4.
+    alone(3, 8.8, 5.8);
     expect(pipeline.microBatches).toBe(2);
   });
 

@@ -340,6 +340,46 @@ describe('scheduler', () => {
     expect(scheduler.schedule(0)).toBeNull();
   });
 
+  it('scheduler - on several stages a sequence that had all steps to itself takes turns with the next one at once', () => {
+    const { scheduler } = makeScheduler({ microBatches: () => 4, stepsInFlightMax: 8, sequenceStepsMax: 2 });
+    const slots: number[] = [];
+    const inFlight: StepPlan[] = [];
+    const plan = () => {
+      for (let next = scheduler.schedule(0); next !== null; next = scheduler.schedule(0)) {
+        inFlight.push(next);
+        slots.push(...next.sequences.map(({ slot }) => slot));
+      }
+    };
+    scheduler.add(makeSequence({ promptTokens: 1, outputTokensMax: 20 }));
+    plan();
+    scheduler.complete(resultOf(inFlight.shift()!));
+    plan();
+    scheduler.add(makeSequence({ promptTokens: 1, outputTokensMax: 20, firstToken: 500 }));
+    for (let i = 0; i < 9; i++) {
+      plan();
+      scheduler.complete(resultOf(inFlight.shift()!));
+    }
+    // The first step of each is its prompt's.
+    expect(slots.join('')).toBe('0001010101010');
+  });
+
+  it('scheduler - sequences with steps of their own share them once fewer micro-batches are enough', () => {
+    let parts = 4;
+    const { scheduler } = makeScheduler({ microBatches: () => parts, stepsInFlightMax: 8, sequenceStepsMax: 2 });
+    for (let i = 0; i < 4; i++) scheduler.add(makeSequence({ promptTokens: 1, outputTokensMax: 60 }));
+    const sizes: number[] = [];
+    const inFlight: StepPlan[] = [];
+    for (let i = 0; i < 24; i++) {
+      if (i === 12) parts = 2;
+      for (let next = scheduler.schedule(0); next !== null; next = scheduler.schedule(0)) {
+        inFlight.push(next);
+        sizes.push(next.sequences.length);
+      }
+      scheduler.complete(resultOf(inFlight.shift()!));
+    }
+    expect(sizes.join('')).toBe('411111111111111111122222222');
+  });
+
   it('scheduler - prompt tokens beside decode rows are bounded by what the rows allow, alone they are not', () => {
     const { scheduler } = makeScheduler({ prefillTokensMax: ({ decodeRows }) => (decodeRows === 0 ? 1_000 : 10 * decodeRows) });
     scheduler.add(makeSequence({ promptTokens: 40, outputTokensMax: 9 }));
