@@ -13,6 +13,8 @@ interface PublishedStep {
   /** Rows of sequences that add one token, their drafts included, and tokens of longer chunks. */
   decodeRows: number;
   prefillTokens: number;
+  /** The newest step whose tokens its rows wait for; 0: none. */
+  waitsFor: number;
   publishedAt: number;
   limitMs: number;
   /** There was nothing to do before it: idle time of the workers is not a bubble. */
@@ -57,6 +59,10 @@ const unmeasuredRound = 2;
 const roundShare = 0.999;
 /** Steps in flight of a pipeline on links that are very slow. */
 const microBatchesMax = 64;
+/** Of a round of the last stage: with less waiting in it, work, not the links, may be what a round takes. */
+const roundWaitShareMin = 0.2;
+/** Rounds whose mean is one measure of a link. */
+const roundsMeasured = 32;
 const rateSeconds = 10;
 /** A step may take this share of what it is expected to take. */
 const surelyShare = 0.75;
@@ -77,8 +83,13 @@ export class StepPipeline {
   /** From a result to the next, of decode steps: planned ahead, and planned when nothing was in flight. */
   #aheadTimes = new RowTimes();
   #roundTimes = new RowTimes();
-  /** Time on a link between two stages, the least seen; null = not measured. */
+  /** Time on a link between two stages, the least measured, since what shares cores with others takes longer the more there is to do; null = not measured. */
   #hopMs: number | null = null;
+  /** Not measured yet: sum over `count` rounds. */
+  #hops = { ms: 0, count: 0 };
+  /** By step, since the last rest or prompt: the last stage's time at the end of it, and how much of that it waited. */
+  readonly #ends = new Map<number, { us: number; waitedUs: number }>();
+  #lastEnd = { us: 0, waitedUs: 0 };
   #resting = true;
   /** No step of this epoch is back yet. It is no measure: workers touch their memory for the first time. */
   #isFirst = true;
@@ -236,6 +247,7 @@ export class StepPipeline {
       tokens,
       decodeRows: tokens - prefillTokens,
       prefillTokens,
+      waitsFor: plan.sequences.reduce((newest, { after }) => Math.max(newest, after), 0),
       publishedAt: now,
       limitMs,
       afterRest: this.#resting,
@@ -261,17 +273,10 @@ export class StepPipeline {
     else this.#tokenMs = slowest(this.#tokenMs, ms / step.tokens);
 
     const { decodeRows, prefillTokens } = step;
-    const stageMs = (result.totalUs - result.receiveUs) / 1e3;
     // With one stage the worker's own time is the surer one; with several it holds waits for the stage before.
     if (!this.#isFirst) this.#times.observe({ decodeRows, prefillTokens, ms: this.#ppSize === 1 ? result.totalUs / 1e3 : ms });
+    if (this.#ppSize > 1) this.#observeRound(step, result);
     this.#isFirst = false;
-    if (step.alone && this.#ppSize > 1 && step.tokens < smallStepTokens) {
-      // The last stage began with the plan and waited for the stages and links before it. What the whole step took holds the way to the coordinator and back
-      // besides, but no time of a first stage that is longer than the last: the less of both is surely no more than a link takes.
-      const before = this.#ppSize - 1;
-      const hopMs = Math.max(0, Math.min(result.receiveUs / 1e3 / before - stageMs, ms / this.#ppSize - stageMs));
-      this.#hopMs = Math.min(this.#hopMs ?? hopMs, hopMs);
-    }
 
     this.#steps++;
     this.#stepSeconds += ms / 1e3;
@@ -289,6 +294,25 @@ export class StepPipeline {
     this.#outputRate.add(outputTokens, now);
   }
 
+  /**
+   * A round: from the end of a step on the last stage to the end of the one that waited for its tokens. They go to the first stage and through all of them, so it takes
+   * stages * (time in a stage + time on a link), unless the last stage has so much else to do that it hardly waits.
+   */
+  #observeRound(step: PublishedStep, { idleUs, totalUs, receiveUs }: StepResult): void {
+    if (step.afterRest || step.prefillTokens > 0) this.#ends.clear();
+    const { us, waitedUs } = this.#lastEnd;
+    const end = { us: us + idleUs + totalUs, waitedUs: waitedUs + idleUs + receiveUs };
+    const begin = this.#ends.get(step.waitsFor);
+    this.#lastEnd = end;
+    if (!this.#isFirst) this.#ends.set(step.step, end);
+    this.#ends.delete(step.step - 2 * microBatchesMax);
+    if (begin === undefined || end.waitedUs - begin.waitedUs < roundWaitShareMin * (end.us - begin.us)) return;
+    this.#hops.ms += ((end.us - begin.us) / this.#ppSize - (totalUs - receiveUs)) / 1e3;
+    if (++this.#hops.count < roundsMeasured) return;
+    this.#hopMs = Math.min(this.#hopMs ?? Number.POSITIVE_INFINITY, Math.max(0, this.#hops.ms / roundsMeasured));
+    this.#hops = { ms: 0, count: 0 };
+  }
+
   #observeGap({ decodeRows, prefillTokens, afterRest, alone }: PublishedStep, ms: number): void {
     if (prefillTokens > 0 || afterRest) return;
     if (alone) return this.#roundTimes.observe(decodeRows, ms);
@@ -304,6 +328,8 @@ export class StepPipeline {
   /** The epoch is over: nothing is in flight any more. */
   abandon(): void {
     this.#inFlight.length = 0;
+    this.#ends.clear();
+    this.#hops = { ms: 0, count: 0 };
     this.#resting = true;
   }
 

@@ -2,9 +2,9 @@ import { describe, expect, it } from 'vitest';
 import { StepPipeline } from '../../../../coordinator/engine/step-pipeline.ts';
 import type { StepPlan, StepResult } from '../../../../protocol/step-plan.ts';
 
-function makePlan(step: number, rows: number, waitTimeoutMs = 2000): StepPlan {
+function makePlan(step: number, rows: number, after = 0): StepPlan {
   const tokens = Array.from({ length: rows }, () => 1);
-  const sequences = [{ slot: 0, position: 0, tokens, after: 0, newBlocks: [], outputs: [] }];
+  const sequences = [{ slot: 0, position: 0, tokens, after, newBlocks: [], outputs: [] }];
   return {
     type: 'step_plan',
     placement: 'p',
@@ -13,7 +13,7 @@ function makePlan(step: number, rows: number, waitTimeoutMs = 2000): StepPlan {
     opened: [],
     closed: [],
     sequences,
-    waitTimeoutMs,
+    waitTimeoutMs: 2000,
     resultWaits: false,
   };
 }
@@ -70,19 +70,32 @@ describe('step pipeline', () => {
     expect(pipeline.microBatches).toBe(1);
     pipeline.begin(2);
     expect(pipeline.microBatches).toBe(2);
-    // Alone in the mesh: two stages of 3 ms each. The last one waits for the first and a link.
-    const alone = (step: number, ms: number, receiveMs: number) => {
-      pipeline.published(makePlan(step, 1), 0, step * 1_000);
+    // Each step waits for the token of the one before; the last stage computes for 3 ms of it.
+    let step = 0;
+    const round = (receiveMs: number) => {
+      pipeline.published(makePlan(++step, 1, step - 1), 0, 0);
       const receiveUs = 1_000 * receiveMs;
-      pipeline.completed(makeResult(step, { totalUs: 3_000 + receiveUs, receiveUs }), 1, step * 1_000 + ms);
+      pipeline.completed(makeResult(step, { totalUs: 3_000 + receiveUs, receiveUs }), 1, 0);
     };
-    // 2.2 ms a hop, 2 * 2.2 / 3 = 1.47; the way to the coordinator and back is no hop.
-    alone(1, 50, 5.2);
+    const rounds = (receiveMs: number) => {
+      for (let i = 0; i < 32; i++) round(receiveMs);
+    };
+    // The first step of an epoch is no measure, and no round is known behind it.
+    round(500);
+    round(500);
+    // Rounds of 40 ms, of which two stages take 6: 17 ms a hop, 2 * 17 / 3 = 11.3.
+    rounds(37);
+    expect(pipeline.microBatches).toBe(13);
+    // A stage that hardly waits says nothing about links.
+    rounds(0.4);
+    expect(pipeline.microBatches).toBe(13);
+    // 2.2 ms a hop, 2 * 2.2 / 3 = 1.47.
+    rounds(7.4);
     expect(pipeline.microBatches).toBe(3);
-    alone(2, 11.4, 6.4);
+    // Links are not longer because there is more to do.
+    rounds(37);
     expect(pipeline.microBatches).toBe(3);
-    // A first stage of 5.8 ms is no hop of 2.8: the whole step leaves 1.4.
-    alone(3, 8.8, 5.8);
+    rounds(3.4);
     expect(pipeline.microBatches).toBe(2);
   });
 
