@@ -444,16 +444,16 @@ export class Scheduler {
       if (sequence.lastStep < this.#rotation.from) remaining++;
       decoders.push(sequence);
     }
-    let candidates = this.#candidates(decoders);
+    const parts = this.options.microBatches();
+    const candidates = this.#candidates(decoders, parts);
     // Prefill goes on even when there are more decoding sequences than budget; those then take turns.
     const reserved = prefilling > 0 ? Math.min(this.options.prefillChunkMax, Math.ceil(this.options.stepTokensMax / 4)) : 0;
     const room = Math.max(1, Math.min(draft.tokensLeft - reserved, draft.outputsLeft));
-    const share = Math.min(room, this.#microBatch(draft, decoding, remaining));
+    const share = Math.min(room, this.#microBatch(draft, parts, decoding, remaining));
     // Without turns, the oldest come first: the newest are the ones that lose their blocks.
     if (candidates.length > share) candidates.sort(byLastStep);
-    // A part that falls apart stays so, since those that go together come back together: where all parts are under way it waits for the rest of its own.
-    else if (candidates.length < share && this.#inFlight.length >= this.options.microBatches() && this.options.microBatches() > 1)
-      candidates = [];
+    // A micro-batch that falls apart stays so, since those that go together come back together: while enough are under way it waits for the rest of its own.
+    else if (parts > 1 && candidates.length < share && this.#inFlight.length >= parts) candidates.length = 0;
     let planned = 0;
     for (const sequence of candidates) {
       if (planned === share) break;
@@ -470,8 +470,8 @@ export class Scheduler {
    * on the workers for its sequence's token, and every step behind it waits too. A second step of one sequence in front of another's first would hold up all for
    * a round, and so would the next, since results come, and make room, in the order of the steps.
    */
-  #candidates(decoders: Sequence[]): Sequence[] {
-    if (this.options.microBatches() === 1) return decoders.filter((sequence) => this.#takesRows(sequence));
+  #candidates(decoders: Sequence[], parts: number): Sequence[] {
+    if (parts === 1) return decoders.filter((sequence) => this.#takesRows(sequence));
     decoders.sort(byLastStep);
     const busy = decoders.findIndex((sequence) => !this.#takesRows(sequence));
     return busy < 0 ? decoders : decoders.slice(0, busy);
@@ -481,14 +481,13 @@ export class Scheduler {
    * How many of the decoding sequences come into this step: with m micro-batches, m steps after each other hold all of them, in parts as equal as can be, and
    * each sequence once. Then the next round begins.
    */
-  #microBatch(draft: Draft, decoding: number, remaining: number): number {
-    const count = this.options.microBatches();
-    if (count === 1) return decoding;
-    if (remaining === 0 || this.#rotation.batches >= count) {
+  #microBatch(draft: Draft, parts: number, decoding: number, remaining: number): number {
+    if (parts === 1) return decoding;
+    if (remaining === 0 || this.#rotation.batches >= parts) {
       this.#rotation = { from: draft.step, batches: 0 };
-      return Math.ceil(decoding / count);
+      return Math.ceil(decoding / parts);
     }
-    return Math.ceil(remaining / (count - this.#rotation.batches));
+    return Math.ceil(remaining / (parts - this.#rotation.batches));
   }
 
   /** Prompt rows, prompt by prompt in their turns. */
