@@ -429,7 +429,6 @@ export class Scheduler {
   }
 
   #planDecode(draft: Draft): void {
-    let decoding = 0;
     let remaining = 0;
     let prefilling = 0;
     const decoders: Sequence[] = [];
@@ -440,7 +439,6 @@ export class Scheduler {
         continue;
       }
       if (outputIndex(sequence, sequence.planned) >= sequence.outputTokensMax) continue;
-      decoding++;
       if (sequence.lastStep < this.#rotation.from) remaining++;
       decoders.push(sequence);
     }
@@ -449,11 +447,11 @@ export class Scheduler {
     // Prefill goes on even when there are more decoding sequences than budget; those then take turns.
     const reserved = prefilling > 0 ? Math.min(this.options.prefillChunkMax, Math.ceil(this.options.stepTokensMax / 4)) : 0;
     const room = Math.max(1, Math.min(draft.tokensLeft - reserved, draft.outputsLeft));
-    const share = Math.min(room, this.#microBatch(draft, parts, decoding, remaining));
+    const share = Math.min(room, this.#microBatch(draft, parts, decoders.length, remaining));
     // Without turns, the oldest come first: the newest are the ones that lose their blocks.
-    if (candidates.length > share) candidates.sort(byLastStep);
+    if (parts === 1 && candidates.length > share) candidates.sort(byLastStep);
     // A micro-batch that falls apart stays so, since those that go together come back together: while enough are under way it waits for the rest of its own.
-    else if (parts > 1 && candidates.length < share && this.#inFlight.length >= parts) candidates.length = 0;
+    if (parts > 1 && candidates.length < share && this.#inFlight.length >= parts) candidates.length = 0;
     let planned = 0;
     for (const sequence of candidates) {
       if (planned === share) break;
@@ -461,7 +459,7 @@ export class Scheduler {
       if (sequence.state === 'running' && this.#planRows(draft, sequence, 1)) planned++;
     }
     if (planned > 0) this.#rotation.batches++;
-    draft.decoding = decoding;
+    draft.decoding = decoders.length;
     draft.decodeRows = planned;
   }
 
@@ -474,7 +472,7 @@ export class Scheduler {
     if (parts === 1) return decoders.filter((sequence) => this.#takesRows(sequence));
     decoders.sort(byLastStep);
     const busy = decoders.findIndex((sequence) => !this.#takesRows(sequence));
-    return busy < 0 ? decoders : decoders.slice(0, busy);
+    return decoders.slice(0, busy < 0 ? decoders.length : busy);
   }
 
   /**
